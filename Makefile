@@ -1,0 +1,83 @@
+# Two commands matter: `make sft` fine-tunes a MoE model and shows the result, `make test` checks everything.
+# Each does all the set-up it needs, once, in .venv. Runs with GNU make 3.81 or newer and bash.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PARAMS ?=
+NB ?= $(sort $(wildcard notebooks/*.ipynb))
+
+# Paths are relative, so that the repository may lie under a path with spaces.
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+
+# What makes a notebook print the same thing twice: no progress bars, one order of sets, figures as outputs.
+QUIET := TQDM_DISABLE=1 PYTHONHASHSEED=0 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
+unexport MPLBACKEND
+
+# `$(timed) command arguments` shows the command, runs it, and says how long it took and whether it failed.
+timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env $(QUIET) "$$@" || code=$$?; \
+	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
+	return $$code; }; timed
+
+.PHONY: help setup sft test lint format lab refs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+sft: setup ## fine-tune the built-in model in the SFT notebook; PARAMS=file.yaml for your own model and data
+	@$(PY) -m ktlib.cli sft $(if $(PARAMS),"$(PARAMS)")
+
+test: setup ## ruff, pytest, notebook structure, and every notebook re-run and compared with its stored outputs
+	$(timed) $(PY) -m ruff check .
+	$(timed) $(PY) -m ruff format --check .
+	$(timed) $(PY) -m pytest tests
+	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		--nbval-cell-timeout 300 --durations 10 notebooks
+
+lint: setup ## ruff only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup ## let ruff fix and format what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lab: setup ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+refs: setup ## re-run notebooks and store their outputs; NB=notebooks/01_environment.ipynb for one
+	$(timed) $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 \
+		--ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False $(NB)
+
+clean: ## remove what set-up and compilation made; runs/ stays
+	rm -rf .venv build
+
+# Set-up. Each step leaves a stamp in .venv and is redone only when what it was made from is newer:
+# the environment, the packages of environment.yml's pip list, and our extension (recompiled incrementally).
+setup: .venv/.ktlib
+
+.venv/.python:
+	@command -v "$(PYTHON)" > /dev/null || \
+		{ echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$("$(PYTHON)" -V), ktlib needs 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+		{ echo "$(PYTHON) has no C headers: on Debian and Ubuntu, apt install python3-dev"; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	@touch $@
+
+.venv/.packages: environment.yml .venv/.python
+	sed -n 's/^      - //p' environment.yml > .venv/requirements.txt
+	@echo "installing the packages of environment.yml, once; some minutes on a new machine"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt
+	@touch $@
+
+.venv/.ktlib: .venv/.packages $(SOURCES)
+	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null || \
+		{ echo "no C++ compiler: on Debian and Ubuntu, apt install g++"; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@touch $@
