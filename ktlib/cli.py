@@ -1,0 +1,122 @@
+"""The ``ktlib`` command: ``ktlib info``, ``ktlib audit DIR``, ``ktlib sft [PARAMS.yaml] [--param NAME=VALUE]``.
+
+Exit codes: 0 good, 1 a finding or a failed run, 2 a wrong argument or unreadable input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+SFT = Path(__file__).resolve().parents[1] / "notebooks" / "05_full_sft.ipynb"
+
+
+def main(argv=None):
+    """Run the command line ``argv`` (default: ``sys.argv``) and return its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"ktlib {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def parser():
+    """The argument parser, one subcommand per function below."""
+    top = argparse.ArgumentParser(prog="ktlib", description="Fine-tune MoE models with the routed experts on the CPU.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("info", help="what this processor offers and which kernels run on it")
+    command.set_defaults(run=info)
+
+    command = commands.add_parser("audit", help="table of an adapter's tensors by component; exit code 1 on NaN or Inf")
+    command.add_argument("adapter", type=Path, help="folder of a saved adapter")
+    command.set_defaults(run=audit)
+
+    command = commands.add_parser("sft", help="run the SFT notebook and write the executed notebook and a report")
+    command.add_argument("params", type=Path, nargs="?", help="YAML file of notebook parameters")
+    command.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="set one; wins over the file"
+    )
+    command.add_argument("--name", help="name of the run, default: the file's name, or sft")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
+    command.add_argument("--notebook", type=Path, default=SFT, help=argparse.SUPPRESS)
+    command.set_defaults(run=sft)
+    return top
+
+
+def info(arguments):
+    """Print what ``ktlib.cpu_info()`` says."""
+    from ktlib.cpu import cpu_info
+
+    for name, value in cpu_info().items():
+        print(f"{name:<14} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    return 0
+
+
+def audit(arguments):
+    """Print the audit table of a saved adapter."""
+    from ktlib.audit import audit
+
+    report = audit(arguments.adapter)
+    print(report)
+    return 0 if report.clean else 1
+
+
+def sft(arguments):
+    """Run the SFT notebook; the last lines say where the results are."""
+    from ktlib import runs
+
+    notebook = arguments.notebook
+    if not notebook.is_file():
+        raise ValueError(f"{notebook.name} not found: the SFT notebook is run from a clone of the repository")
+    known = runs.notebook_parameters(notebook)
+    parameters = (read_yaml(arguments.params) if arguments.params else {}) | read_pairs(arguments.param, known)
+    folder = arguments.out / (arguments.name or (arguments.params.stem if arguments.params else "sft"))
+    if "output_dir" in known:
+        parameters.setdefault("output_dir", str(folder / "adapter"))
+
+    result = runs.run(notebook, folder, parameters)
+    if result["error"]:
+        print(f"\nFAILED in {result['error']}", file=sys.stderr)
+    print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
+    if "output_dir" in known and not result["error"]:
+        print(f"adapter   {parameters['output_dir']}")
+    return 1 if result["error"] else 0
+
+
+def read_yaml(path):
+    """The parameters in a YAML file, as a dict."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: needs lines of the form `name: value`, has a {type(values).__name__}")
+    return values
+
+
+def read_pairs(pairs, known):
+    """``["name=value", ...]`` as a dict; a value is text where the notebook wants text, else read as YAML."""
+    import yaml
+
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--param {pair}: needs NAME=VALUE")
+        annotation = known.get(name, ("", None))[0]
+        is_text = "str" in annotation and not annotation.startswith(("list", "dict"))
+        is_none = "None" in annotation and text in ("", "null", "None")
+        try:
+            values[name] = None if is_none else text if is_text else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--param {pair}: {error}") from None
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

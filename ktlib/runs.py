@@ -1,0 +1,139 @@
+"""Run a notebook with other parameters, record its results by name, and read them back from a folder of runs."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+MIME = "application/vnd.ktlib.record+json"
+
+
+def record(**values):
+    """Show ``values`` at the end of a cell and store them, unrounded, in the notebook's output.
+
+    Values are what JSON knows: numbers, strings, booleans, None, lists and dicts of them (and 0-d tensors).
+    """
+    from IPython.display import display
+
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    text = "  ".join(f"{name}={_short(value)}" for name, value in values.items())
+    display({MIME: values, "text/plain": text}, raw=True)
+
+
+def load_runs(folder):
+    """One dict per executed notebook under ``folder``, sorted by path: a table of runs.
+
+    ``run`` is the notebook's path below ``folder`` without suffix, ``seconds`` and ``failed`` come from papermill,
+    then the parameters that were passed, then everything the notebook recorded (later records win).
+    """
+    import nbformat
+
+    rows = []
+    for path in sorted(Path(folder).glob("**/*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        notebook = nbformat.read(path, as_version=4)
+        papermill = notebook.metadata.get("papermill", {})
+        row = {"run": path.relative_to(folder).with_suffix("").as_posix()}
+        row |= {"seconds": papermill.get("duration"), "failed": bool(papermill.get("exception"))}
+        row |= papermill.get("parameters", {})
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                row |= output.get("data", {}).get(MIME, {})
+        rows.append(row)
+    return rows
+
+
+def notebook_parameters(notebook):
+    """``{name: (annotation, default)}`` of the cell tagged ``parameters``; ``{}`` if there is none."""
+    import nbformat
+
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return {
+                node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value))
+                for node in ast.parse(cell.source).body
+                if isinstance(node, ast.AnnAssign)
+            }
+    return {}
+
+
+def check_parameters(notebook, given):
+    """``given`` with every value converted to the annotated type; ValueError for an unknown name or a wrong type.
+
+    papermill itself only warns about a name that the notebook does not have, and YAML reads ``1e-3`` as a string.
+    """
+    known = notebook_parameters(notebook)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"no parameter named {', '.join(unknown)}; there are: {', '.join(known)}")
+    return {name: _convert(name, value, known[name][0]) for name, value in given.items()}
+
+
+def run(notebook, folder, parameters=None, *, progress=None):
+    """Execute ``notebook`` with ``parameters``; returns ``{"notebook": path, "report": path, "error": None or text}``.
+
+    A run that ends well leaves the executed notebook and ``report.html`` in ``folder``. One that fails leaves
+    ``failed.ipynb`` and ``failed.html`` and does not touch the results of an earlier good run. Relative paths among
+    the parameters mean what they mean to the caller: the kernel works in the caller's directory. What the cells print
+    appears on stdout as they run.
+    """
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook, folder = Path(notebook), Path(folder)
+    parameters = check_parameters(notebook, parameters or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, error = folder / "partial.ipynb", None
+    try:
+        papermill.execute_notebook(
+            notebook,
+            partial,
+            parameters,
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty() if progress is None else progress,
+            stdout_file=sys.stdout,
+        )
+    except PapermillExecutionError as failure:
+        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+    except (DeadKernelError, CellTimeoutError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    except KeyboardInterrupt:
+        error = "interrupted"
+
+    done = folder / ("failed.ipynb" if error else notebook.name)
+    report = done.with_name("failed.html" if error else "report.html")
+    _export_html(partial, report, title=notebook.stem)
+    os.replace(partial, done)
+    if not error:
+        for name in ("failed.ipynb", "failed.html"):
+            (folder / name).unlink(missing_ok=True)
+    return {"notebook": done, "report": report, "error": error}
+
+
+def _export_html(notebook, report, *, title):
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter().from_filename(str(notebook), resources={"metadata": {"name": title}})
+    partial = report.with_suffix(".partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, report)
+
+
+def _convert(name, value, annotation):
+    kinds = [kind.split("[")[0].strip() for kind in annotation.split("|")]
+    kind = type(value).__name__
+    if value is None and "None" in kinds or kind in kinds:
+        return value
+    if "float" in kinds and kind in ("int", "str"):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{name}: got {value!r} ({kind}), needs {annotation}")
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

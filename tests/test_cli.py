@@ -1,0 +1,98 @@
+"""The command line: exit codes, where results go, and refusal of wrong parameters."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from ktlib import cli
+
+PARAMETERS = """\
+learning_rate: float = 1.0e-3
+dataset: str = "dates"
+rank: int | None = None
+output_dir: str = "nowhere"
+"""
+BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir}")'
+
+
+@pytest.fixture
+def sft(tmp_path, monkeypatch):
+    """Call ``ktlib sft`` on a small notebook in an empty working directory."""
+    cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(BODY)]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = tmp_path / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: cli.main(["sft", "--notebook", str(notebook), *map(str, arguments)])
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert "isa" in capsys.readouterr().out
+
+
+def test_sft_reads_yaml_and_pairs_and_says_where_the_report_is(sft, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("learning_rate: 2e-3\ndataset: names\nrank: null\n")
+    assert sft("mine.yaml", "--param", "rank=4", "--param", "dataset=007") == 0
+    out = capsys.readouterr().out
+    assert "0.002 007 4 runs/mine/adapter" in out
+    assert out.splitlines()[-2:] == ["report    runs/mine/report.html", "adapter   runs/mine/adapter"]
+    assert (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "runs/mine/small.ipynb").exists()
+
+
+def test_sft_names(sft, tmp_path):
+    assert sft("--out", tmp_path / "elsewhere", "--name", "first", "--param", "output_dir=here") == 0
+    assert (tmp_path / "elsewhere/first/report.html").exists()
+
+
+def test_sft_fails_with_1_and_keeps_the_outputs(sft, tmp_path, capsys):
+    assert sft("--param", "dataset=bad") == 1
+    printed = capsys.readouterr()
+    assert "AssertionError" in printed.err and "runs/sft/failed.html" in printed.out
+    assert "adapter " not in printed.out
+    assert (tmp_path / "runs/sft/failed.ipynb").exists() and not (tmp_path / "runs/sft/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1.0", "no parameter named learning_rte"),
+        ("learning_rate: fast", "learning_rate: got 'fast' (str), needs float"),
+        ("dataset: 7", "dataset: got 7 (int), needs str"),
+        ("- a\n- b", "needs lines of the form `name: value`, has a list"),
+        ("a: [", "mine.yaml"),
+        (None, "mine.yaml"),
+    ],
+)
+def test_sft_refuses_wrong_files_with_2(sft, tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    assert sft("mine.yaml") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("pair", ["rank", "rank=four", "rank=[", "rnk=4"])
+def test_sft_refuses_wrong_pairs_with_2(sft, capsys, pair):
+    assert sft("--param", pair) == 2
+    assert pair.split("=")[0] in capsys.readouterr().err
+
+
+def test_sft_outside_a_clone(tmp_path, capsys):
+    assert cli.main(["sft", "--notebook", str(tmp_path / "none.ipynb")]) == 2
+    assert "none.ipynb not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["audit"]])
+def test_usage_errors_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+
+
+def test_the_installed_command():
+    done = subprocess.run([sys.executable, "-m", "ktlib.cli", "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "isa" in done.stdout

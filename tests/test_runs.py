@@ -1,0 +1,106 @@
+"""Recording results, reading them back, and running a notebook with other parameters."""
+
+import nbformat
+import pytest
+
+from ktlib import runs
+
+PARAMETERS = """\
+learning_rate: float = 1.0e-3
+steps: int = 10
+dataset: str = "dates"
+rank: int | None = None
+checkpointing: bool = False
+targets: list = ["attention"]
+"""
+BODY = """\
+import os
+from pathlib import Path
+
+from ktlib.runs import record
+
+print(f"lr {learning_rate:g}, {steps} steps of {dataset}")
+if dataset == "bad":
+    raise RuntimeError("no such data")
+if dataset == "crash":
+    os.abort()
+record(loss=learning_rate / 3, checkpointing=checkpointing, here=Path("marker").exists())
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """A small notebook in a folder of its own."""
+    cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(BODY)]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = tmp_path / "notebooks" / "small.ipynb"
+    path.parent.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def test_parameters_are_read_with_types_and_defaults(notebook):
+    parameters = runs.notebook_parameters(notebook)
+    assert parameters["learning_rate"] == ("float", 1e-3)
+    assert parameters["rank"] == ("int | None", None)
+    assert list(parameters) == ["learning_rate", "steps", "dataset", "rank", "checkpointing", "targets"]
+
+
+def test_parameters_are_converted(notebook):
+    given = {"learning_rate": "1e-3", "steps": 3, "rank": None, "targets": ["experts"], "checkpointing": True}
+    checked = runs.check_parameters(notebook, given)
+    assert checked == given | {"learning_rate": 1e-3}
+    assert type(runs.check_parameters(notebook, {"learning_rate": 1})["learning_rate"]) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rte": 1.0}, "no parameter named learning_rte; there are: learning_rate, steps"),
+        ({"learning_rate": "fast"}, r"learning_rate: got 'fast' \(str\), needs float"),
+        ({"steps": "1e3"}, r"steps: got '1e3' \(str\), needs int"),
+        ({"steps": 1.5}, "steps: got 1.5"),
+        ({"steps": True}, "steps: got True"),
+        ({"checkpointing": 1}, "checkpointing: got 1"),
+        ({"dataset": 7}, "dataset: got 7"),
+        ({"dataset": None}, "dataset: got None"),
+    ],
+)
+def test_wrong_parameters_are_refused(notebook, given, message):
+    with pytest.raises(ValueError, match=message):
+        runs.check_parameters(notebook, given)
+
+
+def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "marker").touch()
+    result = runs.run(notebook, "runs/good", {"learning_rate": 3e-3, "dataset": "names"})
+    assert result["error"] is None
+    assert "lr 0.003, 10 steps of names" in capfd.readouterr().out
+    html = result["report"].read_text()
+    assert "lr 0.003, 10 steps of names" in html and "loss=0.001" in html
+    assert sorted(path.name for path in (tmp_path / "runs/good").iterdir()) == ["report.html", "small.ipynb"]
+
+    (row,) = runs.load_runs("runs")
+    assert row["run"] == "good/small" and not row["failed"] and row["seconds"] > 0
+    assert row["learning_rate"] == 3e-3 and row["dataset"] == "names"
+    assert row["loss"] == 3e-3 / 3 and row["checkpointing"] is False
+    assert row["here"], "relative paths must mean what they mean to the caller"
+
+
+def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_path):
+    good = runs.run(notebook, tmp_path / "runs")
+    before = good["report"].read_text()
+    for dataset, error in (("bad", "RuntimeError: no such data"), ("crash", "DeadKernelError")):
+        failed = runs.run(notebook, tmp_path / "runs", {"dataset": dataset})
+        assert error in failed["error"]
+        assert failed["report"].name == "failed.html" and failed["notebook"].name == "failed.ipynb"
+        assert "papermill-error-cell-tag" in failed["notebook"].read_text() or dataset == "crash"
+        assert failed["report"].stat().st_size > 10_000
+        assert good["report"].read_text() == before and good["notebook"].exists()
+    assert [row["failed"] for row in runs.load_runs(tmp_path / "runs") if row["run"] == "small"] == [False]
+
+    runs.run(notebook, tmp_path / "runs")
+    assert not failed["report"].exists() and not failed["notebook"].exists()
+    assert not list((tmp_path / "runs").glob("*partial*"))
