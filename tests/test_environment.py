@@ -1,0 +1,108 @@
+"""The set-up says one thing in one place: pins, ranges, Makefile, CI and README agree."""
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ktlib import cli
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def by_name(lines):
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
+def pins():
+    """environment.yml's pip list, extracted by the Makefile's own sed command."""
+    (command,) = re.findall(r"(sed -n .*environment\.yml) >", MAKEFILE)
+    lines = subprocess.run(command.replace("$$", "$"), shell=True, cwd=ROOT, check=True, capture_output=True, text=True)
+    return by_name(lines.stdout.splitlines())
+
+
+def ranges():
+    """Every requirement that pyproject.toml states: run time, extras, build."""
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    return by_name(PROJECT["dependencies"] + extras + PYPROJECT["build-system"]["requires"])
+
+
+def test_the_pins_are_a_subset_of_what_conda_users_get():
+    yaml = pytest.importorskip("yaml")
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    assert by_name(pip) == pins()
+
+
+@pytest.mark.parametrize("name", sorted(ranges()))
+def test_every_requirement_is_in_the_environment_and_its_pin_is_supported(name):
+    assert name in pins(), f"pyproject.toml asks for {name}, environment.yml does not install it"
+    for specifier in pins()[name].specifier:
+        if specifier.operator == "==":
+            assert ranges()[name].specifier.contains(specifier.version)
+
+
+def test_the_exact_pins_that_results_depend_on():
+    for name in ("torch", "transformers", "peft", "nbval", "papermill", "pytest", "ruff"):
+        assert [specifier.operator for specifier in pins()[name].specifier] == ["=="], name
+
+
+def test_supported_ranges_include_the_known_seams():
+    supported = {
+        "torch": ("2.11.0", "2.13.0", "2.14.1"),
+        "transformers": ("5.17.0", "5.23.0"),
+        "peft": ("0.21.0", "0.21.2"),
+    }
+    for name, versions in supported.items():
+        assert all(ranges()[name].specifier.contains(one) for one in versions), name
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE))
+
+
+def test_readme_commands_exist():
+    code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) + re.findall(r"`([^`\n]+)`", README))
+    targets = set(re.findall(r"\bmake ([a-z]+)", code))
+    assert {"sft", "test"} <= targets <= make_targets()
+    commands = set(re.findall(r"\bktlib ([a-z]+)", code))
+    (choices,) = [action.choices for action in cli.parser()._actions if action.dest == "command"]
+    assert commands and commands <= set(choices)
+    for path in re.findall(r"\b(?:notebooks|tests|csrc|ktlib)/[\w./-]*\w", code):
+        assert (ROOT / path).exists(), f"README names {path}"
+
+
+def test_help_lists_every_target():
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert make_targets() == set(re.findall(r"^  make ([a-z]+)", done.stdout, re.MULTILINE))
+
+
+def test_ci_runs_what_a_contributor_runs():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    assert "set -euo pipefail" in text and re.search(r"^make test$", text, re.MULTILINE)
+    assert re.search(r"ktlib\.cli sft .*--param", text.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [("no-such-python", "no-such-python not found"), ("./old", "needs 3.11 or newer"), ("./bare", "python3-venv")],
+)
+def test_set_up_says_what_is_missing(tmp_path, python, message):
+    (tmp_path / "Makefile").write_text(MAKEFILE)
+    fakes = {"old": "case $* in *version_info*) exit 1;; *) echo Python 3.9.1;; esac", "bare": "! [[ $* == *venv* ]]"}
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["make", ".venv/.python", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stdout
