@@ -1,0 +1,184 @@
+"""The seam into transformers: ``experts_implementation="ktlib"``.
+
+transformers 5 keeps the routed experts of a layer as two 3-D parameters and dispatches their forward through
+``transformers.integrations.moe.ExpertsInterface``. Registering one function there is the whole integration: no module
+is replaced, wrapped or emptied, and the same function serves every model family whose experts look like
+
+    gate_up_proj (E, 2I, H) bf16, down_proj (E, H, I) bf16, silu(gate) * up
+
+Anything else runs a stock implementation, with one warning per class and reason.
+"""
+
+import functools
+import importlib.machinery
+import sys
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from .ops import moe_experts
+
+IMPLEMENTATION = "ktlib"
+_INTERFACE = "transformers.integrations.moe"
+WEIGHTS = ("gate_up_proj", "down_proj")
+GATES = {"silu": lambda gate, up: F.silu(gate) * up}
+
+
+def is_experts(module):
+    """True for a module whose forward goes through transformers' experts interface, whatever the family."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None):
+    """The registered function; ``self`` is the stock experts module.
+
+    Args:
+        hidden_states: (tokens, hidden), bf16 or fp32.
+        top_k_index: (tokens, k), integers.
+        top_k_weights: (tokens, k), floating point.
+        gate_up_lora, down_lora: ``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` in PEFT's layout, or None. They
+            come as keyword arguments from :class:`ktlib.lora.ParamWrapper`, so nothing is left behind on a module.
+
+    Returns:
+        (tokens, hidden) in hidden_states' dtype and on its device.
+
+    Raises:
+        RuntimeError: LoRA factors came with experts that the operator does not serve (they are never dropped).
+    """
+    reason = unserved(self, hidden_states)
+    if reason is not None:
+        if gate_up_lora is not None or down_lora is not None:
+            raise RuntimeError(f"LoRA factors given to {type(self).__name__}, which ktlib does not serve: {reason}")
+        name, forward = stock_forward(self)
+        _warn_once(type(self), f"using transformers' {name} experts instead of ktlib: {reason}")
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+    if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
+        top_k_weights = top_k_weights.float()
+    return moe_experts(
+        hidden_states,
+        top_k_index.long(),
+        top_k_weights,
+        self.gate_up_proj,
+        self.down_proj,
+        gate_up_lora,
+        down_lora,
+        gate=gate_name(self),
+    )
+
+
+def unserved(experts, hidden_states):
+    """Why the operator cannot compute this call, in words; None if it can."""
+    if not experts.has_gate:
+        return "its experts have no gate"
+    if experts.is_transposed:
+        return "its expert weights are stored transposed"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up projections are interleaved"
+    if experts.has_bias:
+        return "its experts have biases"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "its experts end in a norm"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "its experts are distributed over processes"
+    if hasattr(experts, "parametrizations"):
+        return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
+    for name in WEIGHTS:
+        weight = getattr(experts, name)
+        if weight.dtype != torch.bfloat16:
+            return f"{name} is {weight.dtype}, the operator takes torch.bfloat16 (load with dtype=torch.bfloat16)"
+        if weight.device.type != "cpu":
+            return f"{name} is on {weight.device}, the operator takes CPU weights"
+        if not weight.is_contiguous():
+            return f"{name} is not contiguous"
+        if weight.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires grad, which the operator does not compute (freeze it: requires_grad_(False))"
+    if hidden_states.dtype not in (torch.bfloat16, torch.float32):
+        return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
+    if gate_name(experts) is None:
+        return f"its gate is none of {', '.join(GATES)}"
+    return None
+
+
+def stock_forward(experts):
+    """``("grouped_mm" | "eager", function)``: the fastest stock implementation that can run these experts."""
+    # torch.nn.functional.grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
+    weights = [w for w in experts.parameters(recurse=False) if w.dim() == 3]
+    if all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:]):
+        return "grouped_mm", sys.modules[_INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return "eager", type(experts).forward.__wrapped__
+
+
+def gate_name(experts):
+    """The key of :data:`GATES` that ``experts._apply_gate`` computes, found by calling it; None if it is none of them.
+
+    The answer is kept per gate function, activation and their plain settings, so that replacing the activation of a
+    model is noticed at its next forward.
+    """
+    key = _gate_key(experts)
+    if key not in _gates:
+        _gates[key] = _probe_gate(experts)
+    return _gates[key]
+
+
+_gates = {}
+
+
+def _gate_key(experts):
+    """What the gate can depend on: functions and plain settings of the experts module and of its activation."""
+    children = [module for name, module in experts.named_children() if name != "parametrizations"]
+    settings = [
+        (name, value)
+        for module in (experts, *children)
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) or (callable(value) and not name.endswith("forward"))
+    ]
+    apply_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
+    return type(experts), apply_gate, *map(type, children), *settings
+
+
+@torch.no_grad()
+def _probe_gate(experts):
+    width = experts.down_proj.shape[-1]
+    gate = torch.linspace(-20, 20, width, device="cpu", dtype=torch.float32).expand(2, width)
+    up = torch.stack([gate[0].roll(1) + 0.5, gate[0].flip(0)])
+    got = experts._apply_gate(torch.cat([gate, up], dim=-1))
+    for name, candidate in GATES.items():
+        want = candidate(gate, up)
+        if got.shape == want.shape and torch.allclose(got.float(), want, rtol=1e-5, atol=1e-5):
+            return name
+    return None
+
+
+@functools.cache
+def _warn_once(experts_class, message):
+    warnings.warn(f"{experts_class.__name__}: {message}", stacklevel=3)
+
+
+class _RegisterOnImport:
+    """Registers when transformers imports its experts interface, which costs 1.5 s that ``import ktlib`` saves."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _INTERFACE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            module.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register():
+    """Make ``experts_implementation="ktlib"`` known to transformers, now or when its interface is first imported."""
+    if _INTERFACE in sys.modules:
+        sys.modules[_INTERFACE].ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
+
+
+register()

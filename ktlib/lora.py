@@ -1,0 +1,245 @@
+"""The seam into PEFT: LoRA on routed experts reaches the operator as factors.
+
+Stock PEFT adapts 3-D expert weights with ``LoraConfig(target_parameters=...)`` and its ``ParamWrapper``, which adds
+``scaling * B @ A`` to the whole stack of experts at every forward and takes a dense gradient of it in backward. The
+subclass here hands ``(A, B, scaling)`` to the experts function instead. Parameters, names, shapes and files are
+PEFT's own: adapters saved here load in stock PEFT without ktlib, and stock adapters load here.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .audit import bare_modules, component, matches
+from .experts import IMPLEMENTATION, is_experts, unserved
+
+DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
+_FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
+
+
+class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
+    """LoRA on one parameter of an experts module (or on the weight of a Linear) without building ``W + BA``.
+
+    Whatever it cannot factor (experts that ktlib's operator does not serve, another experts implementation, merged or
+    disabled adapters) takes the stock path of its base class.
+    """
+
+    def forward(self, x, *args, **kwargs):
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") or not self._factors_are_usable(x):
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        if isinstance(self.get_base_layer(), torch.nn.Linear):
+            base = result = self.base_layer(x, *args, **kwargs)
+            for lora_A, lora_B, scaling in self._active_factors():
+                low_rank = F.linear(self._cast_input_dtype(x, lora_A.dtype), lora_A)
+                result = result + F.linear(low_rank, lora_B) * scaling
+            return result.to(base.dtype)
+        return self.base_layer(x, *args, **{_FACTORS_ARGUMENT[self.parameter_name]: self.factors(), **kwargs})
+
+    def factors(self):
+        """``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` of the active adapters, or None without any.
+
+        Several adapters are one of the summed rank. Ranks and scalings are read from the tensors and settings of this
+        moment.
+
+        Raises:
+            ValueError: a factor's shape does not fit the parameter.
+        """
+        factors = list(self._active_factors())
+        if len(factors) <= 1:
+            return factors[0] if factors else None
+        num_experts = self.get_param().shape[0]
+        lora_A = [lora_A.float().reshape(num_experts, -1, lora_A.shape[1]) for lora_A, _, _ in factors]
+        lora_B = [lora_B.float().reshape(lora_B.shape[0], -1, num_experts) * scaling for _, lora_B, scaling in factors]
+        return torch.cat(lora_A, dim=1).flatten(0, 1), torch.cat(lora_B, dim=1).flatten(1), 1.0
+
+    def _active_factors(self):
+        num_experts, out_features, in_features = self._parameter_shape()
+        for adapter in self.active_adapters:
+            if adapter not in self.lora_A:
+                continue
+            lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            rank = lora_A.shape[0] // num_experts
+            if lora_A.shape != (num_experts * rank, in_features) or lora_B.shape != (out_features, rank * num_experts):
+                raise ValueError(
+                    f"adapter {adapter!r} of {self.parameter_name}: got lora_A {tuple(lora_A.shape)} and lora_B "
+                    f"{tuple(lora_B.shape)}, needed (E*r, {in_features}) and ({out_features}, r*E) with E={num_experts}"
+                )
+            if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32):
+                lora_A, lora_B = lora_A.float(), lora_B.float()
+            yield lora_A, lora_B, self.scaling[adapter]
+
+    def _parameter_shape(self):
+        shape = self.get_param().shape
+        return shape if len(shape) == 3 else (1, *shape)
+
+    def _factors_are_usable(self, x):
+        base = self.get_base_layer()
+        if isinstance(base, torch.nn.Linear):
+            return True
+        return base.config._experts_implementation == IMPLEMENTATION and unserved(base, x) is None
+
+
+def _can_factor(base_layer, parameter_name):
+    if is_experts(base_layer):
+        return parameter_name in _FACTORS_ARGUMENT
+    return type(base_layer) is torch.nn.Linear and parameter_name == "weight"
+
+
+def _wrap(target, adapter_name, config, parameter_name=None, **kwargs):
+    """PEFT asks this before its own dispatchers; None leaves the target to them."""
+    base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not _can_factor(base_layer, parameter_name):
+        return None
+    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+
+
+def factor_adapters(model):
+    """Switch adapters that stock PEFT put on expert parameters of ``model`` to the factored path, in place.
+
+    For adapters loaded with ``PeftModel.from_pretrained`` or made from a plain LoraConfig. Values, names and training
+    state stay as they are. Returns the number of wrappers switched.
+    """
+    switched = 0
+    for module in model.modules():
+        if type(module) is StockParamWrapper and _can_factor(module.get_base_layer(), module.parameter_name):
+            module.__class__ = ParamWrapper
+            switched += 1
+    for config in getattr(model, "peft_config", {}).values():
+        config._register_custom_module({torch.nn.Module: _wrap})
+    return switched
+
+
+def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameters=None, **kwargs):
+    """A stock ``LoraConfig`` for a Mixture-of-Experts model whose expert adapters take the factored path.
+
+    Args:
+        model: the transformers model to adapt (with or without adapters).
+        r, lora_alpha: rank per expert and per linear layer, and alpha, as in LoraConfig.
+        target_modules: linear layers to adapt: names or ends of names, a regular expression, "all-linear" (all but
+            the output head and the routers), or [] for none. Default: attention, shared experts and dense MLPs.
+        target_parameters: parameters to adapt. Default: the weights of all routed experts. [] for none.
+        **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for such models.
+
+    The targets come out spelled as PEFT needs them: it takes ``gate_proj``, ``up_proj`` and ``down_proj`` in
+    ``target_modules`` of most MoE models for names of the routed experts, even for ``shared_experts.gate_proj``, and
+    leaves the shared experts alone. Such layers are listed in ``target_parameters`` by their weight, which stock PEFT
+    adapts and stores the same way.
+
+    Raises:
+        ValueError: an option that PEFT does not have for expert parameters, no routed experts, or unknown targets.
+    """
+    modules = dict(bare_modules(model))
+    experts = {name: module for name, module in modules.items() if is_experts(module)}
+    if target_parameters is None:
+        target_parameters = _expert_parameters(experts)
+        if not target_parameters:
+            raise ValueError(f"model: {type(model).__name__} has no routed experts stored as 3-D parameters")
+    linears = _linear_layers(model, modules)
+    chosen = _chosen_layers(linears, target_modules)
+    chosen = [name for name in chosen if not matches(name, kwargs.get("exclude_modules"))]
+    ends = {_unambiguous_end(name, chosen, linears) for name in chosen}
+    taken = _taken_by_peft(model, ends)
+    by_parameter = [f"{end}.weight" for end in taken]
+    unknown = [] if target_modules is None or isinstance(target_modules, str) else target_modules
+    unknown = [target for target in unknown if not any(matches(name, [target]) for name in linears)]
+    if target_parameters:  # habit from transformers 4: gate_proj and the like of the routed experts
+        unknown = [target for target in unknown if target not in _taken_by_peft(model, unknown)]
+
+    if target_parameters or by_parameter:
+        _refuse_what_parameters_cannot_have(kwargs)
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            # a pattern for one of these layers has to name its weight
+            for key in list(kwargs.get(pattern) or {}):
+                if any(matches(name, rf"(.*\.)?({key})") for name in chosen if matches(name, taken)):
+                    kwargs[pattern] = {**kwargs[pattern], rf"{key}\.weight": kwargs[pattern][key]}
+    if type(model).__name__.endswith("ForCausalLM"):
+        kwargs.setdefault("task_type", "CAUSAL_LM")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=sorted(ends - taken) + unknown,
+        target_parameters=[*target_parameters, *sorted(by_parameter)],
+        **kwargs,
+    )
+    config._register_custom_module({torch.nn.Module: _wrap})
+    return config
+
+
+def _refuse_what_parameters_cannot_have(kwargs):
+    reasons = {
+        "lora_dropout": "PEFT builds W + BA for parameters, so there is no LoRA input to drop from",
+        "use_dora": "PEFT has no DoRA for parameters",
+        "lora_bias": "expert adapters have no bias",
+        "fan_in_fan_out": "expert weights say themselves whether they are transposed",
+        "layers_to_transform": "PEFT does not apply it to target_parameters; list target_parameters of those layers",
+    }
+    for option, reason in reasons.items():
+        if kwargs.get(option):
+            raise ValueError(f"{option}: got {kwargs[option]!r}, not possible with LoRA on expert parameters: {reason}")
+    if kwargs.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights: got {kwargs['init_lora_weights']!r}, expert parameters need True, False or 'gaussian'"
+        )
+
+
+def _expert_parameters(experts):
+    """Ends of names such as "mlp.experts.gate_up_proj", the same for all layers where possible."""
+    names = set()
+    for name, module in experts.items():
+        parts = name.split(".")
+        after_index = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
+        weights = [parameter for parameter, value in module.named_parameters(recurse=False) if value.dim() == 3]
+        names.update(".".join((*parts[after_index:], parameter)) for parameter in weights)
+    return sorted(names)
+
+
+def _linear_layers(model, modules):
+    """Names of the linear layers that LoRA can sensibly adapt: all but the output head and the routers."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and module is not head and component(name) != "router"
+    ]
+
+
+def _chosen_layers(linears, target_modules):
+    if target_modules is None:
+        return [name for name in linears if component(name) in DEFAULT_COMPONENTS]
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        return linears
+    chosen = [name for name in linears if matches(name, target_modules)]
+    if isinstance(target_modules, str) and not chosen:
+        raise ValueError(f"target_modules: the pattern {target_modules!r} matches no linear layer of the model")
+    return chosen
+
+
+def _unambiguous_end(name, chosen, linears):
+    """The shortest end of ``name`` that is no end of a linear layer that was not chosen."""
+    others = set(linears) - set(chosen)
+    parts = name.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
+    return next((end for end in ends if not any(matches(other, [end]) for other in others)), name)
+
+
+def _taken_by_peft(model, targets):
+    """Those of the target names that PEFT would replace by routed experts, asked from PEFT one by one."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return set()
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = set()
+    for target in targets:
+        trial = LoraConfig(target_modules=[target])
+        try:
+            convert_peft_config_for_transformers(trial, model, None)
+        except ValueError:  # "cannot convert gate_proj without up_proj"
+            taken.add(target)
+        else:
+            if target not in trial.target_modules:
+                taken.add(target)
+    return taken

@@ -1,0 +1,224 @@
+"""The seam into transformers: every family through the operator, and a stock implementation where it cannot serve."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from models import FAMILIES, expert_modules, relative_error, tiny_config, tiny_model, tokens
+
+from ktlib import experts
+
+U = 2.0**-9  # rounding to bf16, relative
+# Rounding points add up in quadrature: at most 4 per MoE layer in forward, and 8 more in backward; two layers.
+FORWARD_BOUND = U * (4 * 2) ** 0.5
+GRADIENT_BOUND = U * (12 * 2) ** 0.5
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the operator: (positional arguments, keyword arguments) each."""
+    seen, operator = [], experts.moe_experts
+
+    def counted(*args, **kwargs):
+        seen.append((args, kwargs))
+        return operator(*args, **kwargs)
+
+    monkeypatch.setattr(experts, "moe_experts", counted)
+    experts._warn_once.cache_clear()
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_in_the_operator(family, calls):
+    ours, stock = tiny_model(family, "ktlib"), tiny_model(family)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ktlib.*")
+        logits = ours(tokens()).logits
+    assert len(calls) == len(expert_modules(ours)) > 0
+    assert relative_error(logits, stock(tokens()).logits) < FORWARD_BOUND
+
+
+def test_from_pretrained_is_all_it_takes(tmp_path, calls):
+    tiny_model("deepseek_v2", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    ours = load(tmp_path, experts_implementation="ktlib", dtype=torch.bfloat16).requires_grad_(False)
+    stock = load(tmp_path, experts_implementation="eager", dtype=torch.float32)
+    reference = stock(tokens()).logits
+    # 12 more rounding points per layer and the head: everything around the experts is bf16 here
+    bound = U * (16 * 2 + 1) ** 0.5
+    assert relative_error(ours(tokens()).logits, reference) < bound
+    assert len(calls) == 1
+
+    switched = load(tmp_path, experts_implementation="eager", dtype=torch.bfloat16).requires_grad_(False)
+    switched.set_experts_implementation("ktlib")
+    assert torch.equal(switched(tokens()).logits, ours(tokens()).logits)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("first", ["", "import transformers.integrations.moe"])
+def test_registers_in_any_order_of_imports(first):
+    script = f"""
+import sys
+{first}
+import ktlib.experts
+assert {bool(first)} or "transformers" not in sys.modules, "importing ktlib must not pay for transformers"
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+assert ALL_EXPERTS_FUNCTIONS["ktlib"] is ktlib.experts.experts_forward
+assert not any("RegisterOnImport" in type(finder).__name__ for finder in sys.meta_path)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def set_activation(module, activation):
+    del module.act_fn  # a function cannot replace a submodule otherwise
+    module.act_fn = activation
+
+
+def test_gate_is_recognised_by_its_values(calls):
+    model = tiny_model("qwen3_moe", "ktlib")
+    (_, module), *_ = expert_modules(model).items()
+    assert experts.gate_name(module) == "silu"
+    for activation in (torch.nn.functional.silu, torch.nn.SiLU(), lambda x: x * torch.sigmoid(x)):
+        set_activation(module, activation)
+        assert experts.gate_name(module) == "silu"
+    for activation in (torch.nn.functional.gelu, torch.relu, lambda x: torch.nn.functional.silu(x).clamp(max=7)):
+        set_activation(module, activation)
+        assert experts.gate_name(module) is None
+
+
+def test_a_changed_activation_is_noticed(calls):
+    ours, stock = tiny_model("qwen3_moe", "ktlib"), tiny_model("qwen3_moe")
+    silu = ours(tokens()).logits
+    served = len(calls)
+    for module in (*expert_modules(ours).values(), *expert_modules(stock).values()):
+        set_activation(module, torch.nn.functional.gelu)
+    with pytest.warns(UserWarning, match="Qwen3MoeExperts: using transformers' grouped_mm .* its gate is none"):
+        gelu = ours(tokens()).logits
+    assert len(calls) == served
+    assert relative_error(gelu, stock(tokens()).logits) < 2 * FORWARD_BOUND
+    assert relative_error(silu, gelu) > 10 * FORWARD_BOUND
+
+
+def test_a_method_gate_is_noticed(calls):
+    model = tiny_model("olmoe", "ktlib")
+    model(tokens())
+    served = len(calls)
+    for module in expert_modules(model).values():
+        module._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[1]
+    with pytest.warns(UserWarning, match="its gate is none of"):
+        model(tokens())
+    assert len(calls) == served
+
+
+def gpt_oss(implementation):
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model.set_experts_implementation(implementation)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda name: tiny_model("olmoe", name, experts_dtype=torch.float32), "gate_up_proj is torch.float32"),
+        (lambda name: tiny_model("olmoe", name, experts_dtype=torch.float32, intermediate_size=30), "eager experts"),
+        (gpt_oss, "transposed"),
+    ],
+)
+def test_unserved_experts_run_stock_with_one_warning(build, reason, calls):
+    ours, stock = build("ktlib"), build("eager")
+    with pytest.warns(UserWarning, match=reason) as caught:
+        logits = ours(tokens()).logits
+        ours(tokens())
+    assert len([w for w in caught if "ktlib" in str(w.message)]) == 1
+    assert not calls
+    assert relative_error(logits, stock(tokens()).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"has_gate": False}, "no gate"),
+        ({"is_transposed": True}, "transposed"),
+        ({"is_concatenated": False}, "interleaved"),
+        ({"has_bias": True}, "biases"),
+        ({"has_post_expert_norm": True}, "norm"),
+        ({"_is_expert_parallel": True}, "distributed"),
+        ({"parametrizations": None}, "factor_adapters"),
+    ],
+)
+def test_reasons(change, reason):
+    (_, module), *_ = expert_modules(tiny_model("olmoe", "ktlib")).items()
+    hidden_states = torch.zeros(1, 64)
+    assert experts.unserved(module, hidden_states) is None
+    for name, value in change.items():
+        setattr(module, name, value)
+    assert reason in experts.unserved(module, hidden_states)
+
+
+def test_reasons_in_the_tensors():
+    (_, module), *_ = expert_modules(tiny_model("olmoe", "ktlib")).items()
+    assert "float16" in experts.unserved(module, torch.zeros(1, 64, dtype=torch.float16))
+    module.down_proj.requires_grad_(True)
+    assert "down_proj requires grad" in experts.unserved(module, torch.zeros(1, 64))
+    with torch.no_grad():
+        assert experts.unserved(module, torch.zeros(1, 64)) is None
+    module.down_proj.data = module.down_proj.data.transpose(1, 2).contiguous().transpose(1, 2)
+    assert "down_proj is not contiguous" in experts.unserved(module, torch.zeros(1, 64))
+    module.down_proj = torch.nn.Parameter(module.down_proj.to("meta"), requires_grad=False)
+    assert "down_proj is on meta" in experts.unserved(module, torch.zeros(1, 64))
+
+
+def test_factors_for_unserved_experts_are_an_error():
+    (_, module), *_ = expert_modules(tiny_model("olmoe", "ktlib", experts_dtype=torch.float32)).items()
+    routing = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
+    factors = torch.zeros(8, 64), torch.zeros(96, 8), 1.0
+    with pytest.raises(RuntimeError, match="OlmoeExperts, which ktlib does not serve: gate_up_proj is torch.float32"):
+        experts.experts_forward(module, torch.zeros(1, 64), *routing, gate_up_lora=factors)
+
+
+def test_gradients_without_adapters():
+    ours, stock = tiny_model("deepseek_v2", "ktlib"), tiny_model("deepseek_v2")
+    for model in (ours, stock):
+        model(tokens(), labels=tokens()).loss.backward()
+    wanted = dict(stock.named_parameters())
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    errors = {name: relative_error(p.grad, wanted[name].grad) for name, p in trained.items()}
+    assert "model.layers.1.mlp.gate.weight" in errors
+    assert max(errors.values()) < GRADIENT_BOUND, errors
+
+
+def test_full_fine_tuning_of_experts_is_not_dropped():
+    ours, stock = tiny_model("deepseek_v2", "ktlib").requires_grad_(True), tiny_model("deepseek_v2")
+    with pytest.warns(UserWarning, match="gate_up_proj requires grad"):
+        ours(tokens(), labels=tokens()).loss.backward()
+    stock(tokens(), labels=tokens()).loss.backward()
+    for (name, got), want in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert relative_error(got.grad, want.grad) < 2 * GRADIENT_BOUND, name
+
+
+def test_autocast():
+    ours, stock = tiny_model("deepseek_v2", "ktlib"), tiny_model("deepseek_v2")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = ours(tokens()).logits
+    assert relative_error(logits, stock(tokens()).logits) < U * (16 * 2 + 1) ** 0.5
+
+
+def test_generate_with_cache_is_generate_without():
+    model = tiny_model("deepseek_v2", "ktlib")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(tokens(), **options)
+    assert torch.equal(cached, model.generate(tokens(), use_cache=False, **options))
+    assert torch.equal(cached, tiny_model("deepseek_v2").generate(tokens(), **options))
+
+
+def test_an_unknown_implementation_is_still_an_error():
+    with pytest.raises(ValueError, match="ktlib"):
+        transformers.AutoModelForCausalLM.from_config(tiny_config("olmoe"), experts_implementation="ktlip")
