@@ -1,0 +1,278 @@
+// Backward pass: forward.cpp in reverse. Tokens are the row operand now; blocks of weight rows are interleaved on the
+// fly into a panel small enough for L1 and meet every token of the expert there, so weights are read once.
+//
+//     dh = grad_output . W_down                        (the routing weight is applied to dh in fp32)
+//     d(weight) = <dh, h>                              (so the expert's output need not be saved)
+//     dgate, dup = act'(gate, up, weight * dh)
+//     dx = [dgate dup] . W_gate_up
+//
+// A LoRA pair adds its term to the same accumulators, as `rank` more rows of the contraction, and its gradients are
+// products over the tokens of an expert, taken block by block where the other factor is at hand.
+#include <cstring>
+
+#include "lora.h"
+#include "moe.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kRows = 512;      // tokens of one task: its fp32 result stays in L2
+constexpr int kColumnsOut = 128;  // columns of one task: runs of 256 bytes of each weight row
+constexpr int kDepth = 256;     // weight rows interleaved at a time: a panel of 64 columns is 32 KB
+constexpr int kRowsSmall = 128;  // rows of one task of the products with lora_B
+constexpr int kTokens = 16;
+
+// c[rows][columns] (+)= a[rows][depth] . w[depth][columns], w interleaved on the fly. c has ld kColumnsOut.
+void product(const Kernels& k, float* c, const bf16* a, int64_t lda, int rows, const bf16* w, int64_t ldw, int depth,
+             int columns, bool accumulate, bf16* panel) {
+  for (int d = 0; d < depth; d += kDepth) {
+    const int count = std::min(kDepth, depth - d);
+    for (int j = 0; j < columns; j += kMaxWidth) {
+      const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
+      k.pack_pairs(panel, width, w + d * ldw + j, ldw, nullptr, count, n);
+      k.multiply(c + j, kColumnsOut, a + d, lda, panel, width, rows, int(round_up(count, k.depth_unit)),
+                 accumulate || d > 0);
+    }
+  }
+}
+
+void unpermute(const Kernels& k, float* c, int rows, int columns) {
+  for (int j = 0; j < columns; j += kMaxWidth)
+    k.unpermute(c + j, kColumnsOut, rows, int(round_up(std::min(kMaxWidth, columns - j), kColumns)));
+}
+
+// grad[rank][columns] = t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
+// and low.
+void lora_grad(const Kernels& k, float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const bf16* src,
+               int64_t lds, const int32_t* index, int rows, int columns, bf16* panel, float* c) {
+  for (int j = 0; j < columns; j += kMaxWidth) {
+    const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
+    k.pack_pairs(panel, width, src + j, lds, index, rows, n);
+    k.multiply(c, width, t, ldt, panel, width, 2 * rank, int(round_up(rows, k.depth_unit)), false);
+    k.unpermute(c, width, 2 * rank, width);
+    for (int r = 0; r < rank; r++)
+      for (int i = 0; i < n; i++) grad[r * ld + j + i] = c[r * width + i] + c[(rank + r) * width + i];
+  }
+}
+
+// The inner value of one LoRA pair and its partner in the gradient, both by rank with each expert's tokens padded with
+// zeros (plan.depth), and the inner value once more by rows for the product with lora_A. High part, then low part.
+struct Inner {
+  int64_t ld = 0;
+  Buffer<bf16> rows;   // [slots][depth]: s * lora_B^T d(output)
+  Buffer<bf16> for_A;  // [2 * rank][ld]: the same, times the routing weight where d(output) has none
+  Buffer<bf16> for_B;  // [2 * rank][ld]: s * t, times the routing weight likewise
+
+  Inner(const Kernels& k, const LoraForm& lora, const Plan& plan, int64_t slots) {
+    if (!lora) return;
+    ld = plan.depth.back();
+    const int64_t size = lora.rows * ld;
+    rows = Buffer<bf16>((slots + k.row_unit) * lora.depth);
+    for_A = Buffer<bf16>(size);
+    for_B = Buffer<bf16>(size);
+    std::memset(for_A.get(), 0, size_t(size) * sizeof(bf16));
+    std::memset(for_B.get(), 0, size_t(size) * sizeof(bf16));
+  }
+};
+
+// The column of the task's first token in Inner's matrices.
+int64_t token_column(const Plan& plan, const Task& task) {
+  return plan.depth[task.expert] + task.row - plan.begin[task.expert];
+}
+
+// inner.for_B of one block of rows, from the saved t [2 * rank][slots]. weights: of these rows, or null for ones.
+void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const bf16* t, int64_t slots,
+                 const float* weights, const Inner& inner) {
+  for (int r = 0; r < lora.rank; r++) {
+    const bf16* high = t + r * slots + task.row;
+    const bf16* low = high + lora.rank * slots;
+    bf16* dst = inner.for_B + r * inner.ld + token_column(plan, task);
+    for (int i = 0; i < task.rows; i++) {
+      const float value = (weights ? weights[i] : 1.0f) * (to_float(high[i]) + to_float(low[i]));
+      dst[i] = to_bf16(value);
+      dst[lora.rank * inner.ld + i] = to_bf16(value - to_float(dst[i]));
+    }
+  }
+}
+
+// inner.rows and inner.for_A of one block of rows, from d_out [rows][out] (the block's first row at d_out).
+void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const Task& task, const bf16* d_out,
+                 int64_t ld, const float* weights, const Inner& inner, bf16* panel, float* c) {
+  static_assert(kColumnsOut >= 2 * kMaxWidth, "the low part lies beside the high part");
+  float* low = c + kMaxWidth;
+  for (int r0 = 0; r0 < lora.rank; r0 += kMaxWidth) {
+    const int n = std::min(kMaxWidth, lora.rank - r0);
+    product(k, c, d_out, ld, task.rows, lora.b(task.expert) + r0, lora.depth, int(lora.out), n, false, panel);
+    unpermute(k, c, task.rows, n);
+    for (int i = 0; i < task.rows; i++)
+      for (int r = 0; r < n; r++) c[i * kColumnsOut + r] *= lora.scaling;
+    low_part(low, c, kColumnsOut, task.rows, n);
+    for (int i = 0; i < task.rows; i++) {
+      bf16* row = inner.rows + (task.row + i) * lora.depth + r0;
+      k.round(row, c + i * kColumnsOut, 1.0f, n);
+      k.round(row + lora.rank, low + i * kColumnsOut, 1.0f, n);
+    }
+    if (weights) {
+      for (int i = 0; i < task.rows; i++)
+        for (int r = 0; r < n; r++) c[i * kColumnsOut + r] *= weights[i];
+      low_part(low, c, kColumnsOut, task.rows, n);
+    }
+    bf16* dst = inner.for_A + r0 * inner.ld + token_column(plan, task);
+    k.store_rows_bf16(dst, inner.ld, c, kColumnsOut, task.rows, n);
+    k.store_rows_bf16(dst + lora.rank * inner.ld, inner.ld, low, kColumnsOut, task.rows, n);
+  }
+  const int padding = lora.depth - 2 * lora.rank;
+  for (int i = 0; i < task.rows; i++)
+    std::memset(inner.rows + (task.row + i) * lora.depth + 2 * lora.rank, 0, size_t(padding) * sizeof(bf16));
+}
+
+}  // namespace
+
+void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
+              const bf16* grad_output, const Grads& grads) {
+  const Plan plan(shape, in.top_k_index);
+  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const int64_t slots = shape.slots();
+  const int64_t hidden_depth = round_up(hidden, k.depth_unit), gate_up_depth = round_up(2 * inter, k.depth_unit);
+  const LoraForm gate_up_lora(k, threads, plan, in.gate_up_lora, hidden, 2 * inter);
+  const LoraForm down_lora(k, threads, plan, in.down_lora, inter, hidden);
+  const Inner gate_up_inner(k, gate_up_lora, plan, slots), down_inner(k, down_lora, plan, slots);
+
+  const std::vector<Task> parts = row_tasks(plan, kRows);
+  const LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, hidden, 2 * inter,
+                                int64_t(parts.size()));
+  const LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, inter, hidden, int64_t(parts.size()));
+  const bool want_x = bool(grads.hidden_states);
+  const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
+  const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
+
+  const Buffer<bf16> dy((slots + k.row_unit) * hidden_depth);              // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_depth);      // [row][2 * inter]
+  const Buffer<float> dx(want_x ? slots * hidden : 0);                     // [row][hidden]
+  const Buffer<float> d_weight(slots * inter_blocks);                      // [row][block]: partial <dh, h>
+  const Buffer<float> weight(slots);                                       // [row]
+  const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
+  const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kColumnsOut);
+  const ThreadBuffer<float> r_scratch(threads, rank_rows * kMaxWidth);
+  const ThreadBuffer<bf16> panel_scratch(threads, std::max(kDepth, kRows) * kMaxWidth);
+  const ThreadBuffer<bf16> h_scratch(threads, down_lora ? int64_t(kRows) * kColumnsOut : 0);
+
+  // 1. sort grad_output and the routing weights; inner values of down
+  const std::vector<Task> row_blocks = row_tasks(plan, kRowsSmall);
+  parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
+    const Task& task = row_blocks[index];
+    for (int64_t row = task.row; row < task.row + task.rows; row++) {
+      weight[row] = in.top_k_weights[plan.slot_of_row[row]];
+      std::memcpy(dy + row * hidden_depth, grad_output + plan.token_of_row[row] * shape.hidden,
+                  size_t(hidden) * sizeof(bf16));
+      std::memset(dy + row * hidden_depth + hidden, 0, size_t(hidden_depth - hidden) * sizeof(bf16));
+      std::memset(d_gate_up + row * gate_up_depth + 2 * inter, 0, size_t(gate_up_depth - 2 * inter) * sizeof(bf16));
+    }
+    if (gate_up_grads.B)
+      inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, slots, nullptr, gate_up_inner);
+    if (down_grads.B) inner_for_B(down_lora, plan, task, saved.t_down, slots, weight + task.row, down_inner);
+    if (down_lora)
+      inner_for_A(k, down_lora, plan, task, dy + task.row * hidden_depth, hidden_depth, weight + task.row, down_inner,
+                  panel_scratch[thread], c_scratch[thread]);
+  });
+
+  // 2. dh, d(weight), dgate and dup; gradients of down's lora_A and gate_up's lora_B
+  const std::vector<Task> inter_tasks = block_tasks(plan, kRows, inter, kColumnsOut);
+  parallel_tasks(k, threads, int64_t(inter_tasks.size()), [&](int64_t index, int thread) {
+    const Task& task = inter_tasks[index];
+    bf16* panel = panel_scratch[thread];
+    float* dh = c_scratch[thread];  // [rows][kColumnsOut]
+    const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter + task.first;
+    product(k, dh, dy + task.row * hidden_depth, hidden_depth, task.rows, w, inter, hidden, task.count, false, panel);
+    if (down_lora)
+      product(k, dh, down_inner.rows + task.row * down_lora.depth, down_lora.depth, task.rows,
+              down_lora.a(task.expert) + task.first, down_lora.in_depth, 2 * down_lora.rank, task.count, true, panel);
+    unpermute(k, dh, task.rows, task.count);
+    for (int i = 0; i < task.rows; i++) {
+      const int64_t row = task.row + i;
+      const bf16* gate = saved.gate_up + row * 2 * inter + task.first;
+      bf16* dgate = d_gate_up + row * gate_up_depth + task.first;
+      d_weight[row * inter_blocks + task.first / kColumnsOut] = k.gate_backward(
+          in.gate, dh + i * kColumnsOut, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
+    }
+    const int64_t column = token_column(plan, task);
+    if (down_grads.A) {
+      bf16* h = h_scratch[thread];  // gate_backward left h in dh
+      for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kColumnsOut, 1.0f, task.count);
+      lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
+                down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, panel, r_scratch[thread]);
+    }
+    if (gate_up_grads.B)
+      for (int half = 0; half < 2; half++)  // gate, up
+        lora_grad(k, gate_up_grads.bt(task.part) + half * inter + task.first, 2 * inter, gate_up_lora.rank,
+                  gate_up_inner.for_B + column, gate_up_inner.ld,
+                  d_gate_up + task.row * gate_up_depth + half * inter + task.first, gate_up_depth, nullptr, task.rows,
+                  task.count, panel, r_scratch[thread]);
+  });
+
+  // 3. inner values of gate_up
+  if (want_gate_up_inner)
+    parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
+      const Task& task = row_blocks[index];
+      inner_for_A(k, gate_up_lora, plan, task, d_gate_up + task.row * gate_up_depth, gate_up_depth, nullptr,
+                  gate_up_inner, panel_scratch[thread], c_scratch[thread]);
+    });
+
+  // 4. dx by rows; gradients of gate_up's lora_A and down's lora_B
+  const std::vector<Task> hidden_tasks = block_tasks(plan, kRows, hidden, kColumnsOut);
+  if (want_x || gate_up_grads.A || down_grads.B)
+    parallel_tasks(k, threads, int64_t(hidden_tasks.size()), [&](int64_t index, int thread) {
+      const Task& task = hidden_tasks[index];
+      bf16* panel = panel_scratch[thread];
+      if (want_x) {
+        float* c = c_scratch[thread];
+        const bf16* w = in.gate_up_proj + int64_t(task.expert) * 2 * inter * hidden + task.first;
+        product(k, c, d_gate_up + task.row * gate_up_depth, gate_up_depth, task.rows, w, hidden, 2 * inter, task.count,
+                false, panel);
+        if (gate_up_lora)
+          product(k, c, gate_up_inner.rows + task.row * gate_up_lora.depth, gate_up_lora.depth, task.rows,
+                  gate_up_lora.a(task.expert) + task.first, gate_up_lora.in_depth, 2 * gate_up_lora.rank, task.count,
+                  true, panel);
+        unpermute(k, c, task.rows, task.count);
+        for (int i = 0; i < task.rows; i++)
+          std::memcpy(dx + (task.row + i) * hidden + task.first, c + i * kColumnsOut,
+                      size_t(task.count) * sizeof(float));
+      }
+      const int64_t column = token_column(plan, task);
+      if (gate_up_grads.A)
+        lora_grad(k, gate_up_grads.a(task.part) + task.first, hidden, gate_up_lora.rank,
+                  gate_up_inner.for_A + column, gate_up_inner.ld, in.hidden_states + task.first, hidden,
+                  plan.token_of_row.data() + task.row, task.rows, task.count, panel, r_scratch[thread]);
+      if (down_grads.B)
+        lora_grad(k, down_grads.bt(task.part) + task.first, hidden, down_lora.rank, down_inner.for_B + column,
+                  down_inner.ld, dy + task.row * hidden_depth + task.first, hidden_depth, nullptr, task.rows,
+                  task.count, panel, r_scratch[thread]);
+    });
+
+  // 5. sums over slots and blocks, in order
+  parallel_tasks(k, threads, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
+    std::vector<const float*> rows(shape.topk);
+    for (int64_t t = index * kTokens; t < std::min(shape.tokens, (index + 1) * kTokens); t++) {
+      for (int64_t j = 0; j < shape.topk; j++) {
+        const int64_t row = plan.row_of_slot[t * shape.topk + j];
+        if (want_x) rows[j] = dx + row * hidden;
+        if (grads.top_k_weights) {
+          float sum = 0.0f;
+          for (int b = 0; b < inter_blocks; b++) sum += d_weight[row * inter_blocks + b];
+          grads.top_k_weights[t * shape.topk + j] = sum;
+        }
+      }
+      const Matrix& out = grads.hidden_states;
+      if (want_x)
+        k.combine(out.fp32 ? nullptr : static_cast<bf16*>(out.data) + t * hidden,
+                  out.fp32 ? static_cast<float*>(out.data) + t * hidden : nullptr, rows.data(), nullptr,
+                  int(shape.topk), hidden);
+    }
+  });
+  gate_up_grads.store(k, threads, parts, shape.experts);
+  down_grads.store(k, threads, parts, shape.experts);
+}
+
+}  // namespace ktlib

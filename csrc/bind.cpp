@@ -1,0 +1,81 @@
+// Python's entry. ktlib/ops.py is the only caller: it owns every check of type, device, shape and layout, and keeps the
+// tensors alive for the duration of the call; what arrives here are addresses. Expert ids are checked in C++ (plan.cpp).
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "cpu.h"
+#include "moe.h"
+
+namespace nb = nanobind;
+using namespace ktlib;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using MatrixArgs = std::tuple<uintptr_t, bool>;                            // address (0: absent), fp32
+using LoraArgs = std::tuple<uintptr_t, uintptr_t, bool, int, float>;       // A, B, fp32, rank (0: absent), scaling
+using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, hidden, inter, experts, topk
+using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, LoraArgs, LoraArgs, int>;
+
+Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
+
+Lora lora(const LoraArgs& args) {
+  const auto& [a, b, fp32, rank, scaling] = args;
+  return {{at<void>(a), fp32}, {at<void>(b), fp32}, rank, scaling};
+}
+
+Shape shape(const SizeArgs& args) {
+  const auto& [tokens, hidden, inter, experts, topk] = args;
+  return {tokens, hidden, inter, experts, topk};
+}
+
+Inputs inputs(const InputArgs& args) {
+  const auto& [hidden_states, index, weights, gate_up, down, gate_up_lora, down_lora, gate] = args;
+  return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
+          at<const bf16>(down), lora(gate_up_lora), lora(down_lora), Gate(gate)};
+}
+
+using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+Saved saved(const SavedArgs& args) {
+  return {at<bf16>(std::get<0>(args)), at<bf16>(std::get<1>(args)), at<bf16>(std::get<2>(args))};
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.def("isas", [] {
+    std::vector<std::tuple<std::string, std::string>> list;
+    for (const Isa& isa : isas()) list.emplace_back(isa.name, isa.missing);
+    return list;
+  });
+  m.def("select_isa", [](const std::string& name) { return std::string(select_isa(name).isa); });
+  m.def("forward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
+                      const MatrixArgs& output, const SavedArgs& save) {
+    const Kernels& k = select_isa(isa);
+    nb::gil_scoped_release release;
+    forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save));
+  });
+  m.def("backward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
+                       const SavedArgs& save, uintptr_t grad_output, const MatrixArgs& grad_hidden_states,
+                       uintptr_t grad_top_k_weights, const std::tuple<MatrixArgs, MatrixArgs>& gate_up_lora,
+                       const std::tuple<MatrixArgs, MatrixArgs>& down_lora) {
+    const Kernels& k = select_isa(isa);
+    nb::gil_scoped_release release;
+    Grads grads;
+    grads.hidden_states = matrix(grad_hidden_states);
+    grads.top_k_weights = at<float>(grad_top_k_weights);
+    grads.gate_up_A = matrix(std::get<0>(gate_up_lora));
+    grads.gate_up_B = matrix(std::get<1>(gate_up_lora));
+    grads.down_A = matrix(std::get<0>(down_lora));
+    grads.down_B = matrix(std::get<1>(down_lora));
+    backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads);
+  });
+}

@@ -1,0 +1,155 @@
+// Forward pass. Weights are the row operand, as they lie in memory; the tokens of an expert are packed once into
+// panels and meet every weight row there. A result tile is [feature][token], so two features of h interleave straight
+// into the panel of the down projection: there is no transpose between the two products.
+#include <cstring>
+
+#include "lora.h"
+#include "moe.h"
+#include "parallel.h"
+#include "plan.h"
+#include "weights.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kFeatures = 32;  // gate rows (and as many up rows) of one task
+constexpr int kOutputs = 64;   // down rows of one task
+constexpr int kTokens = 16;    // tokens of one task of the final sum
+
+// The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
+template <class Body>
+void for_panels(const Kernels& k, const Plan& plan, const Task& task, const Body& body) {
+  const int64_t offset = task.row - plan.begin[task.expert];
+  for (int i = 0; i < task.rows; i += k.panel_width) {
+    const int tokens = std::min(k.panel_width, task.rows - i);
+    body(task.row + i, tokens, int(round_up(tokens, kColumns)), plan.column[task.expert] + offset + i);
+  }
+}
+
+// t = scaling * lora_A . panel, as the panel that continues the product with the weights: [depth][width], high then low.
+void lora_project(const Kernels& k, const LoraForm& lora, int expert, const bf16* panel, int width, int tokens,
+                  bf16* t_panel, float* c, bf16* saved, int64_t saved_ld) {
+  const int64_t size = int64_t(lora.rank) * width;
+  k.multiply(c, width, lora.a(expert), lora.in_depth, panel, width, lora.rank, int(lora.in_depth), false);
+  for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
+  low_part(c + size, c, width, lora.rank, width);
+  std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
+  k.interleave(t_panel, width, c, width, lora.depth);
+  if (saved)
+    for (int r = 0; r < 2 * lora.rank; r++) k.round(saved + r * saved_ld, c + int64_t(r) * width, 1.0f, tokens);
+}
+
+}  // namespace
+
+void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
+             const Saved& saved) {
+  const Plan plan(shape, in.top_k_index);
+  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const int64_t slots = shape.slots(), columns = plan.column[shape.experts];
+  const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
+  const LoraForm gate_up_lora(k, threads, plan, in.gate_up_lora, hidden, 2 * inter);
+  const LoraForm down_lora(k, threads, plan, in.down_lora, inter, hidden);
+
+  const Buffer<bf16> x_panels(columns * hidden_depth);                // [column][hidden_depth] by panels
+  const Buffer<bf16> h_panels(columns * inter_depth);                 // [column][inter_depth] by panels
+  const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
+  const Buffer<bf16> down_t(columns * down_lora.depth);
+  const Buffer<float> y(slots * hidden);                              // [row][hidden]: each expert's output
+  const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
+                                      down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
+  const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
+  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * (kFeatures + k.row_unit) * hidden_depth,
+                                                       (kOutputs + k.row_unit) * inter_depth));
+
+  // 1. tokens -> panels; t of gate_up
+  const std::vector<Task> panels = row_tasks(plan, k.panel_width);
+  parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
+    for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+      bf16* panel = x_panels + column * hidden_depth;
+      k.pack_rows(panel, width, in.hidden_states, hidden, plan.token_of_row.data() + row, tokens, hidden);
+      if (gate_up_lora)
+        lora_project(k, gate_up_lora, panels[index].expert, panel, width, tokens,
+                     gate_up_t + column * gate_up_lora.depth, c_scratch[thread],
+                     saved.t_gate_up ? saved.t_gate_up + row : nullptr, slots);
+    });
+  });
+
+  // 2. gate, up, h = act(gate) * up
+  const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
+  parallel_tasks(k, threads, int64_t(features.size()), [&](int64_t index, int thread) {
+    const Task& task = features[index];
+    const int64_t gate_row = int64_t(task.expert) * 2 * inter + task.first;
+    bf16* scratch = w_scratch[thread];
+    const Rows w_gate = padded_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
+    const Rows w_up = padded_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
+                                  scratch + (kFeatures + k.row_unit) * hidden_depth);
+    const bool last = task.first + task.count == inter;
+    for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+      const bf16* panel = x_panels + column * hidden_depth;
+      float* gate = c_scratch[thread];  // [count][width]
+      float* up = gate + kFeatures * width;
+      float* h = up + kFeatures * width;
+      k.multiply(gate, width, w_gate.data, w_gate.ld, panel, width, task.count, int(hidden_depth), false);
+      k.multiply(up, width, w_up.data, w_up.ld, panel, width, task.count, int(hidden_depth), false);
+      if (gate_up_lora) {
+        const bf16* b = gate_up_lora.b(task.expert) + int64_t(task.first) * gate_up_lora.depth;
+        const bf16* t = gate_up_t + column * gate_up_lora.depth;
+        k.multiply(gate, width, b, gate_up_lora.depth, t, width, task.count, gate_up_lora.depth, true);
+        k.multiply(up, width, b + int64_t(inter) * gate_up_lora.depth, gate_up_lora.depth, t, width, task.count,
+                   gate_up_lora.depth, true);
+      }
+      k.activate(in.gate, h, gate, up, int64_t(task.count) * width);
+      bf16* h_panel = h_panels + column * inter_depth + int64_t(task.first) * width;
+      k.interleave(h_panel, width, h, width, task.count);
+      if (last) {  // the rest of the depth
+        const int64_t filled = round_up(inter, 2);
+        std::memset(h_panels + column * inter_depth + filled * width, 0,
+                    size_t((inter_depth - filled) * width) * sizeof(bf16));
+      }
+      if (saved.gate_up) {
+        bf16* dst = saved.gate_up + row * 2 * inter + task.first;
+        k.store_rows_bf16(dst, 2 * inter, gate, width, task.count, tokens);
+        k.store_rows_bf16(dst + inter, 2 * inter, up, width, task.count, tokens);
+      }
+    });
+  });
+
+  // 3. t of down
+  if (down_lora)
+    parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
+      for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+        lora_project(k, down_lora, panels[index].expert, h_panels + column * inter_depth, width, tokens,
+                     down_t + column * down_lora.depth, c_scratch[thread], saved.t_down ? saved.t_down + row : nullptr,
+                     slots);
+      });
+    });
+
+  // 4. y = down . h
+  const std::vector<Task> outputs = feature_tasks(plan, hidden, kOutputs);
+  parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
+    const Task& task = outputs[index];
+    const Rows w = padded_rows(k, in.down_proj + (int64_t(task.expert) * hidden + task.first) * inter, inter,
+                               task.count, inter, w_scratch[thread]);
+    for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+      float* c = c_scratch[thread];  // [count][width]
+      k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
+      if (down_lora)
+        k.multiply(c, width, down_lora.b(task.expert) + int64_t(task.first) * down_lora.depth, down_lora.depth,
+                   down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
+      k.store_rows_f32(y + row * hidden + task.first, hidden, c, width, task.count, tokens);
+    });
+  });
+
+  // 5. output[t] = sum over slots, in slot order
+  parallel_tasks(k, threads, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
+    std::vector<const float*> rows(shape.topk);
+    for (int64_t t = index * kTokens; t < std::min(shape.tokens, (index + 1) * kTokens); t++) {
+      for (int64_t j = 0; j < shape.topk; j++) rows[j] = y + int64_t(plan.row_of_slot[t * shape.topk + j]) * hidden;
+      k.combine(output.fp32 ? nullptr : static_cast<bf16*>(output.data) + t * hidden,
+                output.fp32 ? static_cast<float*>(output.data) + t * hidden : nullptr, rows.data(),
+                in.top_k_weights + t * shape.topk, int(shape.topk), hidden);
+    }
+  });
+}
+
+}  // namespace ktlib

@@ -1,0 +1,79 @@
+// What one instruction set must provide, and the layout that it is provided for.
+//
+// Every product of the layer, forward and backward, is one micro-kernel:
+//
+//     c[rows][width] (+)= a[rows][depth] . panel[depth][width]
+//
+// `a` is row-major bf16 with the contraction contiguous, used where it lies (weights are never copied).
+// A panel holds the other operand with the contraction in pairs, `panel[depth / 2][width][2]` (bf16), which is what
+// TDPBF16PS and VDPBF16PS read and what other instruction sets read just as well. There are two ways to make one:
+//     pack_rows   from [width][depth] rows (tokens in the forward pass): a transpose of bf16 pairs
+//     pack_pairs  from [depth][width] rows (weights in the backward pass): row 2i and row 2i + 1 interleaved
+// Micro-kernels are sequential; blocking and threads belong to the callers (forward.cpp, backward.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "bf16.h"
+
+namespace ktlib {
+
+// A panel's width is a multiple of this, and so is the padded width of everything that reads one.
+constexpr int kColumns = 16;
+// The widest panel that `multiply` takes.
+constexpr int kMaxWidth = 64;
+
+enum class Gate : int { silu = 0 };
+
+static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct Kernels {
+  const char* isa;
+
+  int panel_width;  // preferred width of a token panel in the forward pass, a multiple of kColumns, <= kMaxWidth
+  // `multiply` may read `a` (and write `c`) up to the next multiple of row_unit rows; its depth is a multiple of
+  // depth_unit, to which the packers pad panels with zeros. Callers keep the memory readable and finite.
+  int row_unit, depth_unit;
+
+  // Around the work of one thread in a parallel region (AMX: tile configuration); either may be null.
+  void (*thread_begin)();
+  void (*thread_end)();
+
+  // panel[d / 2][i][d & 1] = src[rows ? rows[i] : i][d], zero for i >= count and for d >= depth.
+  void (*pack_rows)(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int count, int depth);
+
+  // panel[d / 2][j][d & 1] = src[rows ? rows[d] : d][j], zero for d >= depth and for j >= columns. Within each group
+  // of 32 columns the order is the kernel's own; `unpermute` undoes it in the product.
+  void (*pack_pairs)(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int depth, int columns);
+
+  // c[r][0..width) (+)= sum_d a[r][d] * panel[d][0..width), fp32 accumulation over the whole depth.
+  void (*multiply)(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows,
+                   int depth, bool accumulate);
+  void (*unpermute)(float* c, int64_t ldc, int rows, int width);
+
+  // [feature][token] results of the forward pass.
+  // h[i] = act(gate[i]) * up[i], elementwise.
+  void (*activate)(Gate kind, float* h, const float* gate, const float* up, int64_t count);
+  // panel[f / 2][i][f & 1] = bf16(c[f][i]); an odd last row is paired with zeros.
+  void (*interleave)(bf16* panel, int width, const float* c, int64_t ldc, int features);
+  // dst[i][f] = c[f][i] for i < tokens, f < features, as bf16 or as fp32.
+  void (*store_rows_bf16)(bf16* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens);
+  void (*store_rows_f32)(float* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens);
+
+  // dst[i] = bf16(scale * src[i])
+  void (*round)(bf16* dst, const float* src, float scale, int64_t count);
+
+  // One token of the backward pass: dh is d(loss)/d(h) before the routing weight. Overwrites dh with fp32 h,
+  // writes dgate, dup (bf16, routing weight applied) and returns <dh, h>, the gradient of the routing weight.
+  float (*gate_backward)(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
+                         int features);
+
+  // out[i] = sum_j weights[j] * rows[j][i] in the order of j; weights null = ones. Exactly one of out_bf16, out_f32.
+  void (*combine)(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count,
+                  int64_t size);
+};
+
+const Kernels& kernels_portable();
+const Kernels& kernels_avx512_bf16();
+
+}  // namespace ktlib

@@ -1,0 +1,25 @@
+// AVX512-BF16: Cooper Lake, Sapphire Rapids and later Xeons, Zen 4 and later.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kDepthUnit = 2;
+
+#include "kernels_common.h"
+#include "kernels_avx512.h"
+
+}  // namespace
+
+const Kernels& kernels_avx512_bf16() {
+  static const Kernels table = {
+      "avx512_bf16", 48,         1,         2,          nullptr,         nullptr,        pack_rows,     pack_pairs,
+      multiply,      unpermute,  activate,  interleave, store_rows_bf16, store_rows_f32, round_to_bf16, gate_backward,
+      combine,
+  };
+  return table;
+}
+
+}  // namespace ktlib

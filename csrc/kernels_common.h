@@ -1,0 +1,92 @@
+// Plain loops that every instruction set shares: compiled once per kernels_*.cpp with that file's flags, where the
+// compiler vectorizes them. Included inside that file's anonymous namespace; uses no std function.
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// exp(x) to about 1 ulp by Cody-Waite reduction and a degree-6 Taylor polynomial on [-ln2/2, ln2/2]; saturates instead
+// of overflowing, keeps NaN.
+inline float fast_exp(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / ln2 in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+void activate(Gate kind, float* h, const float* gate, const float* up, int64_t count) {
+  switch (kind) {
+    case Gate::silu:
+      for (int64_t i = 0; i < count; i++) h[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  }
+}
+
+// d(loss)/d(gate) of silu: sigma(g) * (1 + g * (1 - sigma(g))).
+float gate_backward(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
+                    int features) {
+  // Sixteen partial sums in a fixed order: the loop vectorizes without reassociation being allowed.
+  float sums[16] = {};
+  auto element = [&](int i, float& sum) {
+    const float g = to_float(gate[i]), u = to_float(up[i]), d = dh[i];
+    const float s = sigmoid(g), act = g * s, h = act * u;
+    sum += d * h;
+    const float wd = weight * d;
+    dgate[i] = to_bf16(wd * u * s * (1.0f + g * (1.0f - s)));
+    dup[i] = to_bf16(wd * act);
+    dh[i] = h;
+  };
+  switch (kind) {
+    case Gate::silu: {
+      int i = 0;
+      for (; i + 16 <= features; i += 16)
+        for (int lane = 0; lane < 16; lane++) element(i + lane, sums[lane]);
+      for (; i < features; i++) element(i, sums[i & 15]);
+    }
+  }
+  float total = 0.0f;
+  for (float sum : sums) total += sum;
+  return total;
+}
+
+void round_to_bf16(bf16* dst, const float* src, float scale, int64_t count) {
+  for (int64_t i = 0; i < count; i++) dst[i] = to_bf16(scale * src[i]);
+}
+
+void combine(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count, int64_t size) {
+  constexpr int kBlock = 64;
+  for (int64_t i = 0; i < size; i += kBlock) {
+    const int n = size - i < kBlock ? int(size - i) : kBlock;
+    float sum[kBlock] = {};
+    for (int j = 0; j < count; j++) {
+      const float weight = weights ? weights[j] : 1.0f;
+      const float* row = rows[j] + i;
+      if (n == kBlock)
+        for (int lane = 0; lane < kBlock; lane++) sum[lane] += weight * row[lane];
+      else
+        for (int lane = 0; lane < n; lane++) sum[lane] += weight * row[lane];
+    }
+    for (int lane = 0; lane < n; lane++) {
+      if (out_bf16) out_bf16[i + lane] = to_bf16(sum[lane]);
+      if (out_f32) out_f32[i + lane] = sum[lane];
+    }
+  }
+}

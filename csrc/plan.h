@@ -1,0 +1,43 @@
+// Routing: slots sorted by expert (a counting sort, in token order within an expert), and how the rows are cut.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "moe.h"
+
+namespace ktlib {
+
+struct Plan {
+  std::vector<int64_t> begin;          // [experts + 1]: rows of expert e are begin[e] .. begin[e + 1]
+  std::vector<int64_t> column;         // [experts + 1]: the same with each expert's count rounded up to kColumns
+  std::vector<int64_t> depth;          // [experts + 1]: the same, rounded up to kDepth, for products over tokens
+  std::vector<int32_t> token_of_row;   // [slots]
+  std::vector<int32_t> slot_of_row;    // [slots]
+  std::vector<int32_t> row_of_slot;    // [slots]
+  std::vector<int32_t> active;         // experts that received tokens, most tokens first
+
+  static constexpr int kDepth = 32;
+
+  // Throws std::invalid_argument naming token and slot if an id is out of range.
+  Plan(const Shape& shape, const int64_t* top_k_index);
+  int count(int expert) const { return int(begin[expert + 1] - begin[expert]); }
+};
+
+// One task: a block of something (features, rows, ...) of one expert.
+struct Task {
+  int expert;
+  int first, count;    // the block
+  int64_t row;         // first row of the block of rows (plan.begin[expert] where the task has all rows)
+  int rows;
+  int part;            // number of that block of rows over all experts: where its partial sums go
+};
+
+// All rows of each active expert x blocks of `size` of `total` features.
+std::vector<Task> feature_tasks(const Plan& plan, int total, int size);
+// Blocks of `size` rows of each active expert.
+std::vector<Task> row_tasks(const Plan& plan, int size);
+// Both, for products too large for one task; experts' row blocks are numbered in row_tasks' order.
+std::vector<Task> block_tasks(const Plan& plan, int rows, int total, int size);
+
+}  // namespace ktlib
