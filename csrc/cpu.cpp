@@ -1,6 +1,8 @@
 #include "cpu.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -28,6 +30,12 @@ uint64_t os_state() {
   return uint64_t(high) << 32 | low;
 }
 
+// Linux enables the tile registers per process, on request (Documentation/arch/x86/xstate.rst).
+bool request_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 // The features that `needed` lists as (present, name) and this CPU or system lacks.
 std::string lacking(std::initializer_list<std::pair<bool, const char*>> needed) {
   std::string text;
@@ -47,9 +55,14 @@ std::vector<Isa> detect() {
                                       {os_avx512, "operating system support for AVX-512 registers"}});
   const std::string avx512_bf16 =
       !avx512.empty() ? avx512 : lacking({{bit(leaf7_1.eax, 5), "AVX512_BF16"}});
+  std::string amx = !avx512_bf16.empty() ? avx512_bf16
+                                         : lacking({{bit(leaf7.edx, 24), "AMX-TILE"}, {bit(leaf7.edx, 22), "AMX-BF16"}});
+  if (amx.empty() && !request_tiles()) amx = "has AMX, but the operating system does not permit its tile registers";
   return {
+      {"amx_bf16", kernels_amx, amx},
       {"avx512_bf16", kernels_avx512_bf16, avx512_bf16},
       {"portable", kernels_portable, ""},
+      {"amx_emulated", kernels_amx_emulated, ""},
   };
 }
 

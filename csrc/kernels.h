@@ -75,5 +75,7 @@ struct Kernels {
 
 const Kernels& kernels_portable();
 const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_amx();
+const Kernels& kernels_amx_emulated();
 
 }  // namespace ktlib

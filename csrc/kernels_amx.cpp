@@ -1,0 +1,45 @@
+// AMX-BF16: Sapphire Rapids and later Xeons. Packers and stores are AVX-512's.
+#include <immintrin.h>
+
+#define KTLIB_HARDWARE_TILES
+#include "kernels.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kDepthUnit = 32;
+
+#include "kernels_common.h"
+#include "tiles.h"
+namespace avx512 {
+#include "kernels_avx512.h"
+}
+#include "kernels_amx.h"
+
+}  // namespace
+
+const Kernels& kernels_amx() {
+  using namespace avx512;
+  static const Kernels table = {
+      "amx_bf16",
+      64,
+      16,
+      kDepthUnit,
+      HardwareTiles::configure,
+      HardwareTiles::release,
+      pack_rows,
+      pack_pairs,
+      ktlib::multiply<HardwareTiles>,
+      unpermute,
+      activate,
+      interleave,
+      store_rows_bf16,
+      store_rows_f32,
+      round_to_bf16,
+      gate_backward,
+      combine,
+  };
+  return table;
+}
+
+}  // namespace ktlib

@@ -1,0 +1,59 @@
+// The AMX micro-kernel over tile operations (tiles.h), for hardware and for emulated tiles. Included inside the using
+// file's anonymous namespace, after the file's kDepthUnit (32, one tile of pairs).
+
+// RowTiles x ColumnTiles accumulators in tiles 0..3, A in 4..5, B in 6..7.
+template <class Tiles, int RowTiles, int ColumnTiles>
+inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int depth,
+                       bool accumulate) {
+  const int64_t c_stride = ldc * int64_t(sizeof(float)), a_stride = lda * 2, b_stride = int64_t(width) * 4;
+  float* c1 = c + 16 * ldc;
+  if (accumulate) {
+    Tiles::template load<0>(c, c_stride);
+    if constexpr (ColumnTiles > 1) Tiles::template load<1>(c + 16, c_stride);
+    if constexpr (RowTiles > 1) Tiles::template load<2>(c1, c_stride);
+    if constexpr (RowTiles > 1 && ColumnTiles > 1) Tiles::template load<3>(c1 + 16, c_stride);
+  } else {
+    Tiles::template zero<0>();
+    Tiles::template zero<1>();
+    Tiles::template zero<2>();
+    Tiles::template zero<3>();
+  }
+  for (int d = 0; d < depth; d += kDepthUnit) {
+    const bf16* b = panel + int64_t(d) * width;
+    Tiles::template load<4>(a + d, a_stride);
+    Tiles::template load<6>(b, b_stride);
+    Tiles::template dot<0, 4, 6>();
+    if constexpr (ColumnTiles > 1) {
+      Tiles::template load<7>(b + 32, b_stride);
+      Tiles::template dot<1, 4, 7>();
+    }
+    if constexpr (RowTiles > 1) {
+      Tiles::template load<5>(a + 16 * lda + d, a_stride);
+      Tiles::template dot<2, 5, 6>();
+      if constexpr (ColumnTiles > 1) Tiles::template dot<3, 5, 7>();
+    }
+  }
+  Tiles::template store<0>(c, c_stride);
+  if constexpr (ColumnTiles > 1) Tiles::template store<1>(c + 16, c_stride);
+  if constexpr (RowTiles > 1) Tiles::template store<2>(c1, c_stride);
+  if constexpr (RowTiles > 1 && ColumnTiles > 1) Tiles::template store<3>(c1 + 16, c_stride);
+}
+
+template <class Tiles, int ColumnTiles>
+inline void tile_column(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows,
+                        int depth, bool accumulate) {
+  int r = 0;
+  for (; r + 16 < rows; r += 32)
+    tile_block<Tiles, 2, ColumnTiles>(c + r * ldc, ldc, a + r * lda, lda, panel, width, depth, accumulate);
+  if (r < rows)
+    tile_block<Tiles, 1, ColumnTiles>(c + r * ldc, ldc, a + r * lda, lda, panel, width, depth, accumulate);
+}
+
+template <class Tiles>
+void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
+              bool accumulate) {
+  int j = 0;
+  for (; j + 32 <= width; j += 32)
+    tile_column<Tiles, 2>(c + j, ldc, a, lda, panel + 2 * j, width, rows, depth, accumulate);
+  if (j < width) tile_column<Tiles, 1>(c + j, ldc, a, lda, panel + 2 * j, width, rows, depth, accumulate);
+}

@@ -1,0 +1,25 @@
+// The AMX kernel on emulated tiles, for tests on machines without AMX. Packers and stores are the portable loops.
+#include "kernels.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kDepthUnit = 32;
+
+#include "kernels_common.h"
+#include "kernels_loops.h"
+#include "tiles.h"
+#include "kernels_amx.h"
+
+}  // namespace
+
+const Kernels& kernels_amx_emulated() {
+  static const Kernels table = {
+      "amx_emulated",  64,         16,         kDepthUnit,      nullptr,        nullptr,       pack_rows,
+      pack_pairs,      multiply<EmulatedTiles>, unpermute,      activate,       interleave,    store_rows_bf16,
+      store_rows_f32,  round_to_bf16, gate_backward, combine,
+  };
+  return table;
+}
+
+}  // namespace ktlib
