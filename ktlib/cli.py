@@ -45,11 +45,15 @@ def parser():
 
 
 def info(arguments):
-    """Print what ``ktlib.cpu_info()`` says."""
+    """Print what ``ktlib.cpu_info()`` says: the processor, and each instruction set with what it lacks here."""
     from ktlib.cpu import cpu_info
 
-    for name, value in cpu_info().items():
-        print(f"{name:<14} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    facts = cpu_info()
+    isas = facts.pop("isas")
+    for name, value in facts.items():
+        print(f"{name:<8} {value}")
+    for name, missing in isas.items():
+        print(f"{name:<16} {missing or 'runs here'}")
     return 0
 
 

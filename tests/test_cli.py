@@ -5,6 +5,8 @@ import sys
 
 import nbformat
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ktlib import cli
 
@@ -96,3 +98,17 @@ def test_usage_errors_exit_with_2(arguments):
 def test_the_installed_command():
     done = subprocess.run([sys.executable, "-m", "ktlib.cli", "info"], capture_output=True, text=True)
     assert done.returncode == 0 and "isa" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "word"), [(1.0, 0, "clean"), (float("nan"), 1, "NaN"), (None, 2, "no-adapter")]
+)
+def test_audit_says_what_it_found_in_its_exit_code(tmp_path, capsys, value, code, word):
+    folder = tmp_path / "no-adapter"
+    if value is not None:
+        folder.mkdir()
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file({name: torch.full((2, 3), value)}, folder / "adapter_model.safetensors")
+    assert cli.main(["audit", str(folder)]) == code
+    printed = capsys.readouterr()
+    assert word in (printed.err if code == 2 else printed.out)

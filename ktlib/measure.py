@@ -1,0 +1,50 @@
+"""What a machine does, measured: seconds, memory bandwidth, arithmetic rate. Best of some repetitions."""
+
+import time
+
+import torch
+
+
+def best_seconds(function, *, repeat=5, budget=2.0):
+    """Smallest wall time of ``function()`` over ``repeat`` calls after a warm-up, fewer if ``budget`` seconds pass."""
+    begin = time.perf_counter()
+    function()
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end - begin > budget:
+            break
+    return best
+
+
+def read_bandwidth(megabytes=512):
+    """Bytes per second that a dot product of a large vector with itself reads from memory."""
+    vector = torch.zeros(megabytes * 2**20 // 4)
+    return vector.numel() * 4 / best_seconds(lambda: torch.dot(vector, vector))
+
+
+def matmul_rate(size=2048, dtype=torch.bfloat16):
+    """Floating-point operations per second of a square matrix product."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: a @ b)
+
+
+def matmul_rate_from_memory(tokens, features, inner, matrices=16, dtype=torch.bfloat16):
+    """The same for ``tokens`` rows times each of several weights (features, inner), too many to stay in a cache."""
+    x, weights = torch.randn(tokens, inner).to(dtype), torch.randn(matrices, features, inner).to(dtype)
+
+    def multiply():
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+
+    return 2 * tokens * weights.numel() / best_seconds(multiply)
+
+
+def memory_bytes():
+    """Bytes of main memory, all of it."""
+    import psutil
+
+    return psutil.virtual_memory().total

@@ -1,0 +1,138 @@
+"""Inputs for one layer of routed experts, all its outputs and gradients, and how far they are from the reference."""
+
+import math
+
+import torch
+
+QUANTITIES = (
+    "output",
+    "hidden_states",
+    "top_k_weights",
+    "gate_up lora_A",
+    "gate_up lora_B",
+    "down lora_A",
+    "down lora_B",
+)
+
+
+def random_layer(
+    kind="log",
+    *,
+    tokens=48,
+    experts=64,
+    top_k=6,
+    hidden=2048,
+    intermediate=1408,
+    rank=8,
+    lora_dtype=torch.bfloat16,
+    seed=0,
+):
+    """Arguments of ``moe_experts`` as a dict.
+
+    ``"log"``: weights, LoRA A and inputs randn/100, LoRA B zero, experts drawn evenly; the kernel test of the system
+    that ktlib replaces. ``"trained"``: the scales of a trained model and adapter: inputs of unit size with a few large
+    channels, weights 1/sqrt(fan-in), A uniform as PEFT draws it, B not zero, and a router that prefers few experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "log":
+        hidden_states = normal(tokens, hidden) / 100
+        gate_up_proj, down_proj = (
+            normal(experts, 2 * intermediate, hidden) / 100,
+            normal(experts, hidden, intermediate) / 100,
+        )
+        gate_up_A, down_A = normal(experts * rank, hidden) / 100, normal(experts * rank, intermediate) / 100
+        gate_up_B, down_B = torch.zeros(2 * intermediate, rank * experts), torch.zeros(hidden, rank * experts)
+        logits = normal(tokens, experts)
+    elif kind == "trained":
+        hidden_states = normal(tokens, hidden) * (1 + 20 * (torch.rand(hidden, generator=generator) < 0.005))
+        gate_up_proj = normal(experts, 2 * intermediate, hidden) / math.sqrt(hidden)
+        down_proj = normal(experts, hidden, intermediate) / math.sqrt(intermediate)
+        gate_up_A = (2 * torch.rand(experts * rank, hidden, generator=generator) - 1) / math.sqrt(hidden)
+        down_A = (2 * torch.rand(experts * rank, intermediate, generator=generator) - 1) / math.sqrt(intermediate)
+        gate_up_B, down_B = normal(2 * intermediate, rank * experts) / 50, normal(hidden, rank * experts) / 50
+        logits = normal(tokens, experts) - torch.arange(experts).add(1).log()
+    else:
+        raise ValueError(f"kind: got {kind!r}, need 'log' or 'trained'")
+
+    top_k_weights, top_k_index = logits.softmax(-1).topk(top_k)
+    scaling = 2.0
+    return {
+        "hidden_states": hidden_states.bfloat16(),
+        "top_k_index": top_k_index,
+        "top_k_weights": top_k_weights,
+        "gate_up_proj": gate_up_proj.bfloat16(),
+        "down_proj": down_proj.bfloat16(),
+        "gate_up_lora": (gate_up_A.to(lora_dtype), gate_up_B.to(lora_dtype), scaling),
+        "down_lora": (down_A.to(lora_dtype), down_B.to(lora_dtype), scaling),
+    }
+
+
+def layers_of(model, input_ids):
+    """One dict of ``moe_experts`` arguments (without LoRA) per MoE layer of ``model``, taken from a real forward."""
+    layers, handles = [], []
+
+    def keep(module, arguments):
+        hidden_states, top_k_index, top_k_weights = (tensor.detach().clone() for tensor in arguments)
+        layers.append(
+            {
+                "hidden_states": hidden_states.reshape(-1, hidden_states.shape[-1]).bfloat16(),
+                "top_k_index": top_k_index,
+                "top_k_weights": top_k_weights,
+                "gate_up_proj": module.gate_up_proj.detach().bfloat16(),
+                "down_proj": module.down_proj.detach().bfloat16(),
+            }
+        )
+
+    for module in model.modules():
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            handles.append(module.register_forward_pre_hook(keep))
+    try:
+        with torch.no_grad():
+            model(input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers
+
+
+def with_lora(layer, rank=8, lora_dtype=torch.bfloat16, seed=0):
+    """``layer`` with random adapters on both projections, B not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    adapted = dict(layer)
+    for name in ("gate_up", "down"):
+        experts, out, inner = layer[f"{name}_proj"].shape
+        lora_A = (2 * torch.rand(experts * rank, inner, generator=generator) - 1) / math.sqrt(inner)
+        lora_B = torch.randn(out, rank * experts, generator=generator) / 50
+        adapted[f"{name}_lora"] = (lora_A.to(lora_dtype), lora_B.to(lora_dtype), 2.0)
+    return adapted
+
+
+def evaluate(function, layer, *, seed=1, **options):
+    """Output and gradients of ``function(**layer)`` as ``{quantity: float64 tensor}``, for a fixed random gradient."""
+    leaves = {name: layer[name].detach().clone().requires_grad_() for name in ("hidden_states", "top_k_weights")}
+    arguments = dict(layer) | leaves
+    for name in ("gate_up", "down"):
+        lora_A, lora_B, scaling = layer[f"{name}_lora"]
+        lora_A, lora_B = (tensor.detach().clone().requires_grad_() for tensor in (lora_A, lora_B))
+        leaves |= {f"{name} lora_A": lora_A, f"{name} lora_B": lora_B}
+        arguments[f"{name}_lora"] = (lora_A, lora_B, scaling)
+    output = function(**arguments, **options)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    output.backward(gradient.to(output.dtype))
+    results = {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+    return {name: results[name].double() for name in QUANTITIES}
+
+
+def relative_error(actual, expected, dim=None):
+    """``|actual - expected| / |expected|`` in the L2 norm, over everything or over ``dim``; 0 where both are zero."""
+    difference, size = ((tensor * tensor).sum(dim=dim).sqrt() for tensor in (actual - expected, expected))
+    return torch.where(difference == 0, 0.0, difference / size)
+
+
+def errors(actual, expected):
+    """``{quantity: relative L2 error}``."""
+    return {name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES}
