@@ -190,8 +190,9 @@ def bare_modules(model):
 
 
 def _model_tensors(model):
-    parameters = dict(model.named_parameters())
-    return ({name: p for name, p in parameters.items() if ".lora_" in name} or parameters).items()
+    # with duplicates: a module under two names is adapted, and saved, under both
+    adapters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" in name]
+    return adapters or model.named_parameters()
 
 
 def _model_counts(model, config):

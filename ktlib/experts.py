@@ -51,7 +51,9 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lor
         if gate_up_lora is not None or down_lora is not None:
             raise RuntimeError(f"LoRA factors given to {type(self).__name__}, which ktlib does not serve: {reason}")
         name, forward = stock_forward(self)
-        _warn_once(type(self), f"using transformers' {name} experts instead of ktlib: {reason}")
+        # torch makes a new subclass of a module's class whenever it parametrizes the module
+        own_class = type(self).__base__ if hasattr(self, "parametrizations") else type(self)
+        _warn_once(own_class, f"using transformers' {name} experts instead of ktlib: {reason}")
         return forward(self, hidden_states, top_k_index, top_k_weights)
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
         top_k_weights = top_k_weights.float()
@@ -81,10 +83,10 @@ def unserved(experts, hidden_states):
         return "its experts end in a norm"
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed over processes"
-    if hasattr(experts, "parametrizations"):
-        return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
+    parametrized = getattr(experts, "parametrizations", {})
     for name in WEIGHTS:
-        weight = getattr(experts, name)
+        # an attribute access would compute W + BA while stock PEFT parametrizes the weight
+        weight = parametrized[name].original if name in parametrized else getattr(experts, name)
         if weight.dtype != torch.bfloat16:
             return f"{name} is {weight.dtype}, the operator takes torch.bfloat16 (load with dtype=torch.bfloat16)"
         if weight.device.type != "cpu":
@@ -95,6 +97,8 @@ def unserved(experts, hidden_states):
             return f"{name} requires grad, which the operator does not compute (freeze it: requires_grad_(False))"
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):
         return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
+    if parametrized:
+        return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
     if gate_name(experts) is None:
         return f"its gate is none of {', '.join(GATES)}"
     return None
@@ -103,7 +107,7 @@ def unserved(experts, hidden_states):
 def stock_forward(experts):
     """``("grouped_mm" | "eager", function)``: the fastest stock implementation that can run these experts."""
     # torch.nn.functional.grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
-    weights = [w for w in experts.parameters(recurse=False) if w.dim() == 3]
+    weights = [w for w in experts.parameters() if w.dim() == 3]
     if all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:]):
         return "grouped_mm", sys.modules[_INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return "eager", type(experts).forward.__wrapped__

@@ -1,0 +1,537 @@
+"""The seam into PEFT: factored expert adapters are stock adapters, in numbers, in files and in every state."""
+
+import copy
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import FAMILIES, expert_modules, random_adapter, relative_error, tiny_config, tiny_model, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+
+from ktlib import experts
+from ktlib.lora import ParamWrapper, factor_adapters, lora_config
+
+U = 2.0**-9  # rounding to bf16, relative
+# Rounding points add up in quadrature: at most 4 per MoE layer in forward, and 8 more in backward; two layers.
+FORWARD_BOUND = U * (4 * 2) ** 0.5
+GRADIENT_BOUND = U * (12 * 2) ** 0.5
+OPTIONS = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+@pytest.fixture(autouse=True)
+def no_silent_fallback():
+    experts._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*instead of ktlib.*")
+        yield
+
+
+def stock_twin(config):
+    """The same adapter as PEFT alone would make it."""
+    return LoraConfig(**{name: copy.deepcopy(getattr(config, name)) for name in OPTIONS})
+
+
+def pair(family="deepseek_v2", adapt=random_adapter, **options):
+    """The factored model with bf16 experts in the operator, and its fp32 stock twin with equal weights."""
+    ours, stock = tiny_model(family, "ktlib"), tiny_model(family)
+    config = lora_config(ours, **{"r": 4, **options})
+    twin = stock_twin(config)
+    return adapt(get_peft_model(ours, config)), adapt(get_peft_model(stock, twin))
+
+
+def assert_close(ours, stock, bound=FORWARD_BOUND, **kwargs):
+    assert relative_error(ours(tokens(), **kwargs).logits, stock(tokens(), **kwargs).logits) < bound
+
+
+def gradients(model, ids=None, **kwargs):
+    """Gradients by name of one step on the given tokens, cleared before."""
+    ids = tokens() if ids is None else ids
+    model.zero_grad()
+    model(ids, labels=ids, **kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def chosen_experts(model, run):
+    """Sorted top-k indices of every MoE layer during ``run(model)``."""
+    seen, hooks = {}, []
+    for name, module in expert_modules(model).items():
+        hooks.append(
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[1].sort(-1).values}))
+        )
+    result = run(model)
+    for hook in hooks:
+        hook.remove()
+    return seen, result
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_every_gradient_agree_with_stock(family):
+    ours, stock = pair(family)
+    for model in (ours, stock):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith(("experts.base_layer.base_layer.gate_up_proj", "down_proj")))
+    ids = tokens()
+    routed, output = chosen_experts(ours, lambda model: model(ids, labels=ids))
+    stock_routed, wanted = chosen_experts(stock, lambda model: model(ids, labels=ids))
+    assert routed and routed.keys() == stock_routed.keys()
+    assert all(torch.equal(routed[name], stock_routed[name]) for name in routed), "the tokens took other experts"
+    assert relative_error(output.logits, wanted.logits) < FORWARD_BOUND
+
+    output.loss.backward()
+    wanted.loss.backward()
+    expected = {name: p.grad for name, p in stock.named_parameters() if p.requires_grad}
+    errors = {name: relative_error(p.grad, expected[name]) for name, p in ours.named_parameters() if p.requires_grad}
+    assert errors.keys() == expected.keys()
+    assert sum(".experts." in name and ".lora_" in name for name in errors) == 4 * len(routed)
+    assert any(name.endswith("mlp.gate.weight") for name in errors)
+    assert max(errors.values()) < GRADIENT_BOUND, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"experts.gate_up_proj": 7, "q_proj": 2}, "alpha_pattern": {"experts.down_proj": 3}},
+        {"rank_pattern": {r"shared_experts\.gate_proj": 3}},
+        {"r": 1, "lora_alpha": 5},
+    ],
+)
+def test_ranks_and_scalings(options):
+    ours, stock = pair(**options)
+    assert_close(ours, stock)
+    shapes = {name: p.shape for name, p in ours.named_parameters() if ".lora_" in name}
+    assert shapes == {name: p.shape for name, p in stock.named_parameters() if ".lora_" in name}
+    ranks = {name.split("mlp.")[-1]: shape[0] for name, shape in shapes.items() if "1.mlp" in name and "lora_A" in name}
+    if "use_rslora" in options:
+        assert ours.base_model.model.model.layers[1].mlp.experts.scaling["default"] == 16 / 4**0.5
+    elif "alpha_pattern" in options:
+        assert ranks["experts.base_layer.lora_A.default.weight"] == 7 * 8
+        assert ours.base_model.model.model.layers[1].mlp.experts.scaling["default"] == 3 / 4
+    elif "rank_pattern" in options:
+        assert ranks["shared_experts.gate_proj.lora_A.default.weight"] == 3
+        assert ranks["shared_experts.up_proj.lora_A.default.weight"] == 4
+
+
+def test_adapters_matter():
+    """The bounds above are far below what a lost adapter, a transposed one or a wrong scaling would do."""
+    ours, _ = pair()
+    logits = ours(tokens()).logits
+    module = ours.base_model.model.model.layers[1].mlp.experts
+    for layer in (module, module.base_layer):
+        layer.scaling["default"] *= 1.5  # read at every call
+        assert relative_error(ours(tokens()).logits, logits) > 4 * FORWARD_BOUND
+        layer.scaling["default"] /= 1.5
+        assert torch.equal(ours(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "matrix, shape", [("lora_A", (4 * 8 + 1, 48)), ("lora_A", (4 * 8, 47)), ("lora_B", (64, 16 * 8))]
+)
+def test_factors_of_wrong_shape_are_errors(matrix, shape):
+    ours, _ = pair()
+    module = ours.base_model.model.model.layers[1].mlp.experts
+    getattr(module, matrix)["default"].weight = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match="adapter 'default' of down_proj: got lora_A"):
+        ours(tokens())
+
+
+# ------------------------------------------------------------------------------------------------ dtypes
+
+
+def assert_as_good_as_stock(ours, stock, reference, run):
+    """Errors against the fp32 reference no larger than those of stock PEFT at the same precision (and 25 %)."""
+    got, peer, wanted = run(ours), run(stock), run(reference)
+    assert got.keys() == peer.keys() == wanted.keys()
+    for name in wanted:
+        assert relative_error(got[name], wanted[name]) < 1.25 * relative_error(peer[name], wanted[name]) + U, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_dtypes(dtype):
+    models = []
+    for implementation in ("ktlib", "eager"):
+        model = tiny_model("deepseek_v2", implementation, dtype=torch.bfloat16)
+        config = lora_config(model, r=4) if implementation == "ktlib" else stock_twin(lora_config(model, r=4))
+        models.append(random_adapter(get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)))
+    ours, stock = models
+    assert {p.dtype for name, p in ours.named_parameters() if ".lora_" in name} == {dtype}
+    reference = random_adapter(get_peft_model(tiny_model("deepseek_v2"), stock_twin(ours.peft_config["default"])))
+    assert_as_good_as_stock(ours, stock, reference, lambda model: {"logits": model(tokens()).logits})
+    assert_as_good_as_stock(ours, stock, reference, gradients)
+    assert {grad.dtype for grad in gradients(ours).values()} == {dtype}
+
+
+def test_upcast_at_any_time_changes_nothing():
+    """Before the first step, between forward and backward, after a step; also back to bf16."""
+    model = tiny_model("deepseek_v2", "ktlib", dtype=torch.bfloat16)
+    model = random_adapter(get_peft_model(model, lora_config(model, r=4), autocast_adapter_dtype=False))
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    logits, wanted = model(tokens()).logits, gradients(model)
+
+    output = model(tokens(), labels=tokens())
+    for wrapper in wrappers:
+        wrapper.lora_A.to(torch.float32)
+        wrapper.lora_B.to(torch.float32)
+    output.loss.backward()
+    # products with bf16-representable values are the same; linear layers in fp32 round once less
+    assert relative_error(model(tokens()).logits, logits) < U * (16 * 2 + 1) ** 0.5
+    for name, got in gradients(model).items():
+        assert got.dtype == dict(model.named_parameters())[name].dtype
+        assert relative_error(got, wanted[name]) < U * (64 * 2) ** 0.5, name
+    for wrapper in wrappers:
+        wrapper.lora_A.to(torch.bfloat16)
+        wrapper.lora_B.to(torch.bfloat16)
+    assert torch.equal(model(tokens()).logits, logits)
+
+
+def test_autocast():
+    ours, reference = pair()
+    stock = random_adapter(get_peft_model(tiny_model("deepseek_v2"), stock_twin(ours.peft_config["default"])))
+
+    def run(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is not reference):
+            return {**gradients(model), "logits": model(tokens()).logits}
+
+    assert_as_good_as_stock(ours, stock, reference, run)
+
+
+# ------------------------------------------------------------------------------------------------ training patterns
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    model, _ = pair()
+    model.train()
+    wanted = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    hook = model.base_model.model.model.layers[1].mlp.experts.register_forward_hook(lambda *_: calls.append(1))
+    got = gradients(model)
+    hook.remove()
+    assert len(calls) == 2, "checkpointing did not run the layer again"
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_gradient_accumulation():
+    model, _ = pair()
+    first, second = gradients(model, tokens(seed=3)), gradients(model, tokens(seed=4))
+    model.zero_grad()
+    for seed in (3, 4):
+        model(tokens(seed=seed), labels=tokens(seed=seed)).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, first[name] + second[name])
+
+
+def test_other_forwards_between_forward_and_backward():
+    model, _ = pair()
+    wanted = gradients(model)
+    model.zero_grad()
+    loss = model(tokens(), labels=tokens()).loss
+    with torch.no_grad():
+        model.eval()(tokens(4, 20, seed=9))
+    pending = model(tokens(3, 5, seed=8)).logits
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, wanted[name])
+    pending.sum().backward()
+
+
+def test_models_in_threads_do_not_meet():
+    """Factors travel in the call: a thread cannot see, or lose, those of another."""
+    model, _ = pair()
+    inputs = [tokens(seed=seed) for seed in range(8)]
+    with torch.no_grad():
+        wanted = [model(ids).logits for ids in inputs]
+        got = [[] for _ in inputs]
+
+        def run(i):
+            with torch.no_grad():
+                got[i].extend(model(inputs[i]).logits for _ in range(5))
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(len(results) == 5 for results in got)
+    assert all(torch.equal(one, wanted[i]) for i, results in enumerate(got) for one in results)
+
+
+def test_generate_with_cache():
+    ours, stock = pair()
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = ours.generate(input_ids=tokens(), **options)
+    assert torch.equal(cached, ours.generate(input_ids=tokens(), use_cache=False, **options))
+    assert torch.equal(cached, stock.generate(input_ids=tokens(), **options))
+    with ours.disable_adapter():
+        assert not torch.equal(cached, ours.generate(input_ids=tokens(), **options))
+
+
+# ------------------------------------------------------------------------------------------------ adapter states
+
+
+def test_disable_and_enable():
+    ours, stock = pair()
+    adapted = ours(tokens()).logits
+    plain = tiny_model("deepseek_v2", "ktlib")(tokens()).logits
+    with ours.disable_adapter():
+        assert torch.equal(ours(tokens()).logits, plain)
+    assert torch.equal(ours(tokens()).logits, adapted)
+    assert relative_error(adapted, plain) > 0.1
+
+
+def test_merge_unmerge_and_unload():
+    ours, stock = pair()
+    adapted = ours(tokens()).logits
+    # merged experts are rounded to bf16 once more, weight by weight
+    bound = U * (6 * 2) ** 0.5
+    ours.merge_adapter()
+    assert_close(ours, stock, bound)
+    ours.unmerge_adapter()
+    assert relative_error(ours(tokens()).logits, adapted) < bound
+    unloaded = ours.merge_and_unload()
+    assert not any(isinstance(module, StockParamWrapper) for module in unloaded.modules())
+    assert_close(unloaded, stock, bound)
+
+
+def two_adapters():
+    ours, stock = pair()
+    ours.add_adapter("second", lora_config(ours, r=3, lora_alpha=7))
+    stock.add_adapter("second", stock_twin(ours.peft_config["second"]))
+    return random_adapter(ours), random_adapter(stock)
+
+
+def test_two_adapters_one_at_a_time():
+    ours, stock = two_adapters()
+    first = ours(tokens()).logits
+    assert_close(ours, stock)
+    for model in (ours, stock):
+        model.set_adapter("second")
+    assert_close(ours, stock)
+    assert relative_error(ours(tokens()).logits, first) > 0.1
+    ours.set_adapter("default")
+    assert torch.equal(ours(tokens()).logits, first)
+
+
+def test_two_adapters_together():
+    ours, stock = two_adapters()
+    for model in (ours, stock):
+        model.base_model.set_adapter(["default", "second"])
+    assert ours.base_model.model.model.layers[1].mlp.experts.factors()[0].shape == ((4 + 3) * 8, 48)
+    assert_close(ours, stock)
+    got, wanted = gradients(ours), gradients(stock)
+    assert got.keys() == wanted.keys() and any("second" in name for name in got)
+    errors = {name: relative_error(got[name], wanted[name]) for name in wanted}
+    assert max(errors.values()) < GRADIENT_BOUND, errors
+
+
+def test_only_experts_and_no_experts():
+    only, stock = pair(target_modules=[])
+    assert all(".experts." in name for name, p in only.named_parameters() if p.requires_grad)
+    assert_close(only, stock)
+    model = tiny_model("olmoe", "ktlib")
+    model = get_peft_model(model, lora_config(model, target_parameters=[], lora_dropout=0.1))
+    assert all(".self_attn." in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------ without the operator
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_other_implementations_take_the_stock_path(implementation):
+    ours, stock = pair()
+    factored = ours(tokens()).logits
+    ours.get_base_model().set_experts_implementation(implementation)
+    if implementation == "eager":  # plain F.linear: one dtype
+        ours.float()
+    assert_close(ours, stock, U * (6 * 2) ** 0.5 if implementation == "grouped_mm" else 1e-5)
+    ours.get_base_model().set_experts_implementation("ktlib")
+    if implementation == "grouped_mm":
+        assert torch.equal(ours(tokens()).logits, factored)
+
+
+@pytest.mark.filterwarnings("default:.*instead of ktlib.*")
+def test_unserved_experts_keep_their_adapters():
+    model = tiny_model("olmoe", "ktlib", experts_dtype=torch.float32)
+    config = lora_config(model, r=4)
+    twin = stock_twin(config)
+    with pytest.warns(UserWarning, match="gate_up_proj is torch.float32"):
+        ours = random_adapter(get_peft_model(model, config))
+        stock = random_adapter(get_peft_model(tiny_model("olmoe"), twin))
+        got, wanted = gradients(ours), gradients(stock)
+    assert_close(ours, stock, 1e-5)
+    assert all(relative_error(got[name], wanted[name]) < 1e-4 for name in wanted)
+
+
+def test_stock_adapters_can_be_factored_in_place():
+    ours, stock = pair()
+    model = random_adapter(get_peft_model(tiny_model("deepseek_v2", "ktlib"), stock_twin(ours.peft_config["default"])))
+    with pytest.warns(UserWarning, match=r"factor_adapters\(model\)"):
+        warnings.filterwarnings("default", message=".*instead of ktlib.*")
+        assert_close(model, stock, U * (6 * 2) ** 0.5)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert factor_adapters(model) == 2 + 6
+    assert factor_adapters(model) == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    warnings.filterwarnings("error", message=".*instead of ktlib.*")
+    assert torch.equal(model(tokens()).logits, ours(tokens()).logits)
+    got, wanted = gradients(model), gradients(ours)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+STOCK_PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from models import random_adapter, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+def base():
+    return AutoModelForCausalLM.from_pretrained("base", experts_implementation="eager", dtype=torch.float32).eval()
+
+loaded = PeftModel.from_pretrained(base(), "ours")
+logits = {{"ours": loaded(tokens()).logits.detach()}}
+# the adapter as stock PEFT makes it, from the targets that were saved
+config = loaded.peft_config["default"]
+config = LoraConfig(r=3, target_modules=config.target_modules, target_parameters=config.target_parameters)
+made = random_adapter(get_peft_model(base(), config), seed=5)
+made.save_pretrained("stock")
+logits["stock"] = made(tokens()).logits.detach()
+torch.save(logits, "logits.pt")
+assert not any(name.split(".")[0] == "ktlib" for name in sys.modules), "this process must not know ktlib"
+"""
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
+def test_files_are_stock_both_ways(family, tmp_path):
+    tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    ours, _ = pair(family)
+    ours.save_pretrained(tmp_path / "ours")
+    script = STOCK_PROCESS.format(tests=str(Path(__file__).parent))
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert relative_error(ours(tokens()).logits, logits["ours"]) < FORWARD_BOUND
+
+    back = PeftModel.from_pretrained(tiny_model(family, "ktlib"), tmp_path / "stock")
+    assert factor_adapters(back) > 0
+    assert relative_error(back(tokens()).logits, logits["stock"]) < FORWARD_BOUND
+    again = PeftModel.from_pretrained(tiny_model(family, "ktlib"), tmp_path / "ours")
+    factor_adapters(again)
+    assert torch.equal(again(tokens()).logits, ours(tokens()).logits)
+
+
+# ------------------------------------------------------------------------------------------------ what is adapted
+
+
+def adapted(model):
+    return {
+        name.split(".lora_")[0].replace(".base_layer", "") for name, _ in model.named_parameters() if "lora_" in name
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_targets(family):
+    model = tiny_model(family, "ktlib")
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    wanted = {name for name in linears if name != "lm_head" and not name.endswith("shared_expert_gate")}
+    wanted |= set(expert_modules(model))
+    got = {name.removeprefix("base_model.model.") for name in adapted(get_peft_model(model, lora_config(model)))}
+    assert got == wanted
+    assert not any("gate" in name.split(".") for name in got), "the router was adapted"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
+def test_all_linear_leaves_the_router_alone(family):
+    models = [tiny_model(family, "ktlib") for _ in range(2)]
+    everything = get_peft_model(models[0], lora_config(models[0], target_modules="all-linear"))
+    assert adapted(everything) == adapted(get_peft_model(models[1], lora_config(models[1])))
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        (["q_proj"], 2),
+        (["layers.0.self_attn.q_proj", "shared_experts.up_proj"], 2),
+        (r".*shared_experts\.(gate|up)_proj", 2),
+        (["gate_proj", "up_proj", "down_proj"], 6),
+        (["embed_tokens"], 1),
+    ],
+)
+def test_explicit_targets(targets, count):
+    model = tiny_model("deepseek_v2", "ktlib")
+    model = get_peft_model(model, lora_config(model, target_modules=targets))
+    assert len(adapted(model) - {"base_model.model.model.layers.1.mlp.experts"}) == count
+    assert model.peft_config["default"].rank_pattern == {}
+
+
+def test_projection_names_of_models_without_such_layers():
+    """Lists written for transformers 4 name the projections of routed experts, which are adapted anyway."""
+    model = tiny_model("qwen3_moe", "ktlib")
+    config = lora_config(model, r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    assert {p.shape[0] for name, p in model.named_parameters() if ".experts." in name and "lora_A" in name} == {4 * 8}
+
+
+def test_each_module_is_adapted_once_and_none_is_empty():
+    ours, _ = pair()
+    wrapped = [module.get_base_layer() for module in ours.modules() if hasattr(module, "lora_A")]
+    parameters = [(id(m.get_base_layer()), getattr(m, "parameter_name", "weight")) for m in ours.modules()
+                  if hasattr(m, "lora_A")]  # fmt: skip
+    assert len(parameters) == len(set(parameters)) == 2 * 4 + 6 + 2
+    assert all(p.numel() > 0 for module in wrapped for p in module.parameters())
+    names = [name for name, _ in ours.named_parameters(remove_duplicate=False)]
+    assert len(names) == len({id(p) for p in ours.parameters()})
+    # the model under the adapters is the stock one: same classes, same parameters
+    stock = tiny_model("deepseek_v2")
+    assert [type(m) for m in ours.unload().modules()] == [type(m) for m in stock.modules()]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout: got 0.1"),
+        ({"use_dora": True}, "use_dora: got True"),
+        ({"lora_bias": True}, "lora_bias: got True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa'"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"target_modules": "nothing_like_it"}, "matches no linear layer"),
+    ],
+)
+def test_impossible_options_are_clear_errors(option, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(tiny_model("deepseek_v2"), **option)
+
+
+def test_a_model_without_experts_is_a_clear_error():
+    with pytest.raises(ValueError, match="no routed experts"):
+        lora_config(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_config_is_a_stock_config(tmp_path):
+    model = tiny_model("deepseek_v2")
+    config = lora_config(model, modules_to_save=["lm_head"])
+    assert type(config) is LoraConfig and config.task_type == "CAUSAL_LM" and config.modules_to_save == ["lm_head"]
+    config.save_pretrained(tmp_path)
+    assert "ktlib" not in (tmp_path / "adapter_config.json").read_text()
+    assert LoraConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "inference_mode": False}
+
+
+def test_meta_models_can_be_configured():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config("deepseek_v2"))
+    assert lora_config(model).target_parameters == lora_config(tiny_model("deepseek_v2")).target_parameters
