@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "skip-execution"}
-ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|etc)/\S+|site-packages|[A-Z]:\\\\")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|etc)/\S+|site-packages|\b[A-Z]:\\\w")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
