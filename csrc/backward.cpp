@@ -18,29 +18,34 @@
 namespace ktlib {
 namespace {
 
-constexpr int kRows = 512;      // tokens of one task: its fp32 result stays in L2
-constexpr int kColumnsOut = 128;  // columns of one task: runs of 256 bytes of each weight row
-constexpr int kDepth = 256;     // weight rows interleaved at a time: a panel of 64 columns is 32 KB
-constexpr int kRowsSmall = 128;  // rows of one task of the products with lora_B
-constexpr int kTokens = 16;
+constexpr int kRows = 256;         // tokens of one task: its fp32 result stays in L2
+constexpr int kColumnsOut = 512;   // columns of one task: runs of 1 KB of each weight row
+constexpr int kDepth = 256;        // weight rows interleaved at a time: a panel of 64 columns is 32 KB, half of L1
+constexpr int kDepthRun = 32;       // weight rows read side by side
+constexpr int kRowsSmall = 128;    // rows of one task of the products with lora_B
+constexpr int kTokens = 16;        // tokens of one task of the final sums
+constexpr int64_t kLdc = row_stride<float>(kColumnsOut);
 
-// c[rows][columns] (+)= a[rows][depth] . w[depth][columns], w interleaved on the fly. c has ld kColumnsOut.
+// c[rows][columns] (+)= a[rows][depth] . w[depth][columns], w interleaved on the fly into panels of kMaxWidth columns
+// (kDepth * columns elements). c has ld kLdc.
 void product(const Kernels& k, float* c, const bf16* a, int64_t lda, int rows, const bf16* w, int64_t ldw, int depth,
-             int columns, bool accumulate, bf16* panel) {
+             int columns, bool accumulate, bf16* panels) {
+  auto width = [&](int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); };
   for (int d = 0; d < depth; d += kDepth) {
     const int count = std::min(kDepth, depth - d);
-    for (int j = 0; j < columns; j += kMaxWidth) {
-      const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
-      k.pack_pairs(panel, width, w + d * ldw + j, ldw, nullptr, count, n);
-      k.multiply(c + j, kColumnsOut, a + d, lda, panel, width, rows, int(round_up(count, k.depth_unit)),
-                 accumulate || d > 0);
-    }
+    for (int run = 0; run < count; run += kDepthRun)  // long runs of each weight row, for the prefetcher
+      for (int j = 0; j < columns; j += kMaxWidth)
+        k.pack_pairs(panels + int64_t(j) * kDepth + int64_t(run) * width(j), width(j), w + (d + run) * ldw + j, ldw,
+                     nullptr, std::min(kDepthRun, count - run), std::min(kMaxWidth, columns - j));
+    for (int j = 0; j < columns; j += kMaxWidth)
+      k.multiply(c + j, kLdc, a + d, lda, panels + int64_t(j) * kDepth, width(j), rows,
+                 int(round_up(count, k.depth_unit)), accumulate || d > 0);
   }
 }
 
 void unpermute(const Kernels& k, float* c, int rows, int columns) {
   for (int j = 0; j < columns; j += kMaxWidth)
-    k.unpermute(c + j, kColumnsOut, rows, int(round_up(std::min(kMaxWidth, columns - j), kColumns)));
+    k.unpermute(c + j, kLdc, rows, int(round_up(std::min(kMaxWidth, columns - j), kColumns)));
 }
 
 // grad[rank][columns] = t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
@@ -107,21 +112,21 @@ void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const
     product(k, c, d_out, ld, task.rows, lora.b(task.expert) + r0, lora.depth, int(lora.out), n, false, panel);
     unpermute(k, c, task.rows, n);
     for (int i = 0; i < task.rows; i++)
-      for (int r = 0; r < n; r++) c[i * kColumnsOut + r] *= lora.scaling;
-    low_part(low, c, kColumnsOut, task.rows, n);
+      for (int r = 0; r < n; r++) c[i * kLdc + r] *= lora.scaling;
+    low_part(low, c, kLdc, task.rows, n);
     for (int i = 0; i < task.rows; i++) {
       bf16* row = inner.rows + (task.row + i) * lora.depth + r0;
-      k.round(row, c + i * kColumnsOut, 1.0f, n);
-      k.round(row + lora.rank, low + i * kColumnsOut, 1.0f, n);
+      k.round(row, c + i * kLdc, 1.0f, n);
+      k.round(row + lora.rank, low + i * kLdc, 1.0f, n);
     }
     if (weights) {
       for (int i = 0; i < task.rows; i++)
-        for (int r = 0; r < n; r++) c[i * kColumnsOut + r] *= weights[i];
-      low_part(low, c, kColumnsOut, task.rows, n);
+        for (int r = 0; r < n; r++) c[i * kLdc + r] *= weights[i];
+      low_part(low, c, kLdc, task.rows, n);
     }
     bf16* dst = inner.for_A + r0 * inner.ld + token_column(plan, task);
-    k.store_rows_bf16(dst, inner.ld, c, kColumnsOut, task.rows, n);
-    k.store_rows_bf16(dst + lora.rank * inner.ld, inner.ld, low, kColumnsOut, task.rows, n);
+    k.store_rows_bf16(dst, inner.ld, c, kLdc, task.rows, n);
+    k.store_rows_bf16(dst + lora.rank * inner.ld, inner.ld, low, kLdc, task.rows, n);
   }
   const int padding = lora.depth - 2 * lora.rank;
   for (int i = 0; i < task.rows; i++)
@@ -135,7 +140,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   const Plan plan(shape, in.top_k_index);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots();
-  const int64_t hidden_depth = round_up(hidden, k.depth_unit), gate_up_depth = round_up(2 * inter, k.depth_unit);
+  const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
   const LoraForm gate_up_lora(k, threads, plan, in.gate_up_lora, hidden, 2 * inter);
   const LoraForm down_lora(k, threads, plan, in.down_lora, inter, hidden);
   const Inner gate_up_inner(k, gate_up_lora, plan, slots), down_inner(k, down_lora, plan, slots);
@@ -148,15 +153,15 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
-  const Buffer<bf16> dy((slots + k.row_unit) * hidden_depth);              // [row][hidden]: grad_output, sorted
-  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_depth);      // [row][2 * inter]
+  const Buffer<bf16> dy((slots + k.row_unit) * hidden_stride);              // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride);      // [row][2 * inter]
   const Buffer<float> dx(want_x ? slots * hidden : 0);                     // [row][hidden]
   const Buffer<float> d_weight(slots * inter_blocks);                      // [row][block]: partial <dh, h>
   const Buffer<float> weight(slots);                                       // [row]
   const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
-  const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kColumnsOut);
+  const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> r_scratch(threads, rank_rows * kMaxWidth);
-  const ThreadBuffer<bf16> panel_scratch(threads, std::max(kDepth, kRows) * kMaxWidth);
+  const ThreadBuffer<bf16> panel_scratch(threads, std::max(kDepth * kColumnsOut, kRows * kMaxWidth));
   const ThreadBuffer<bf16> h_scratch(threads, down_lora ? int64_t(kRows) * kColumnsOut : 0);
 
   // 1. sort grad_output and the routing weights; inner values of down
@@ -165,16 +170,16 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
     const Task& task = row_blocks[index];
     for (int64_t row = task.row; row < task.row + task.rows; row++) {
       weight[row] = in.top_k_weights[plan.slot_of_row[row]];
-      std::memcpy(dy + row * hidden_depth, grad_output + plan.token_of_row[row] * shape.hidden,
+      std::memcpy(dy + row * hidden_stride, grad_output + plan.token_of_row[row] * shape.hidden,
                   size_t(hidden) * sizeof(bf16));
-      std::memset(dy + row * hidden_depth + hidden, 0, size_t(hidden_depth - hidden) * sizeof(bf16));
-      std::memset(d_gate_up + row * gate_up_depth + 2 * inter, 0, size_t(gate_up_depth - 2 * inter) * sizeof(bf16));
+      std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
+      std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0, size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
     }
     if (gate_up_grads.B)
       inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, slots, nullptr, gate_up_inner);
     if (down_grads.B) inner_for_B(down_lora, plan, task, saved.t_down, slots, weight + task.row, down_inner);
     if (down_lora)
-      inner_for_A(k, down_lora, plan, task, dy + task.row * hidden_depth, hidden_depth, weight + task.row, down_inner,
+      inner_for_A(k, down_lora, plan, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
                   panel_scratch[thread], c_scratch[thread]);
   });
 
@@ -183,9 +188,9 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   parallel_tasks(k, threads, int64_t(inter_tasks.size()), [&](int64_t index, int thread) {
     const Task& task = inter_tasks[index];
     bf16* panel = panel_scratch[thread];
-    float* dh = c_scratch[thread];  // [rows][kColumnsOut]
+    float* dh = c_scratch[thread];  // [rows][kLdc]
     const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter + task.first;
-    product(k, dh, dy + task.row * hidden_depth, hidden_depth, task.rows, w, inter, hidden, task.count, false, panel);
+    product(k, dh, dy + task.row * hidden_stride, hidden_stride, task.rows, w, inter, hidden, task.count, false, panel);
     if (down_lora)
       product(k, dh, down_inner.rows + task.row * down_lora.depth, down_lora.depth, task.rows,
               down_lora.a(task.expert) + task.first, down_lora.in_depth, 2 * down_lora.rank, task.count, true, panel);
@@ -193,14 +198,14 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
       const bf16* gate = saved.gate_up + row * 2 * inter + task.first;
-      bf16* dgate = d_gate_up + row * gate_up_depth + task.first;
+      bf16* dgate = d_gate_up + row * gate_up_stride + task.first;
       d_weight[row * inter_blocks + task.first / kColumnsOut] = k.gate_backward(
-          in.gate, dh + i * kColumnsOut, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
+          in.gate, dh + i * kLdc, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
     }
     const int64_t column = token_column(plan, task);
     if (down_grads.A) {
       bf16* h = h_scratch[thread];  // gate_backward left h in dh
-      for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kColumnsOut, 1.0f, task.count);
+      for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kLdc, 1.0f, task.count);
       lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
                 down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, panel, r_scratch[thread]);
     }
@@ -208,7 +213,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
       for (int half = 0; half < 2; half++)  // gate, up
         lora_grad(k, gate_up_grads.bt(task.part) + half * inter + task.first, 2 * inter, gate_up_lora.rank,
                   gate_up_inner.for_B + column, gate_up_inner.ld,
-                  d_gate_up + task.row * gate_up_depth + half * inter + task.first, gate_up_depth, nullptr, task.rows,
+                  d_gate_up + task.row * gate_up_stride + half * inter + task.first, gate_up_stride, nullptr, task.rows,
                   task.count, panel, r_scratch[thread]);
   });
 
@@ -216,7 +221,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   if (want_gate_up_inner)
     parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
       const Task& task = row_blocks[index];
-      inner_for_A(k, gate_up_lora, plan, task, d_gate_up + task.row * gate_up_depth, gate_up_depth, nullptr,
+      inner_for_A(k, gate_up_lora, plan, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
                   gate_up_inner, panel_scratch[thread], c_scratch[thread]);
     });
 
@@ -229,7 +234,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
       if (want_x) {
         float* c = c_scratch[thread];
         const bf16* w = in.gate_up_proj + int64_t(task.expert) * 2 * inter * hidden + task.first;
-        product(k, c, d_gate_up + task.row * gate_up_depth, gate_up_depth, task.rows, w, hidden, 2 * inter, task.count,
+        product(k, c, d_gate_up + task.row * gate_up_stride, gate_up_stride, task.rows, w, hidden, 2 * inter, task.count,
                 false, panel);
         if (gate_up_lora)
           product(k, c, gate_up_inner.rows + task.row * gate_up_lora.depth, gate_up_lora.depth, task.rows,
@@ -237,7 +242,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
                   true, panel);
         unpermute(k, c, task.rows, task.count);
         for (int i = 0; i < task.rows; i++)
-          std::memcpy(dx + (task.row + i) * hidden + task.first, c + i * kColumnsOut,
+          std::memcpy(dx + (task.row + i) * hidden + task.first, c + i * kLdc,
                       size_t(task.count) * sizeof(float));
       }
       const int64_t column = token_column(plan, task);
@@ -247,7 +252,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
                   plan.token_of_row.data() + task.row, task.rows, task.count, panel, r_scratch[thread]);
       if (down_grads.B)
         lora_grad(k, down_grads.bt(task.part) + task.first, hidden, down_lora.rank, down_inner.for_B + column,
-                  down_inner.ld, dy + task.row * hidden_depth + task.first, hidden_depth, nullptr, task.rows,
+                  down_inner.ld, dy + task.row * hidden_stride + task.first, hidden_stride, nullptr, task.rows,
                   task.count, panel, r_scratch[thread]);
     });
 

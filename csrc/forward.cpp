@@ -12,8 +12,8 @@
 namespace ktlib {
 namespace {
 
-constexpr int kFeatures = 32;  // gate rows (and as many up rows) of one task
-constexpr int kOutputs = 64;   // down rows of one task
+constexpr int kFeatures = 64;  // gate rows (and as many up rows) of one task
+constexpr int kOutputs = 128;  // down rows of one task
 constexpr int kTokens = 16;    // tokens of one task of the final sum
 
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
@@ -58,8 +58,8 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
-  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * (kFeatures + k.row_unit) * hidden_depth,
-                                                       (kOutputs + k.row_unit) * inter_depth));
+  const int64_t staged_features = staged_size(k, kFeatures, hidden);
+  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * staged_features, staged_size(k, kOutputs, inter)));
 
   // 1. tokens -> panels; t of gate_up
   const std::vector<Task> panels = row_tasks(plan, k.panel_width);
@@ -80,9 +80,9 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
     const Task& task = features[index];
     const int64_t gate_row = int64_t(task.expert) * 2 * inter + task.first;
     bf16* scratch = w_scratch[thread];
-    const Rows w_gate = padded_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
-    const Rows w_up = padded_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
-                                  scratch + (kFeatures + k.row_unit) * hidden_depth);
+    const Rows w_gate = staged_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
+    const Rows w_up = staged_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
+                                  scratch + staged_features);
     const bool last = task.first + task.count == inter;
     for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       const bf16* panel = x_panels + column * hidden_depth;
@@ -128,7 +128,7 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   const std::vector<Task> outputs = feature_tasks(plan, hidden, kOutputs);
   parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
     const Task& task = outputs[index];
-    const Rows w = padded_rows(k, in.down_proj + (int64_t(task.expert) * hidden + task.first) * inter, inter,
+    const Rows w = staged_rows(k, in.down_proj + (int64_t(task.expert) * hidden + task.first) * inter, inter,
                                task.count, inter, w_scratch[thread]);
     for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       float* c = c_scratch[thread];  // [count][width]

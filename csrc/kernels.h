@@ -27,6 +27,14 @@ enum class Gate : int { silu = 0 };
 
 static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Elements from row to row of a scratch matrix of bf16 or fp32: whole cache lines, an odd number of them. Rows a power
+// of two apart would compete for a few sets of the L1 cache (16 rows of a tile for 12 ways).
+template <class T>
+static constexpr int64_t row_stride(int64_t columns) {
+  const int64_t line = 64 / int64_t(sizeof(T)), lines = (columns + line - 1) / line;
+  return (lines | 1) * line;
+}
+
 struct Kernels {
   const char* isa;
 
@@ -34,6 +42,8 @@ struct Kernels {
   // `multiply` may read `a` (and write `c`) up to the next multiple of row_unit rows; its depth is a multiple of
   // depth_unit, to which the packers pad panels with zeros. Callers keep the memory readable and finite.
   int row_unit, depth_unit;
+  // Weights that are the row operand are copied, a block at a time, into scratch whose rows do not share cache sets.
+  bool stage_rows;
 
   // Around the work of one thread in a parallel region (AMX: tile configuration); either may be null.
   void (*thread_begin)();

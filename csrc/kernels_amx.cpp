@@ -25,6 +25,7 @@ const Kernels& kernels_amx() {
       64,
       16,
       kDepthUnit,
+      true,
       HardwareTiles::configure,
       HardwareTiles::release,
       pack_rows,

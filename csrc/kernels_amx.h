@@ -39,21 +39,29 @@ inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const 
   if constexpr (RowTiles > 1 && ColumnTiles > 1) Tiles::template store<3>(c1 + 16, c_stride);
 }
 
-template <class Tiles, int ColumnTiles>
-inline void tile_column(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows,
-                        int depth, bool accumulate) {
-  int r = 0;
-  for (; r + 16 < rows; r += 32)
-    tile_block<Tiles, 2, ColumnTiles>(c + r * ldc, ldc, a + r * lda, lda, panel, width, depth, accumulate);
-  if (r < rows)
-    tile_block<Tiles, 1, ColumnTiles>(c + r * ldc, ldc, a + r * lda, lda, panel, width, depth, accumulate);
-}
+// Depth in steps, so that a step of the panel (kDepthStep x width) stays in L1 while all rows meet it.
+constexpr int kDepthStep = 256;
 
 template <class Tiles>
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
               bool accumulate) {
-  int j = 0;
-  for (; j + 32 <= width; j += 32)
-    tile_column<Tiles, 2>(c + j, ldc, a, lda, panel + 2 * j, width, rows, depth, accumulate);
-  if (j < width) tile_column<Tiles, 1>(c + j, ldc, a, lda, panel + 2 * j, width, rows, depth, accumulate);
+  for (int d = 0; d < depth; d += kDepthStep) {
+    const int step = depth - d < kDepthStep ? depth - d : kDepthStep;
+    const bool add = accumulate || d > 0;
+    for (int r = 0; r < rows; r += 32) {
+      const bf16* rows_a = a + r * lda + d;
+      float* rows_c = c + r * ldc;
+      for (int j = 0; j < width; j += 32) {
+        const bf16* b = panel + int64_t(d) * width + 2 * j;
+        if (r + 16 < rows && j + 16 < width)
+          tile_block<Tiles, 2, 2>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+        else if (r + 16 < rows)
+          tile_block<Tiles, 2, 1>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+        else if (j + 16 < width)
+          tile_block<Tiles, 1, 2>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+        else
+          tile_block<Tiles, 1, 1>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+      }
+    }
+  }
 }
