@@ -136,3 +136,23 @@ def relative_error(actual, expected, dim=None):
 def errors(actual, expected):
     """``{quantity: relative L2 error}``."""
     return {name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES}
+
+
+def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
+    """What transformers' eager experts under stock PEFT compute: the weights W + scaling * B A in full."""
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
+
+    experts, hidden, intermediate = down_proj.shape
+    config = DeepseekV2Config(hidden_size=hidden, moe_intermediate_size=intermediate, n_routed_experts=experts)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        module = DeepseekV2Experts(config)
+
+    def merged(weight, lora):
+        lora_A, lora_B, scaling = lora
+        lora_A, lora_B = lora_A.reshape(experts, -1, lora_A.shape[-1]), lora_B.reshape(lora_B.shape[0], -1, experts)
+        return weight + (torch.einsum("ore,eri->eoi", lora_B, lora_A) * scaling).to(weight.dtype)
+
+    weights = {"gate_up_proj": merged(gate_up_proj, gate_up_lora), "down_proj": merged(down_proj, down_lora)}
+    return torch.func.functional_call(module, weights, (hidden_states, top_k_index, top_k_weights))

@@ -10,10 +10,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from ktlib import cli, runs
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "skip-execution"}
-ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|etc)/\S+|site-packages|\b[A-Z]:\\\w")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|etc)/\S|site-packages|\b[A-Z]:\\\w")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
@@ -106,3 +108,8 @@ def test_size(nb):
 def test_readme_lists_every_notebook_once():
     listed = re.findall(r"\]\(notebooks/([^)]+\.ipynb)\)", (ROOT / "README.md").read_text())
     assert sorted(set(listed)) == [path.name for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "params").glob("*.yaml")), ids=lambda file: file.name)
+def test_parameter_files_fit_the_sft_notebook(file):
+    assert runs.check_parameters(cli.SFT, cli.read_yaml(file))
