@@ -137,8 +137,7 @@ def _gate_key(experts):
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) or (callable(value) and not name.endswith("forward"))
     ]
-    apply_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
-    return type(experts), apply_gate, *map(type, children), *settings
+    return type(experts), type(experts)._apply_gate, *map(type, children), *settings
 
 
 @torch.no_grad()

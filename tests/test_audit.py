@@ -92,14 +92,14 @@ def test_finds_every_bad_tensor(adapter, value, kind, part, name):
 def test_bf16_and_eight_bit_tensors(tmp_path):
     tensors = {
         "layers.1.mlp.experts.lora_A.weight": torch.full((2, 2), -3.0, dtype=torch.bfloat16),
-        "layers.1.mlp.gate.weight": torch.tensor([1.5, float("nan")]).to(torch.float8_e4m3fn),
+        "layers.1.mlp.gate.weight": torch.tensor([-12.0, float("nan")]).to(torch.float8_e4m3fn),
         "layers.1.mlp.gate.steps": torch.tensor([7]),
         "lm_head.mask": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "x.safetensors")
     result = audit(tmp_path / "x.safetensors")
     assert result["routed_experts"].dtypes == {"bfloat16": 1} and result["routed_experts"].max_abs == 3
-    assert result["router"].nan == 1 and result["router"].max_abs == 7 and result["other"].max_abs == 1
+    assert result["router"].nan == 1 and result["router"].max_abs == 12 and result["other"].max_abs == 1
 
 
 def test_missing_and_surplus_tensors_are_problems(adapter, lite):
