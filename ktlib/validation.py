@@ -71,6 +71,14 @@ def random_layer(
     }
 
 
+def in_float64(layer):
+    """``layer`` with every matrix in float64."""
+    wide = {
+        name: layer[name] if name == "top_k_index" else layer[name].double() for name in layer if "lora" not in name
+    }
+    return wide | {name: (*(m.double() for m in layer[name][:2]), layer[name][2]) for name in layer if "lora" in name}
+
+
 def layers_of(model, input_ids):
     """One dict of ``moe_experts`` arguments (without LoRA) per MoE layer of ``model``, taken from a real forward."""
     layers, handles = [], []
@@ -144,7 +152,8 @@ def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
     experts, hidden, intermediate = down_proj.shape
-    config = DeepseekV2Config(hidden_size=hidden, moe_intermediate_size=intermediate, n_routed_experts=experts)
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": experts}
+    config = DeepseekV2Config(**sizes, num_attention_heads=1, num_key_value_heads=1)
     config._experts_implementation = "eager"
     with torch.device("meta"):
         module = DeepseekV2Experts(config)

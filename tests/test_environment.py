@@ -7,10 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ktlib import cli
+from ktlib.base_model import BASE
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -79,6 +81,16 @@ def test_readme_commands_exist():
     assert commands and commands <= set(choices)
     for path in re.findall(r"\b(?:notebooks|tests|csrc|ktlib)/[\w./-]*\w", code):
         assert (ROOT / path).exists(), f"README names {path}"
+
+
+def test_readme_code_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope = {"path": BASE}
+    exec(code, scope)
+    ids = torch.arange(8)[None]
+    scope["model"](input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, parameter in scope["model"].named_parameters() if parameter.grad is not None]
+    assert any(".experts." in name for name in trained) and all(".lora_" in name for name in trained)
 
 
 def test_help_lists_every_target():
