@@ -48,17 +48,20 @@ void unpermute(const Kernels& k, float* c, int rows, int columns) {
     k.unpermute(c + j, kLdc, rows, int(round_up(std::min(kMaxWidth, columns - j), kColumns)));
 }
 
-// grad[rank][columns] = t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
+// grad[rank][columns] (+)= t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
 // and low.
 void lora_grad(const Kernels& k, float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const bf16* src,
-               int64_t lds, const int32_t* index, int rows, int columns, bf16* panel, float* c) {
+               int64_t lds, const int32_t* index, int rows, int columns, bool accumulate, bf16* panel, float* c) {
   for (int j = 0; j < columns; j += kMaxWidth) {
     const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
     k.pack_pairs(panel, width, src + j, lds, index, rows, n);
     k.multiply(c, width, t, ldt, panel, width, 2 * rank, int(round_up(rows, k.depth_unit)), false);
     k.unpermute(c, width, 2 * rank, width);
     for (int r = 0; r < rank; r++)
-      for (int i = 0; i < n; i++) grad[r * ld + j + i] = c[r * width + i] + c[(rank + r) * width + i];
+      for (int i = 0; i < n; i++) {
+        float& sum = grad[r * ld + j + i];
+        sum = (accumulate ? sum : 0.0f) + c[r * width + i] + c[(rank + r) * width + i];
+      }
   }
 }
 
@@ -203,18 +206,21 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
           in.gate, dh + i * kLdc, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
     }
     const int64_t column = token_column(plan, task);
-    if (down_grads.A) {
-      bf16* h = h_scratch[thread];  // gate_backward left h in dh
-      for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kLdc, 1.0f, task.count);
-      lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
-                down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, panel, r_scratch[thread]);
+    if (down_grads.A) {  // gate_backward left h in dh; as for LoRA's inner values, its low part counts too
+      bf16* h = h_scratch[thread];
+      for (bool low : {false, true}) {
+        if (low) low_part(dh, dh, kLdc, task.rows, task.count);
+        for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kLdc, 1.0f, task.count);
+        lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
+                  down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, low, panel, r_scratch[thread]);
+      }
     }
     if (gate_up_grads.B)
       for (int half = 0; half < 2; half++)  // gate, up
         lora_grad(k, gate_up_grads.bt(task.part) + half * inter + task.first, 2 * inter, gate_up_lora.rank,
                   gate_up_inner.for_B + column, gate_up_inner.ld,
                   d_gate_up + task.row * gate_up_stride + half * inter + task.first, gate_up_stride, nullptr, task.rows,
-                  task.count, panel, r_scratch[thread]);
+                  task.count, false, panel, r_scratch[thread]);
   });
 
   // 3. inner values of gate_up
@@ -249,11 +255,11 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
       if (gate_up_grads.A)
         lora_grad(k, gate_up_grads.a(task.part) + task.first, hidden, gate_up_lora.rank,
                   gate_up_inner.for_A + column, gate_up_inner.ld, in.hidden_states + task.first, hidden,
-                  plan.token_of_row.data() + task.row, task.rows, task.count, panel, r_scratch[thread]);
+                  plan.token_of_row.data() + task.row, task.rows, task.count, false, panel, r_scratch[thread]);
       if (down_grads.B)
         lora_grad(k, down_grads.bt(task.part) + task.first, hidden, down_lora.rank, down_inner.for_B + column,
                   down_inner.ld, dy + task.row * hidden_stride + task.first, hidden_stride, nullptr, task.rows,
-                  task.count, panel, r_scratch[thread]);
+                  task.count, false, panel, r_scratch[thread]);
     });
 
   // 5. sums over slots and blocks, in order

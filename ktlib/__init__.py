@@ -1,13 +1,28 @@
 """ktlib: fine-tune Mixture-of-Experts models with the routed experts on the CPU.
 
-Importing it registers the experts implementation ``"ktlib"`` with transformers and the factored LoRA path with PEFT.
+Importing it registers the experts implementation ``"ktlib"`` with transformers (as soon as that is imported). Names
+that need PEFT or transformers are loaded on first use, so that the import itself is fast.
 """
+
+import importlib
 
 from ktlib import experts as _experts  # noqa: F401  registers "ktlib" with transformers
 from ktlib.audit import audit
 from ktlib.cpu import cpu_info
-from ktlib.lora import lora_config
 from ktlib.ops import moe_experts
 
-__all__ = ["audit", "cpu_info", "lora_config", "moe_experts"]
 __version__ = "0.1.0"
+
+_LAZY = {"factor_adapters": "ktlib.lora", "lora_config": "ktlib.lora"}
+
+__all__ = ["audit", "cpu_info", "moe_experts", *_LAZY]
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ktlib' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

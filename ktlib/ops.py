@@ -139,7 +139,9 @@ def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
     if top_k_index.shape[1] == 0:
         raise ValueError("top_k_index: got top_k = 0, needs at least 1")
     if tokens * top_k_index.shape[1] >= 2**31:
-        raise ValueError(f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots")
+        raise ValueError(
+            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots"
+        )
 
 
 def _check_lora(name, lora, experts, in_features, out_features):

@@ -23,7 +23,15 @@ def lora_delta(lora, expert, num_experts):
 
 
 def moe_experts(
-    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora=None, down_lora=None, *, gate="silu"
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_up_lora=None,
+    down_lora=None,
+    *,
+    gate="silu",
 ):
     """``sum_j top_k_weights[t, j] * expert(top_k_index[t, j])(hidden_states[t])`` in float64, (tokens, hidden).
 

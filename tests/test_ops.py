@@ -1,0 +1,307 @@
+"""The operator's boundary: every wrong argument is a Python error that names it, and a call is a pure function."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import ktlib
+from ktlib import ops, reference
+from ktlib.validation import QUANTITIES, evaluate, random_layer, relative_error
+
+EXPERTS, HIDDEN, INTERMEDIATE, RANK = 4, 64, 96, 3
+
+
+@pytest.fixture
+def layer():
+    return random_layer(
+        "trained", tokens=10, experts=EXPERTS, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE, rank=RANK
+    )
+
+
+def with_lora(layer, which, A=None, B=None, scaling=None):
+    lora_A, lora_B, old = layer[which]
+    return {which: (lora_A if A is None else A, lora_B if B is None else B, old if scaling is None else scaling)}
+
+
+WRONG = {
+    # name: (change of the arguments, exception, words that the message must have)
+    "hidden_states is a list": (lambda a: {"hidden_states": [1.0]}, TypeError, "hidden_states: got list"),
+    "hidden_states fp16": (
+        lambda a: {"hidden_states": a["hidden_states"].half()},
+        TypeError,
+        "hidden_states: got float16",
+    ),
+    "hidden_states 3-d": (
+        lambda a: {"hidden_states": a["hidden_states"][None]},
+        ValueError,
+        "hidden_states: got bfloat16",
+    ),
+    "hidden_states too wide": (
+        lambda a: {"hidden_states": torch.zeros(10, HIDDEN + 8, dtype=torch.bfloat16)},
+        ValueError,
+        r"hidden_states: got shape \(10, 72\), needs \(10, 64\)",
+    ),
+    "hidden_states sparse": (
+        lambda a: {"hidden_states": a["hidden_states"].float().to_sparse()},
+        ValueError,
+        "hidden_states: got a tensor of layout",
+    ),
+    "ids int32": (lambda a: {"top_k_index": a["top_k_index"].int()}, TypeError, "top_k_index: got int32"),
+    "ids of other tokens": (lambda a: {"top_k_index": a["top_k_index"][:5]}, ValueError, "top_k_index: got shape"),
+    "no ids": (
+        lambda a: {n: a[n][:, :0] for n in ("top_k_index", "top_k_weights")},
+        ValueError,
+        "top_k_index: got top_k = 0",
+    ),
+    "id too large": (
+        lambda a: {
+            "top_k_index": a["top_k_index"].index_put((torch.tensor(7), torch.tensor(1)), torch.tensor(EXPERTS))
+        },
+        ValueError,
+        r"top_k_index: got expert id 4 for token 7, slot 1; ids must be in \[0, 4\)",
+    ),
+    "id negative": (lambda a: {"top_k_index": a["top_k_index"] - EXPERTS}, ValueError, "top_k_index: got expert id -"),
+    "weights fp64": (lambda a: {"top_k_weights": a["top_k_weights"].double()}, TypeError, "top_k_weights: got float64"),
+    "weights of other shape": (
+        lambda a: {"top_k_weights": a["top_k_weights"][:, :1]},
+        ValueError,
+        "top_k_weights: got shape",
+    ),
+    "gate_up_proj fp32": (
+        lambda a: {"gate_up_proj": a["gate_up_proj"].float()},
+        TypeError,
+        "gate_up_proj: got float32",
+    ),
+    "gate_up_proj elsewhere": (
+        lambda a: {"gate_up_proj": a["gate_up_proj"].to("meta")},
+        ValueError,
+        "gate_up_proj: got a tensor on meta, needs .* CPU",
+    ),
+    "gate_up_proj strided": (
+        lambda a: {"gate_up_proj": a["gate_up_proj"].transpose(1, 2).contiguous().transpose(1, 2)},
+        ValueError,
+        "gate_up_proj: got strides",
+    ),
+    "gate_up_proj of other size": (
+        lambda a: {"gate_up_proj": a["gate_up_proj"][:, :-2].contiguous()},
+        ValueError,
+        "gate_up_proj: got shape",
+    ),
+    "gate_up_proj emptied": (
+        lambda a: {"gate_up_proj": torch.empty(0, dtype=torch.bfloat16)},
+        ValueError,
+        "gate_up_proj: got bfloat16 \\(0,\\)",
+    ),
+    "down_proj emptied": (lambda a: {"down_proj": a["down_proj"][:0]}, ValueError, "down_proj: got shape"),
+    "lora not a tuple": (lambda a: {"down_lora": a["down_proj"]}, TypeError, "down_lora: got Tensor"),
+    "lora rank 16 for 8": (  # a rank that the sizes cannot mean
+        lambda a: with_lora(a, "gate_up_lora", B=torch.zeros(2 * INTERMEDIATE, 2 * RANK * EXPERTS).bfloat16()),
+        ValueError,
+        r"gate_up_lora lora_B: got shape \(192, 24\), needs \(192, 12\)",
+    ),
+    "lora rows not per expert": (
+        lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][1:]),
+        ValueError,
+        "down_lora lora_A: got 11 rows",
+    ),
+    "lora of other width": (
+        lambda a: with_lora(a, "down_lora", A=a["gate_up_lora"][0]),
+        ValueError,
+        "down_lora lora_A: got shape",
+    ),
+    "lora of two dtypes": (
+        lambda a: with_lora(a, "down_lora", A=a["down_lora"][0].float()),
+        TypeError,
+        "down_lora: got lora_A torch.float32",
+    ),
+    "lora scaling None": (lambda a: with_lora(a, "down_lora", scaling="2"), TypeError, "down_lora scaling: got str"),
+    "lora scaling nan": (
+        lambda a: with_lora(a, "down_lora", scaling=float("nan")),
+        ValueError,
+        "down_lora scaling: got nan",
+    ),
+    "gate unknown": (lambda a: {"gate": "relu"}, ValueError, "gate: got 'relu', needs one of 'silu'"),
+    "isa unknown": (lambda a: {"isa": "neon"}, ValueError, "isa: got 'neon', known are 'amx_bf16'"),
+    "weights require grad": (
+        lambda a: {"gate_up_proj": a["gate_up_proj"].clone().requires_grad_()},
+        NotImplementedError,
+        "gate_up_proj: requires grad",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(layer, case):
+    change, exception, words = WRONG[case]
+    with pytest.raises(exception, match=words):
+        ktlib.moe_experts(**(layer | change(layer)))
+
+
+def test_a_wrong_id_writes_nothing(layer):
+    """The C++ side checks ids itself, before any output: also when it is called directly."""
+    layer["top_k_index"][9, 1] = 10**12
+    output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
+    lora = [t for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
+    tensors = [layer[n] for n in ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")]
+    sizes, inputs, keep = ops._arguments(*tensors, lora, (1.0, 1.0), "silu")
+    with pytest.raises(ValueError, match="1000000000000"):
+        ops._kernels.forward("", 2, sizes, inputs, (output.data_ptr(), False), (0, 0, 0))
+    assert (output == 7.0).all() and keep
+
+
+def test_unavailable_isa_is_an_error_not_a_crash():
+    missing = [name for name, why in ktlib.cpu_info()["isas"].items() if why]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=f"isa: '{name}' cannot run on this machine: it "):
+            ops._kernels.select_isa(name)
+    with pytest.raises(ValueError, match="known are"):
+        ops._kernels.select_isa("sse9")
+
+
+def test_isa_from_the_environment(layer, monkeypatch):
+    monkeypatch.setenv("KTLIB_ISA", "portable")
+    assert ktlib.cpu_info()["isa"] == "portable"
+    by_variable, by_argument = ktlib.moe_experts(**layer), ktlib.moe_experts(**layer, isa="portable")
+    assert torch.equal(by_variable, by_argument)
+    monkeypatch.setenv("KTLIB_ISA", "sse9")
+    with pytest.raises(ValueError, match="sse9"):
+        ktlib.moe_experts(**layer)
+
+
+def test_other_devices_are_moved_not_dereferenced(layer):
+    """Bug 007b: inputs and adapters may live elsewhere; the copy to the CPU happens, or fails, in Python."""
+    for name in ("hidden_states", "top_k_index", "top_k_weights"):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            ktlib.moe_experts(**(layer | {name: layer[name].to("meta")}))
+    for which in ("gate_up_lora", "down_lora"):
+        lora_A, lora_B, scaling = layer[which]
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            ktlib.moe_experts(**(layer | {which: (lora_A.to("meta"), lora_B.to("meta"), scaling)}))
+
+
+def test_opcheck(layer):
+    lora = [t.clone().requires_grad_() for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
+    arguments = (
+        layer["hidden_states"].clone().requires_grad_(), layer["top_k_index"],
+        layer["top_k_weights"].clone().requires_grad_(), layer["gate_up_proj"], layer["down_proj"],
+        *lora, 2.0, 2.0, "silu", "", True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments)
+    torch.library.opcheck(
+        torch.ops.ktlib.moe_experts.default,
+        (*(a.detach() for a in arguments[:5]), *[None] * 4, *arguments[9:13], False),
+    )
+
+
+def test_compiles_without_a_graph_break(layer):
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x, ids, weights):
+        return ktlib.moe_experts(x * 2, ids, weights, layer["gate_up_proj"], layer["down_proj"]) + 1
+
+    x = layer["hidden_states"].clone().requires_grad_()
+    y = layer["hidden_states"].clone().requires_grad_()
+    actual = compiled(x, layer["top_k_index"], layer["top_k_weights"])
+    expected = (
+        ktlib.moe_experts(
+            y * 2, layer["top_k_index"], layer["top_k_weights"], layer["gate_up_proj"], layer["down_proj"]
+        )
+        + 1
+    )
+    actual.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(actual, expected) and torch.equal(x.grad, y.grad)
+
+
+# --------------------------------------------------------------------------------- a call is a pure function (006, 010)
+
+
+def losses_and_gradients(layer, order):
+    """Two batches through one layer, forward and backward in the given order of steps: f0 f1 b0 b1 ..."""
+    batches = []
+    for half in (slice(0, 5), slice(5, 10)):
+        x = layer["hidden_states"][half].clone().requires_grad_()
+        arguments = {n: layer[n][half] for n in ("top_k_index", "top_k_weights")} | {"hidden_states": x}
+        batches.append((x, layer | arguments))
+    outputs = {}
+    for step in order.split():
+        index = int(step[1])
+        if step[0] == "f":
+            outputs[index] = ktlib.moe_experts(**batches[index][1])
+        elif step[0] == "e":
+            with torch.no_grad():
+                ktlib.moe_experts(**batches[index][1])
+        else:
+            outputs[index].float().pow(2).sum().backward()
+    return [t for i in (0, 1) for t in (outputs[i].detach(), batches[i][0].grad)]
+
+
+@pytest.mark.parametrize("order", ["f0 f1 b0 b1", "f0 f1 b1 b0", "f0 e1 e0 b0 f1 e0 b1", "f0 f0 f0 b0 f1 b1"])
+def test_any_order_of_forward_and_backward(layer, order):
+    for actual, expected in zip(
+        losses_and_gradients(layer, order), losses_and_gradients(layer, "f0 b0 f1 b1"), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_nothing_is_remembered_between_calls(layer):
+    """Weights edited in place, moved, replaced or of another rank: each call sees what it is given."""
+    expected = evaluate(reference.moe_experts, layer)
+    other = random_layer(
+        "trained", tokens=10, experts=EXPERTS, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE, rank=7, seed=1
+    )
+    weight = torch.zeros_like(layer["gate_up_proj"])
+    scratch = dict(layer, gate_up_proj=weight)
+    evaluate(ktlib.moe_experts, scratch)
+    evaluate(ktlib.moe_experts, other)  # rank 7 right after rank 3
+    weight.copy_(layer["gate_up_proj"])  # same storage, new numbers
+    del weight
+    for _ in range(2):
+        actual = evaluate(ktlib.moe_experts, scratch)
+        for name in QUANTITIES:
+            assert relative_error(actual[name], expected[name]) < 0.02, name
+        scratch["gate_up_proj"] = scratch["gate_up_proj"].clone()  # new storage, the old one freed
+        gc.collect()
+
+
+def test_backward_refuses_weights_that_changed_since_forward(layer):
+    lora_A, lora_B, scaling = layer["down_lora"]
+    lora_A = lora_A.clone().requires_grad_()
+    output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, scaling)}))
+    with torch.no_grad():
+        lora_A.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_threads_of_python(layer):
+    expected = evaluate(ktlib.moe_experts, layer)
+    failures = []
+
+    def work():
+        for _ in range(20):
+            actual = evaluate(ktlib.moe_experts, layer)
+            failures.extend(name for name in QUANTITIES if not torch.equal(actual[name], expected[name]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_read_only_memory_map(layer, tmp_path):
+    """Expert weights straight from a file that the process may not write."""
+    mapped = dict(layer)
+    for name in ("gate_up_proj", "down_proj"):
+        file = tmp_path / name
+        file.write_bytes(layer[name].view(torch.uint8).numpy().tobytes())
+        file.chmod(0o400)
+        flat = torch.from_file(str(file), shared=False, size=layer[name].numel(), dtype=torch.bfloat16)
+        mapped[name] = flat.reshape(layer[name].shape)
+    for first, second in zip(
+        evaluate(ktlib.moe_experts, layer).values(), evaluate(ktlib.moe_experts, mapped).values(), strict=True
+    ):
+        assert torch.equal(first, second)
