@@ -9,6 +9,7 @@
 
 #include "cpu.h"
 #include "moe.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 using namespace ktlib;
@@ -77,5 +78,14 @@ NB_MODULE(_kernels, m) {
     grads.down_A = matrix(std::get<0>(down_lora));
     grads.down_B = matrix(std::get<1>(down_lora));
     backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads);
+  });
+  m.def("peak_rate", [](const std::string& isa, int threads) {
+    const Kernels& k = select_isa(isa);
+    nb::gil_scoped_release release;
+    return peak_rate(k, threads, 5);
+  });
+  m.def("read_rate", [](int threads, int64_t bytes) {
+    nb::gil_scoped_release release;
+    return read_rate(threads, bytes, 5);
   });
 }

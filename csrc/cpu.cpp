@@ -47,8 +47,12 @@ std::string lacking(std::initializer_list<std::pair<bool, const char*>> needed) 
 std::vector<Isa> detect() {
   const Registers leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   const uint64_t os = os_state();
+  const std::string avx2 = lacking({{bit(leaf7.ebx, 5), "AVX2"},
+                                    {bit(cpuid(1, 0).ecx, 12), "FMA"},
+                                    {(os & 6) == 6, "operating system support for AVX registers"}});
   const bool os_avx512 = (os & 0xe6) == 0xe6;
   const std::string avx512 = lacking({{bit(leaf7.ebx, 16), "AVX512F"},
+                                      {bit(cpuid(1, 0).ecx, 12), "FMA"},
                                       {bit(leaf7.ebx, 17), "AVX512DQ"},
                                       {bit(leaf7.ebx, 30), "AVX512BW"},
                                       {bit(leaf7.ebx, 31), "AVX512VL"},
@@ -61,6 +65,8 @@ std::vector<Isa> detect() {
   return {
       {"amx_bf16", kernels_amx, amx},
       {"avx512_bf16", kernels_avx512_bf16, avx512_bf16},
+      {"avx512f", kernels_avx512f, avx512},
+      {"avx2", kernels_avx2, avx2},
       {"portable", kernels_portable, ""},
       {"amx_emulated", kernels_amx_emulated, ""},
   };

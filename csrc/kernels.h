@@ -81,9 +81,15 @@ struct Kernels {
   // out[i] = sum_j weights[j] * rows[j][i] in the order of j; weights null = ones. Exactly one of out_bf16, out_f32.
   void (*combine)(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count,
                   int64_t size);
+
+  // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
+  // floating-point operations done. Null where there is no such ceiling to speak of.
+  int64_t (*burn)(int64_t iterations);
 };
 
 const Kernels& kernels_portable();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512f();
 const Kernels& kernels_avx512_bf16();
 const Kernels& kernels_amx();
 const Kernels& kernels_amx_emulated();

@@ -65,3 +65,19 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
     }
   }
 }
+
+template <class Tiles>
+int64_t burn(int64_t iterations) {
+  alignas(64) const bf16 zeros[16 * 32] = {};
+  Tiles::template load<4>(zeros, 64);
+  Tiles::template load<5>(zeros, 64);
+  Tiles::template load<6>(zeros, 64);
+  Tiles::template load<7>(zeros, 64);
+  for (int64_t n = 0; n < iterations; n++) {
+    Tiles::template dot<0, 4, 6>();
+    Tiles::template dot<1, 4, 7>();
+    Tiles::template dot<2, 5, 6>();
+    Tiles::template dot<3, 5, 7>();
+  }
+  return iterations * 4 * 2 * 16 * 16 * 32;
+}

@@ -147,7 +147,9 @@ void store_rows_f32(float* dst, int64_t ld, const float* c, int64_t ldc, int fea
     }
 }
 
+// kTileRows[v]: rows of a tile of v vectors, as many as leave registers for the operands.
 #ifdef __AVX512BF16__
+constexpr int kTileRows[] = {0, 16, 12, 8, 6};
 using Pairs = __m512i;
 inline Pairs load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
 inline Pairs broadcast_pair(const bf16* p) {
@@ -157,6 +159,7 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline __m512 dot(__m512 sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #else
+constexpr int kTileRows[] = {0, 16, 12, 7, 5};
 struct Pairs {
   __m512 even, odd;
 };
@@ -215,9 +218,37 @@ void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel,
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
               bool accumulate) {
   switch (width / 16) {
-    case 4: return tiles<6, 4>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 3: return tiles<8, 3>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 2: return tiles<12, 2>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 1: return tiles<16, 1>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    case 4: return tiles<kTileRows[4], 4>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    case 3: return tiles<kTileRows[3], 3>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    case 2: return tiles<kTileRows[2], 2>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    case 1: return tiles<kTileRows[1], 1>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
   }
+}
+
+int64_t burn(int64_t iterations) {
+  constexpr int kSums = 24;
+  __m512 sum[kSums];
+#pragma GCC unroll 24
+  for (int i = 0; i < kSums; i++) sum[i] = _mm512_set1_ps(float(i));
+#ifdef __AVX512BF16__
+  const __m512bh one = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+#else
+  const __m512 half = _mm512_set1_ps(0.5f);
+#endif
+  for (int64_t n = 0; n < iterations; n++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; i++) {
+#ifdef __AVX512BF16__
+      sum[i] = _mm512_dpbf16_ps(sum[i], one, one);
+#else
+      sum[i] = _mm512_fmadd_ps(sum[i], half, half);
+#endif
+      __asm__ volatile("" : "+v"(sum[i]));
+    }
+  }
+#ifdef __AVX512BF16__
+  return iterations * kSums * 64;
+#else
+  return iterations * kSums * 32;
+#endif
 }

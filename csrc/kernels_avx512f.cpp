@@ -1,0 +1,25 @@
+// AVX-512 without bf16 products: Skylake to Ice Lake Xeons.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kDepthUnit = 2;
+
+#include "kernels_common.h"
+#include "kernels_avx512.h"
+
+}  // namespace
+
+const Kernels& kernels_avx512f() {
+  static const Kernels table = {
+      "avx512f",   48,       1,          kDepthUnit,      false,          nullptr,       nullptr,
+      pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
+      store_rows_f32,  round_to_bf16, gate_backward, combine, burn,
+  };
+  return table;
+}
+
+}  // namespace ktlib
