@@ -13,7 +13,13 @@ from ktlib.ops import moe_experts
 
 __version__ = "0.1.0"
 
-_LAZY = {"factor_adapters": "ktlib.lora", "lora_config": "ktlib.lora"}
+_LAZY = {
+    "factor_adapters": "ktlib.lora",
+    "lora_config": "ktlib.lora",
+    "pin_experts": "ktlib.placement",
+    "trace_nonfinite": "ktlib.trace",
+    "StopOnNonFinite": "ktlib.trace",
+}
 
 __all__ = ["audit", "cpu_info", "moe_experts", *_LAZY]
 

@@ -1,0 +1,156 @@
+"""The routed experts stage by stage in plain torch at float64: where a value first leaves the finite range.
+
+:func:`ktlib.reference.moe_experts` says what the layer's output is; this says what happens on the way, expert by
+expert, with the values of each stage kept. It is slow and used after something has gone wrong, or to measure how far
+a layer is from overflow.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+FORWARD = ("input", "routing weight", "gate", "up", "activation", "down", "output")
+BACKWARD = (
+    "gradient of output", "gradient of down", "gradient of routing weight", "gradient of activation",
+    "gradient of gate", "gradient of up", "gradient of input",
+)  # fmt: skip
+_OPERANDS = {"gate": "gate_up", "up": "gate_up", "down": "down"}
+
+
+@dataclass
+class Place:
+    """The first non-finite value of a layer: its stage, expert and token, and ``reason``, the operand to blame."""
+
+    stage: str
+    expert: int | None
+    token: int
+    slot: int | None
+    reason: str
+    values: torch.Tensor  # (width,), of this stage, expert and token, float64
+
+
+def stages(layer, expert, apply_gate, grad_output=None):
+    """``(token, slot, {stage: values})`` of one expert: ``token``, ``slot`` (n,), values (n, width) in float64.
+
+    Args:
+        layer: arguments of ``moe_experts`` as a dict; LoRA may be missing or None.
+        expert: its id.
+        apply_gate: function of the (n, 2 * intermediate) gate and up values, such as ``experts._apply_gate``.
+        grad_output: (tokens, hidden) or None; with it the stages of backward follow those of forward.
+
+    Values that the kernels keep in fp32 (the LoRA's inner product) are rounded to fp32, so that they overflow here too.
+    """
+    token, slot = torch.where(layer["top_k_index"] == expert)
+    with torch.enable_grad():
+        x = layer["hidden_states"][token].detach().double().requires_grad_()
+        weight = layer["top_k_weights"][token, slot, None].detach().double().requires_grad_()
+        gate_up = _project(x, layer, "gate_up", expert)
+        activation = apply_gate(gate_up)
+        down = _project(activation, layer, "down", expert)
+        output = down * weight
+    gate, up = gate_up.detach().chunk(2, dim=-1)
+    values = {"input": x, "routing weight": weight, "gate": gate, "up": up, "activation": activation, "down": down}
+    values["output"] = output
+    if grad_output is not None:
+        gradient = grad_output[token].double()
+        wrt = (down, weight, activation, gate_up, x)
+        grads = torch.autograd.grad(output, wrt, gradient, retain_graph=False)
+        values["gradient of output"] = gradient
+        names = ("down", "routing weight", "activation", "gate", "input")
+        values |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
+        both = values["gradient of gate"]
+        values["gradient of gate"], values["gradient of up"] = both.chunk(2, dim=-1)
+    return token, slot, {name: value.detach() for name, value in values.items()}
+
+
+def _project(x, layer, name, expert):
+    weight = layer[f"{name}_proj"][expert].detach().double()
+    y = F.linear(x, weight)
+    lora = layer.get(f"{name}_lora")
+    if lora is not None:
+        a, b = _expert_lora(lora, expert, layer[f"{name}_proj"].shape[0])
+        inner = F.linear(x, a.double())
+        inner = inner + (inner.float().double() - inner).detach()  # overflows where fp32 does
+        y = y + float(lora[2]) * F.linear(inner, b.double())
+    return y
+
+
+def _expert_lora(lora, expert, num_experts):
+    """One expert's A (r, in) and B (out, r), as PEFT lays them out in the stacks."""
+    lora_A, lora_B = lora[0].detach(), lora[1].detach()
+    rank = lora_A.shape[0] // num_experts
+    return lora_A[expert * rank : (expert + 1) * rank], lora_B.reshape(-1, rank, num_experts)[:, :, expert]
+
+
+def finite(values):
+    """Which float64 values are still finite in bf16 (whose range is all but that of fp32)."""
+    return values.to(torch.bfloat16).isfinite()
+
+
+def ranges(layer, apply_gate, grad_output=None):
+    """``{stage: largest |value|}`` over all experts and tokens of a layer, in float64."""
+    largest = {}
+    for expert in layer["top_k_index"].unique().tolist():
+        for stage, values in stages(layer, expert, apply_gate, grad_output)[2].items():
+            largest[stage] = max(largest.get(stage, 0.0), values.abs().max().item())
+    return largest
+
+
+def locate(layer, apply_gate, grad_output=None):
+    """The first :class:`Place` whose value is not finite, or None if the whole layer is finite in float64.
+
+    Ordered by stage, then token. With ``grad_output`` only the stages of backward are searched.
+    """
+    order = FORWARD if grad_output is None else BACKWARD
+    first = None
+    for expert in layer["top_k_index"].unique().tolist():
+        token, slot, values = stages(layer, expert, apply_gate, grad_output)
+        for rank, stage in enumerate(order):
+            bad = ~finite(values[stage]).all(dim=-1)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                key = (rank, int(token[row]), expert)
+                if first is None or key < first[0]:
+                    first = key, Place(stage, expert, int(token[row]), int(slot[row]), "", values[stage][row])
+                break
+    if first is None:
+        return _sum_over_experts(layer, apply_gate) if grad_output is None else None
+    place = first[1]
+    place.reason = _blame(layer, place)
+    return place
+
+
+def _sum_over_experts(layer, apply_gate):
+    output = torch.zeros(layer["hidden_states"].shape, dtype=torch.float64, device=layer["hidden_states"].device)
+    for expert in layer["top_k_index"].unique().tolist():
+        token, _, values = stages(layer, expert, apply_gate)
+        output.index_add_(0, token, values["output"])
+    bad = ~finite(output).all(dim=-1)
+    if not bad.any():
+        return None
+    token = int(bad.nonzero()[0])
+    return Place("output", None, token, None, "the sum over experts overflows bf16", output[token])
+
+
+def _blame(layer, place):
+    if place.stage in ("input", "routing weight", "gradient of output"):
+        return "it came in like this"
+    name = _OPERANDS.get(place.stage)
+    lora = layer.get(f"{name}_lora")
+    if name is not None:
+        weight = layer[f"{name}_proj"][place.expert]
+        if name == "gate_up":
+            weight = weight.chunk(2, dim=0)[place.stage == "up"]
+        if not weight.isfinite().all():
+            return f"{name}_proj[{place.expert}] of the base model holds {_count(weight)}"
+        factors = () if lora is None else _expert_lora(lora, place.expert, len(layer[f"{name}_proj"]))
+        for letter, matrix in zip("AB", factors, strict=False):
+            if not matrix.isfinite().all():
+                return f"{name} lora_{letter} of the expert holds {_count(matrix)}"
+    return "finite operands whose result leaves the range of bf16"
+
+
+def _count(tensor):
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    return " and ".join(f"{n} {kind}" for n, kind in ((nan, "NaN"), (inf, "Inf")) if n)

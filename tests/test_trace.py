@@ -1,0 +1,425 @@
+"""The tracer: names stage, expert and token of every kind of fault, tells cause from victims, costs little, and the
+Trainer callback stops before the adapter is spoilt."""
+
+import json
+import math
+import time
+import warnings
+
+import pytest
+import torch
+from models import expert_modules, random_adapter, tiny_model, tokens
+from peft import PeftModel, get_peft_model
+from test_trainer import make_trainer
+from transformers import TrainerCallback
+
+from ktlib import reference, stages
+from ktlib.audit import audit
+from ktlib.lora import lora_config
+from ktlib.trace import NonFinite, StopOnNonFinite, trace_nonfinite, watched
+from ktlib.validation import random_layer
+
+NAN, INF = float("nan"), float("inf")
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def adapted(layers=3, experts="ktlib", **options):
+    model = tiny_model("deepseek_v2", experts, dtype=torch.bfloat16, num_hidden_layers=layers, **options)
+    model.requires_grad_(False)
+    return random_adapter(get_peft_model(model, lora_config(model, r=4)))
+
+
+def experts_of(model, layer=1):
+    return next(m for name, m in expert_modules(model).items() if f"layers.{layer}." in name)
+
+
+def routing(model, layer=1):
+    """top_k_index of that layer for ``tokens()``, and the expert that comes first by token."""
+    seen = []
+    handle = experts_of(model, layer).register_forward_pre_hook(lambda m, args: seen.append(args[1].clone()))
+    with torch.no_grad():
+        model(tokens())
+    handle.remove()
+    return seen[0]
+
+
+def forward_backward(model):
+    model(tokens(), labels=tokens()).loss.backward()
+
+
+def finding_of(model, run=forward_backward, **options):
+    with pytest.raises(NonFinite) as caught, trace_nonfinite(model, **options):
+        run(model)
+    return caught.value.finding
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) + sum(
+        len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in model.parameters()
+    )
+
+
+def test_finite_model_is_left_as_it_is():
+    model = adapted()
+    before = hooks(model)
+    forward_backward(model)
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    logits = model(tokens()).logits
+    model.zero_grad()
+    with trace_nonfinite(model) as trace:
+        assert hooks(model) > before
+        forward_backward(model)
+        assert torch.equal(model(tokens()).logits, logits)
+    assert trace.first is None and trace.report() == "all values were finite"
+    assert hooks(model) == before
+    for name, gradient in want.items():
+        assert torch.equal(model.get_parameter(name).grad, gradient), name
+
+
+def test_hooks_are_removed_after_an_error():
+    model = adapted()
+    before = hooks(model)
+    with pytest.raises(ZeroDivisionError), trace_nonfinite(model):
+        raise ZeroDivisionError
+    assert hooks(model) == before
+
+
+POISONS = {
+    "gate": (lambda e, x: e.gate_up_proj[x, 5, 7].fill_(NAN), "gate_up_proj[{}] of the base model holds 1 NaN"),
+    "up": (lambda e, x: e.gate_up_proj[x, 48 + 5, 7].fill_(INF), "gate_up_proj[{}] of the base model holds 1 Inf"),
+    "down": (lambda e, x: e.down_proj[x, 3, 2].fill_(NAN), "down_proj[{}] of the base model holds 1 NaN"),
+    "activation": (lambda e, x: e.gate_up_proj[x].mul_(1e25), "finite operands whose result leaves"),
+}
+
+
+@pytest.mark.parametrize("experts", ["ktlib", "eager"])
+@pytest.mark.parametrize("stage", POISONS)
+def test_names_stage_expert_and_token_of_bad_base_weights(stage, experts):
+    model = adapted(experts=experts)
+    index = routing(model)
+    expert = int(index[4, 0])
+    token = int((index == expert).any(dim=1).nonzero()[0])
+    poison, reason = POISONS[stage]
+    with torch.no_grad():
+        poison(experts_of(model), expert)
+    finding = finding_of(model)
+    assert (finding.phase, finding.module, finding.stage) == ("forward", EXPERTS, stage)
+    assert finding.expert == expert and reason.format(expert) in finding.reason
+    if stage != "activation":  # which overflows only for tokens whose gate is large
+        assert finding.token == token
+    assert finding.position == divmod(finding.token, 12)
+    assert finding.token_id == tokens().flatten()[finding.token]
+    text = str(finding)
+    assert f"stage {stage}" in text or f", {stage}" in text
+    assert "bfloat16" in text and "cpu" in text and "8x96x64" in text
+
+
+@pytest.mark.parametrize("which, letter, stage", [("base_layer.", "A", "gate"), ("", "A", "down"), ("", "B", "down")])
+def test_names_the_adapter_matrix(which, letter, stage):
+    model = adapted()
+    expert = int(routing(model)[7, 1])
+    matrix = model.get_parameter(f"base_model.model.{EXPERTS}.{which}lora_{letter}.default.weight")
+    with torch.no_grad():
+        (matrix[expert * 4 + 1] if letter == "A" else matrix[:, 2 * 8 + expert])[3] = NAN
+    finding = finding_of(model)
+    assert (finding.module, finding.stage, finding.expert) == (EXPERTS, stage, expert)
+    assert f"lora_{letter} of the expert holds 1 NaN" in finding.reason
+
+
+def test_lora_inner_value_that_overflows_is_not_called_a_memory_fault():
+    """With B = 0, A x overflowing fp32 gives 0 * Inf = NaN: the one way in which A alone can do it."""
+    model = adapted()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if f"{EXPERTS}." in name and ".lora_" in name:
+                p.fill_(3e38 if "lora_A" in name else 0)
+    finding = finding_of(model, experts_forward_in_fp32(model))
+    assert finding.module == EXPERTS and finding.stage in ("gate", "up") and "memory" not in finding.reason
+
+
+def experts_forward_in_fp32(model):
+    def run(_):
+        model(tokens())
+
+    return run
+
+
+def test_a_result_that_the_values_do_not_explain_points_to_memory():
+    model = adapted()
+
+    def broken(module, args, output):
+        output = output.clone()
+        output[3, 0] = NAN
+        return output
+
+    handle = experts_of(model).register_forward_hook(broken)
+    finding = finding_of(model)
+    handle.remove()
+    assert (finding.module, finding.stage, finding.token) == (EXPERTS, "output", 3)
+    assert "look for memory" in finding.reason and finding.position == (0, 3)
+
+
+def test_other_modules_and_their_weights():
+    model = adapted()
+    name = "base_model.model.model.layers.2.self_attn.o_proj.lora_B.default.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = NAN
+    finding = finding_of(model)
+    assert finding.module == "model.layers.2.self_attn.o_proj" and finding.stage == "output"
+    assert "lora_B" in finding.reason
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = 0
+        model.base_model.model.model.layers[1].mlp.gate.weight[2, 3] = NAN
+    finding = finding_of(model)
+    assert finding.module == "model.layers.1.mlp.gate"
+
+
+def test_operations_between_modules():
+    """NaN made by attention's own arithmetic shows up in the module that reads it."""
+    model = adapted()
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.scaling = NAN
+    finding = finding_of(model)
+    assert finding.module == "model.layers.1.self_attn.o_proj" and finding.stage == "input"
+    assert "operations between modules" in finding.reason
+
+
+def test_cause_and_contamination():
+    """The routed output of the first MoE layer is the cause; shared experts are clean there and victims later."""
+    model = adapted(layers=4)
+    with torch.no_grad():
+        experts_of(model, 1).down_proj.fill_(NAN)
+    with trace_nonfinite(model, stop=False) as trace:
+        loss = model(tokens(), labels=tokens()).loss
+        victims = list(trace.contaminated)
+        loss.backward()
+    assert [finding.module for finding in trace.causes] == [EXPERTS]
+    assert not any("layers.0." in v or "layers.1." in v for v in victims)
+    assert len(trace.contaminated) > len(victims), "gradients are victims too"
+    assert "model.layers.2.mlp.shared_experts.up_proj" in victims and "lm_head" in victims
+    assert "contaminated afterwards" in trace.report()
+
+
+def test_two_independent_causes():
+    model = adapted(layers=2)
+    with torch.no_grad():
+        experts_of(model).down_proj.fill_(NAN)
+        model.base_model.model.model.layers[1].mlp.shared_experts.down_proj.base_layer.weight.fill_(INF)
+    with trace_nonfinite(model, stop=False) as trace:
+        model(tokens())
+    assert [f.module for f in trace.causes] == [EXPERTS, "model.layers.1.mlp.shared_experts.down_proj"]
+
+
+class Net(torch.nn.Module):
+    def __init__(self, experts, index):
+        super().__init__()
+        self.experts, self.index = experts, index
+
+    def forward(self, x):
+        weights = torch.full(self.index.shape, 16.0) + 0 * x.sum().float()
+        return self.experts(x, self.index, weights)
+
+
+def test_backward_is_traced_to_the_stage():
+    net = Net(experts_of(tiny_model("deepseek_v2", "ktlib")), torch.tensor([[1, 2], [5, 0], [1, 3]]))
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+
+    def run(model):
+        gradient = torch.zeros(3, 64, dtype=torch.bfloat16)
+        gradient[1] = 3e38
+        model(x).backward(gradient)
+
+    finding = finding_of(net, run)
+    assert (finding.phase, finding.module, finding.token) == ("backward", "experts", 1)
+    assert finding.stage == "gradient of down" and finding.expert in (5, 0)
+    assert "gradient of output" in str(finding) and "8x96x64" in str(finding)
+    with trace_nonfinite(net, backward=False) as trace:
+        run(net)
+    assert trace.first is None
+
+
+def test_gradient_of_an_adapter_matrix():
+    model = adapted()
+    name = f"base_model.model.{EXPERTS}.lora_B.default.weight"
+
+    def poison(gradient):
+        gradient = gradient.clone()
+        gradient[10, 2 * 8 + 6] = NAN
+        return gradient
+
+    handle = model.get_parameter(name).register_hook(poison)
+    finding = finding_of(model)
+    handle.remove()
+    assert (finding.phase, finding.module) == ("gradient", f"{EXPERTS}.lora_B.weight") and finding.expert == 6
+
+
+def test_loss_made_from_finite_logits():
+    model = adapted()
+    finding = finding_of(model, lambda m: m(tokens(), labels=torch.full((2, 12), -100)))
+    assert finding.phase == "loss" and "logits are finite" in finding.reason
+
+
+def test_gradient_checkpointing_and_generation():
+    model = adapted()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with trace_nonfinite(model) as trace:
+        forward_backward(model)
+    assert trace.first is None
+    model.eval()
+    model.gradient_checkpointing_disable()
+    with trace_nonfinite(model) as trace:
+        model.generate(input_ids=tokens(), max_new_tokens=3)
+    assert trace.first is None
+
+
+def test_watched_modules_are_few_and_cover_the_adapters():
+    names = [name for name, _ in watched(adapted())]
+    assert len(names) == len(set(names))
+    assert not any("lora_" in name or name.endswith("act_fn") for name in names)
+    assert sum(name.endswith("mlp.experts.base_layer.base_layer") for name in names) == 2
+
+
+@pytest.mark.parametrize("stage", ["input", "routing weight"])
+def test_locate_sees_what_came_in_bad(stage):
+    layer = random_layer("trained", tokens=9, experts=4, top_k=2, hidden=16, intermediate=8, rank=2)
+    layer[{"input": "hidden_states", "routing weight": "top_k_weights"}[stage]][5, 1] = NAN
+    place = stages.locate(layer, swiglu)
+    assert (place.stage, place.token) == (stage, 5)
+    if stage == "routing weight":
+        assert place.slot == 1 and place.expert == layer["top_k_index"][5, 1]
+
+
+def test_stages_end_in_the_reference():
+    layer = random_layer("trained", tokens=9, experts=4, top_k=2, hidden=16, intermediate=8, rank=2)
+    output = torch.zeros(9, 16, dtype=torch.float64)
+    for expert in range(4):
+        token, _, values = stages.stages(layer, expert, swiglu)
+        output.index_add_(0, token, values["output"])
+    torch.testing.assert_close(output, reference.moe_experts(**layer), rtol=1e-6, atol=1e-6)
+    assert stages.locate(layer, swiglu) is None and stages.locate(layer, swiglu, torch.ones(9, 16)) is None
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def test_cost_is_below_a_tenth_of_a_step():
+    """Alternating, best of several, on a model whose layers are small beside real ones; real ones cost less."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "vocab_size": 1024}
+    model = adapted(layers=4, **sizes)
+    batch = tokens(16, 64)
+
+    def step():
+        start = time.perf_counter()
+        model(batch, labels=batch).loss.backward()
+        return time.perf_counter() - start
+
+    step()
+    best = {False: math.inf, True: math.inf}
+    for _ in range(12):
+        best[False] = min(best[False], step())
+        with trace_nonfinite(model):
+            best[True] = min(best[True], step())
+        if best[True] < 1.08 * best[False]:
+            break
+    assert best[True] < 1.10 * best[False], f"{best[True] / best[False] - 1:.1%}"
+
+
+# ---- the callback --------------------------------------------------------------------------------------------------
+
+
+class Poison(TrainerCallback):
+    """Spoils something at the beginning of the given step (counted from 1)."""
+
+    def __init__(self, step, spoil):
+        self.step, self.spoil = step, spoil
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                self.spoil(model)
+
+
+def spoil_weight(model):
+    experts_of(model).down_proj.fill_(NAN)
+
+
+def spoil_gradient(model):
+    parameter = next(p for name, p in model.named_parameters() if "q_proj.lora_B" in name)
+    parameter.register_hook(lambda gradient: gradient * NAN)
+
+
+def spoil_parameter(model):
+    next(p for name, p in model.named_parameters() if "q_proj.lora_B" in name).view(-1)[0] = NAN
+
+
+def train(directory, spoil, callback=None, step=5):
+    trainer = make_trainer(directory, steps=12, save_steps=2)
+    trainer.add_callback(Poison(step, spoil))
+    if callback is not None:
+        trainer.add_callback(callback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    return trainer, [str(w.message) for w in caught if "training stopped" in str(w.message)]
+
+
+def test_without_the_callback_the_adapter_is_lost(tmp_path):
+    trainer, _ = train(tmp_path, spoil_weight)
+    result = audit(trainer.model)
+    assert not result.clean and sum(row.nan for row in result.rows) > 10
+    assert not audit(tmp_path / "checkpoint-12").clean
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("spoil", [spoil_weight, spoil_gradient])
+def test_callback_stops_before_the_adapter_is_spoilt(tmp_path, spoil, trace):
+    callback = StopOnNonFinite(trace=trace)
+    trainer, messages = train(tmp_path, spoil, callback)
+    assert trainer.state.global_step == 5 and len(messages) == 1 and "step 5" in messages[0]
+    assert audit(trainer.model).clean
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    good = audit(tmp_path / "last_good", trainer.model.get_base_model().config)
+    assert good.clean, str(good)
+    loaded = PeftModel.from_pretrained(tiny_model("deepseek_v2", "ktlib", dtype=torch.bfloat16), tmp_path / "last_good")
+    assert all(p.isfinite().all() for p in loaded.parameters())
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 5
+    if trace and spoil is spoil_weight:
+        assert report["module"] == EXPERTS and report["stage"] == "down" and report["expert"] is not None
+        assert "down_proj[" in (tmp_path / "nonfinite.txt").read_text()
+    else:
+        assert report["phase"] == "gradient" and ("q_proj" in report["module"] or spoil is spoil_weight)
+
+
+def test_callback_sees_a_parameter_that_an_optimizer_step_spoilt(tmp_path):
+    class AfterGradients(Poison):
+        on_step_begin = TrainerCallback.on_step_begin
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == self.step:
+                with torch.no_grad():
+                    self.spoil(model)
+
+    trainer = make_trainer(tmp_path, steps=6, save_steps=2)
+    callback = StopOnNonFinite()
+    trainer.add_callback(callback)
+    trainer.add_callback(AfterGradients(4, spoil_parameter))
+    with pytest.warns(UserWarning, match="step 4, checkpoints on disk are from before"):
+        trainer.train()
+    assert callback.finding.phase == "parameter" and "q_proj.lora_B" in callback.finding.module
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert audit(tmp_path / "checkpoint-2").clean and not (tmp_path / "last_good").exists()
+
+
+def test_callback_changes_nothing_in_a_good_run(tmp_path):
+    plain, guarded = make_trainer(tmp_path / "a", steps=3), make_trainer(tmp_path / "b", steps=3)
+    before = hooks(guarded.model)
+    guarded.add_callback(StopOnNonFinite())
+    plain.train(), guarded.train()
+    for (name, want), (_, got) in zip(plain.model.named_parameters(), guarded.model.named_parameters(), strict=True):
+        assert torch.equal(want, got), name
+    assert hooks(guarded.model) == before and not (tmp_path / "b/nonfinite.txt").exists()
