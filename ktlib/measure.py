@@ -1,4 +1,4 @@
-"""What a machine does, measured: seconds, memory bandwidth, arithmetic rate. Best of some repetitions."""
+"""What PyTorch gets out of a machine: best seconds of a function, arithmetic rates of matrix products."""
 
 import time
 
@@ -18,12 +18,6 @@ def best_seconds(function, *, repeat=5, budget=2.0):
         if end - begin > budget:
             break
     return best
-
-
-def read_bandwidth(megabytes=512):
-    """Bytes per second that a dot product of a large vector with itself reads from memory."""
-    vector = torch.zeros(megabytes * 2**20 // 4)
-    return vector.numel() * 4 / best_seconds(lambda: torch.dot(vector, vector))
 
 
 def matmul_rate(size=2048, dtype=torch.bfloat16):
