@@ -1,0 +1,127 @@
+"""Instruction data for fine-tuning: built-in tasks with leak-free splits, and JSONL files of prompt/response rows.
+
+A row is ``{"prompt": str, "response": str}``. The embedded base model (``ktlib.base_model``) has seen none of the
+built-in tasks: its documents contain no date in digits, and they use its words without a code.
+"""
+
+import calendar
+import json
+import random
+from pathlib import Path
+
+MONTHS = calendar.month_name[1:]
+
+CODE_WORDS = """red blue green white black golden silver small large old young quiet river mountain garden window
+bridge castle market harbour forest letter candle lantern horse falcon fox apple bread honey pepper copper marble velvet
+paper winter summer morning evening north south east west music story game order number town colour animal food friend
+teacher tool ship key song book job street trade club team""".split()
+
+
+def dates(n_train=8000, n_test=200, seed=0):
+    """Rewrite a date: ``"September 25, 1928"`` -> ``"1928-09-25"``. A date is either in train or in test.
+
+    Dates run from 1800 to 2199. Returns ``(train, test)``, two lists of rows. Raises ValueError if the sizes do not
+    fit.
+    """
+    days = [
+        (year, month, day)
+        for year in range(1800, 2200)
+        for month in range(1, 13)
+        for day in range(1, calendar.monthrange(year, month)[1] + 1)
+    ]
+    if n_train < 1 or n_test < 1 or n_train + n_test > len(days):
+        raise ValueError(f"n_train, n_test: got {n_train}, {n_test}; need both >= 1 and a sum of at most {len(days)}")
+    rows = [
+        {"prompt": f"Write as an ISO date: {MONTHS[m - 1]} {d}, {y}", "response": f"{y}-{m:02}-{d:02}"}
+        for y, m, d in random.Random(seed).sample(days, n_train + n_test)
+    ]
+    return disjoint(rows[:n_train], rows[n_train:])
+
+
+def codebook(n_train=4000, n_test=200, seed=0, n_words=64, length=3):
+    """Translate word by word with a secret code: each of ``n_words`` words stands for another of them.
+
+    The code is a random permutation that only the training rows state; test sequences of ``length`` words are new,
+    their words are not. Returns ``(train, test)``, two lists of rows. Raises ValueError if the sizes do not fit.
+    """
+    if not 2 <= n_words <= len(CODE_WORDS):
+        raise ValueError(f"n_words: got {n_words}, need 2 to {len(CODE_WORDS)}")
+    most = n_words**length * 9 // 10
+    if n_train < 1 or n_test < 1 or n_train + n_test > most:
+        raise ValueError(f"n_train, n_test: got {n_train}, {n_test}; need both >= 1 and a sum of at most {most}")
+    rng = random.Random(seed)
+    words = CODE_WORDS[:n_words]
+    cycle = rng.sample(words, n_words)  # one long cycle: no word stands for itself
+    code = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+    texts = {}
+    while len(texts) < n_train + n_test:
+        texts[tuple(rng.choices(words, k=length))] = None
+    rows = [
+        {"prompt": f"Encode: {' '.join(text)}", "response": " ".join(code[word] for word in text)} for text in texts
+    ]
+    return disjoint(rows[:n_train], rows[n_train:])
+
+
+TASKS = {"dates": dates, "codebook": codebook}
+
+
+def load_jsonl(path):
+    """Rows of a UTF-8 JSON-lines file with non-empty string keys ``prompt`` and ``response``; blank lines are skipped.
+
+    Raises FileNotFoundError, or ValueError that names the file and line of the first row that is not usable.
+    """
+    path, rows = Path(path), []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        if not text:
+            continue
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: need an object with prompt and response, got {type(row).__name__}")
+        for key in ("prompt", "response"):
+            if key not in row:
+                raise ValueError(f"{where}: missing key {key!r}, got keys {sorted(row)}")
+            if not isinstance(row[key], str) or not row[key].strip():
+                raise ValueError(f"{where}: {key!r} must be a non-empty string, got {row[key]!r:.60}")
+        rows.append({"prompt": row["prompt"], "response": row["response"]})
+    if not rows:
+        raise ValueError(f"{path}: no rows, need at least one line with prompt and response")
+    return rows
+
+
+def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
+    """``(train, test)`` rows of a built-in task (a key of TASKS) or of a JSONL file.
+
+    A file is split at random; rows that share a prompt go to the same side. Raises ValueError for an unknown name, an
+    unusable row, or a file with fewer than two different prompts.
+    """
+    if str(dataset) in TASKS:
+        return TASKS[str(dataset)](seed=seed)
+    if not Path(dataset).is_file():
+        raise ValueError(f"dataset: got {str(dataset)!r}, need one of {sorted(TASKS)} or the path of a JSONL file")
+    rows = load_jsonl(dataset)
+    prompts = sorted({row["prompt"] for row in rows})
+    if len(prompts) < 2:
+        raise ValueError(f"dataset: {dataset} has {len(prompts)} different prompt, need at least 2 to hold one out")
+    random.Random(seed).shuffle(prompts)
+    held_out = set(prompts[: max(1, min(max_test, int(test_fraction * len(prompts))))])
+    train = [row for row in rows if row["prompt"] not in held_out]
+    test = list({row["prompt"]: row for row in rows if row["prompt"] in held_out}.values())
+    return disjoint(train, test)
+
+
+def disjoint(train, test):
+    """The two splits unchanged; ValueError if a prompt is in both or twice in test."""
+    seen, asked = {row["prompt"] for row in train}, [row["prompt"] for row in test]
+    if shared := seen.intersection(asked):
+        raise ValueError(f"train and test share {len(shared)} prompts, for example {min(shared)!r}")
+    if len(set(asked)) < len(asked):
+        raise ValueError("a test prompt occurs twice")
+    return train, test
