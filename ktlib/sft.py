@@ -1,0 +1,426 @@
+"""LoRA supervised fine-tuning of a MoE model with the stock ``transformers.Trainer`` and stock PEFT adapters.
+
+The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for sweeps and ablations:
+
+    check_parameters -> load_model -> add_lora -> train -> exact_match -> save_adapter
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import resource
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from ktlib.audit import component
+from ktlib.base_model import BASE
+from ktlib.cpu import cpu_info
+from ktlib.experts import is_experts
+from ktlib.lora import lora_config
+from ktlib.tasks import TASKS, load_data
+
+TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
+PARTS = tuple(TARGETS.values())
+LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+
+def target_parts(targets):
+    """``"attention+experts"`` -> ``("attention", "experts")``; ``"all"`` means every part. ValueError otherwise."""
+    parts = PARTS if targets == "all" else tuple(str(targets).split("+"))
+    if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        raise ValueError(f"targets: got {targets!r}, need 'all' or some of {', '.join(PARTS)} joined by '+'")
+    return parts
+
+
+def check_parameters(
+    model="base",
+    dataset="dates",
+    rank=16,
+    alpha=32.0,
+    targets="attention+experts+shared",
+    lora_dtype="fp32",
+    steps=300,
+    batch_size=16,
+    grad_accumulation=1,
+    sequence_length=128,
+    learning_rate=2e-3,
+    seed=0,
+    gradient_checkpointing=False,
+    output_dir="runs/sft",
+    isa=None,
+):
+    """Check every parameter of a run before anything heavy happens; returns them as a dict.
+
+    Raises ValueError naming the parameter, the value that came and what is needed:
+
+    - ``model``: ``"base"`` (the embedded model), or a checkpoint folder with a ``config.json``
+    - ``dataset``: a built-in task or a JSONL file with ``prompt`` and ``response``
+    - ``rank``, ``steps``, ``batch_size``, ``grad_accumulation``: whole numbers >= 1; ``seed`` >= 0
+    - ``sequence_length``: tokens per row, >= 8; longer rows are left out
+    - ``alpha``, ``learning_rate``: finite numbers > 0; ``lora_dtype``: ``"fp32"`` or ``"bf16"``
+    - ``targets``: ``"all"`` or parts joined by ``+``: attention, experts (routed), shared (experts), dense (MLP layers)
+    - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made
+    - ``isa``: None (the best) or an instruction set of this CPU
+    """
+    given = dict(locals())
+
+    def need(good, name, what):
+        if not good:
+            raise ValueError(f"{name}: got {given[name]!r}, need {what}")
+
+    least = {"rank": 1, "steps": 1, "batch_size": 1, "grad_accumulation": 1, "sequence_length": 8, "seed": 0}
+    for name, minimum in least.items():
+        whole = isinstance(given[name], int) and not isinstance(given[name], bool)
+        need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
+    for name in ("alpha", "learning_rate"):
+        number = given[name]
+        numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
+        need(numeric and 0 < number < float("inf"), name, "a finite number > 0")
+    need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
+    need(str(lora_dtype) in LORA_DTYPES, "lora_dtype", f"one of {', '.join(LORA_DTYPES)}")
+    target_parts(targets)
+    for name in ("model", "dataset", "output_dir"):
+        need(isinstance(given[name], (str, os.PathLike)) and str(given[name]), name, "a name or a path")
+    is_model = model == "base" or (Path(model) / "config.json").is_file()
+    need(is_model, "model", "'base' or a checkpoint folder with a config.json")
+    is_data = str(dataset) in TASKS or Path(dataset).is_file()
+    need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
+    need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
+    usable = [name for name, missing in cpu_info()["isas"].items() if not missing]
+    need(isa is None or isa in usable, "isa", f"none or what runs on this CPU: {', '.join(usable)}")
+    return given
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(model="base", experts_implementation="ktlib"):
+    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained`` and nothing else."""
+    path = BASE if model == "base" else model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, experts_implementation=experts_implementation
+    )
+    return loaded, tokenizer
+
+
+def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", seed=0):
+    """A PeftModel with fresh adapters (A random from ``seed``, B zero) on the chosen parts, in ``lora_dtype``.
+
+    Routers are never adapted. Raises ValueError if the model has none of the layers that a part names.
+    """
+    found = {part: [] for part in PARTS}
+    for name, module in model.named_modules():
+        part = TARGETS.get(component(name))
+        if isinstance(module, torch.nn.Linear) and part:
+            found[part].append(name)
+        elif is_experts(module):
+            found["experts"].append(name)
+    parts = target_parts(targets)
+    if targets != "all" and (missing := [part for part in parts if not found[part]]):
+        has = ", ".join(part for part in found if found[part])
+        raise ValueError(f"targets: got {targets!r}, but {type(model).__name__} has no {missing[0]}; it has {has}")
+    config = lora_config(
+        model,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=[name for part in parts if part != "experts" for name in found[part]],
+        target_parameters=None if "experts" in parts and found["experts"] else [],
+    )
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(LORA_DTYPES[lora_dtype])
+    return adapted
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids of a user prompt up to where the answer starts: the chat template if there is one, else a newline."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode(tokenizer, rows, sequence_length):
+    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
+
+    Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
+    """
+    examples = []
+    for row in tqdm(rows, desc="tokenising", leave=False):
+        prompt = prompt_ids(tokenizer, row["prompt"])
+        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(prompt) + len(response) <= sequence_length:
+            examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    if not examples:
+        raise ValueError(f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits")
+    if len(examples) < len(rows):
+        left_out = len(rows) - len(examples)
+        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=2)
+    return examples
+
+
+def collator(tokenizer):
+    """A function that pads examples on the right to their longest: int64 tensors ``(batch, longest)``."""
+
+    def collate(examples):
+        longest = max(len(example["input_ids"]) for example in examples)
+
+        def pad(rows, filler):
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+        return {
+            "input_ids": pad([example["input_ids"] for example in examples], tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0),
+            "labels": pad([example["labels"] for example in examples], -100),
+        }
+
+    return collate
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def complete_checkpoint(folder):
+    """Newest ``checkpoint-N`` in ``folder`` to which every file was written, or None."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        if all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES):
+            return path
+    return None
+
+
+def train(
+    model,
+    tokenizer,
+    rows,
+    output_dir,
+    *,
+    steps=300,
+    batch_size=16,
+    grad_accumulation=1,
+    sequence_length=128,
+    learning_rate=2e-3,
+    seed=0,
+    gradient_checkpointing=False,
+    save_every=100,
+    progress=True,
+    callbacks=None,
+):
+    """Fine-tune the adapters in place with a stock Trainer (AdamW, cosine schedule with 5 % warm-up, clipping at 1).
+
+    A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and the folder is removed at the
+    end; so a folder that is there belongs to an interrupted run, and is resumed from if adapters, data and parameters
+    are the same (ValueError otherwise).
+
+    Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
+    ``tokens_per_second`` (prompts and responses, without padding), ``seconds``, ``peak_rss_mib``, ``resumed_from``
+    (step).
+    """
+    checkpoints = Path(output_dir) / "checkpoints"
+    examples = encode(tokenizer, rows, sequence_length)
+    identity = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "grad_accumulation": grad_accumulation,
+        "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "adapters": fingerprint([(n, p.shape, str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]),
+        "data": fingerprint(examples),
+    }
+    resume = start_or_resume(checkpoints, identity)
+    names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=grad_accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        **{checkpointing: gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        logging_steps=1,
+        include_num_input_tokens_seen="non_padding",
+        save_steps=save_every,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=not progress,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=examples, data_collator=collator(tokenizer), callbacks=callbacks
+    )
+    began = time.perf_counter()
+    with adapter_dtype_kept(model):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(checkpoints)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    first_step = int(resume.name.split("-")[1]) if resume else 0
+    share = (steps - first_step) / steps
+    return {
+        "log": log,
+        "seconds": seconds,
+        "tokens_per_second": trainer.state.num_input_tokens_seen * share / seconds,
+        "peak_rss_mib": peak_rss_mib(),
+        "resumed_from": first_step,
+    }
+
+
+def start_or_resume(checkpoints, identity):
+    """The checkpoint to resume from or None, after noting (or comparing) what the run in ``checkpoints`` is."""
+    note = checkpoints / "run.json"
+    resume = complete_checkpoint(checkpoints)
+    if resume is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir(parents=True)
+        note.write_text(json.dumps(identity))
+        return None
+    before = json.loads(note.read_text()) if note.is_file() else {}
+    if changed := [key for key, now in identity.items() if before.get(key) != now]:
+        key = changed[0]
+        raise ValueError(
+            f"output_dir: {checkpoints.parent} holds an interrupted run with another {key} ({before.get(key)}, now "
+            f"{identity[key]}); finish that run, delete {checkpoints}, or choose another output_dir"
+        )
+    return resume
+
+
+@contextlib.contextmanager
+def adapter_dtype_kept(model):
+    """Let a Trainer that resumes load bf16 adapters as bf16: PEFT's ``load_adapter`` makes them fp32 by default."""
+    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
+    try:
+        yield
+    finally:
+        del model.load_adapter
+
+
+def fingerprint(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def peak_rss_mib():
+    """Largest resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ---- evaluation and saving ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progress=True):
+    """Greedy answers (list of str) to user prompts, in batches padded on the left, with KV cache."""
+    answers, was_training = [], model.training
+    device = next(model.parameters()).device
+    model.eval()
+    for start in tqdm(range(0, len(prompts), batch_size), desc="generating", leave=False, disable=not progress):
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
+        longest = max(map(len, ids))
+        input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    model.train(was_training)
+    return answers
+
+
+def exact_match(model, tokenizer, rows, batch_size=100, progress=True):
+    """``(accuracy, answers)``: the share of rows whose greedy answer equals the response, outer blanks aside."""
+    longest = max(len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) for row in rows)
+    answers = generate(model, tokenizer, [row["prompt"] for row in rows], longest + 4, batch_size, progress)
+    hits = [answer.strip() == row["response"].strip() for answer, row in zip(answers, rows, strict=True)]
+    return sum(hits) / len(hits), answers
+
+
+def save_adapter(model, folder):
+    """Save the adapter in PEFT's format; written beside ``folder`` and renamed, so it is there whole or not at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def run(progress=True, **parameters):
+    """One whole fine-tuning with the parameters of ``check_parameters``; the adapter goes to ``output_dir/adapter``.
+
+    Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
+    ``answers_after``, ``test`` (rows) and ``adapter`` (path).
+    """
+    p = check_parameters(**parameters)
+    train_rows, test_rows = load_data(p["dataset"], p["seed"])
+    with chosen_isa(p["isa"]):
+        model, tokenizer = load_model(p["model"])
+        before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
+        model = add_lora(model, p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
+        accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
+        options = {key: p[key] for key in accepted}
+        result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
+        after, answers_after = exact_match(model, tokenizer, test_rows, progress=progress)
+    adapter = save_adapter(model, Path(p["output_dir"]) / "adapter")
+    return result | {
+        "before": before,
+        "after": after,
+        "answers_before": answers_before,
+        "answers_after": answers_after,
+        "test": test_rows,
+        "adapter": adapter,
+    }
+
+
+@contextlib.contextmanager
+def chosen_isa(isa):
+    """Run the block with the operator on instruction set ``isa`` (None: as it is, the best this CPU has)."""
+    before = os.environ.get("KTLIB_ISA")
+    if isa is not None:
+        os.environ["KTLIB_ISA"] = isa
+    try:
+        yield
+    finally:
+        if isa is not None:
+            os.environ.pop("KTLIB_ISA")
+        if before is not None:
+            os.environ["KTLIB_ISA"] = before

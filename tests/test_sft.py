@@ -1,0 +1,219 @@
+"""Fine-tuning: parameters are checked first, every choice trains, an interrupted run resumes to the same adapter."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from ktlib import sft
+from ktlib.audit import component
+from ktlib.tasks import codebook, dates
+
+ROWS, TEST = dates(n_train=64, n_test=8)
+SMALL = {"steps": 3, "batch_size": 4, "sequence_length": 64, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny steps are fastest on one thread, above all when the tests share the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def adapted(**options):
+    model, tokenizer = sft.load_model("base")
+    return sft.add_lora(model, **{"rank": 4, "alpha": 8} | options), tokenizer
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_defaults_are_valid():
+    assert sft.check_parameters()["model"] == "base"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model", "no/such/folder"),
+        ("model", ""),
+        ("model", 3),
+        ("dataset", "datez"),
+        ("dataset", None),
+        ("rank", 0),
+        ("rank", 8.0),
+        ("rank", True),
+        ("alpha", 0),
+        ("alpha", "32"),
+        ("alpha", math.nan),
+        ("targets", "attn"),
+        ("targets", ""),
+        ("targets", "attention+attention"),
+        ("targets", "attention,experts"),
+        ("lora_dtype", "fp16"),
+        ("lora_dtype", ["fp32"]),
+        ("steps", 0),
+        ("steps", "10"),
+        ("batch_size", -1),
+        ("grad_accumulation", 0),
+        ("sequence_length", 7),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.inf),
+        ("learning_rate", "1e-3"),
+        ("seed", -1),
+        ("gradient_checkpointing", "yes"),
+        ("output_dir", ""),
+        ("output_dir", __file__),
+        ("isa", "sse2"),
+        ("isa", ""),
+    ],
+)
+def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
+    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
+    with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
+        sft.run(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_labels_cover_the_response_and_its_end_only():
+    _, tokenizer = sft.load_model("base")
+    (example,) = sft.encode(tokenizer, ROWS[:1], 64)
+    answer = [label for label in example["labels"] if label != -100]
+    assert tokenizer.decode(answer) == ROWS[0]["response"] + tokenizer.eos_token
+    assert example["input_ids"][-len(answer) :] == answer
+    batch = sft.collator(tokenizer)(sft.encode(tokenizer, ROWS[:5], 64))
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["labels"].shape == (5, lengths.max())
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_long_rows_are_left_out_and_said_so():
+    _, tokenizer = sft.load_model("base")
+    rows = [{"prompt": "Say fox", "response": "fox"}, {"prompt": "Say fox", "response": "fox " * 50}]
+    with pytest.warns(UserWarning, match="1 of 2 rows exceed 32 tokens"):
+        assert len(sft.encode(tokenizer, rows, 32)) == 1
+    with pytest.raises(ValueError, match="sequence_length: got 32, need more"):
+        sft.encode(tokenizer, rows[1:], 32)
+
+
+PARTS = {"attention": "self_attn", "experts": "routed_experts", "shared": "shared_experts", "dense": "dense_mlp"}
+
+
+@pytest.mark.parametrize("targets", [*PARTS, "attention+experts", "all"])
+def test_targets_train_what_they_name(targets, tmp_path):
+    model, tokenizer = adapted(targets=targets)
+    before = weights(model)
+    assert {component(name) for name in before} == {PARTS[part] for part in sft.target_parts(targets)}
+    result = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
+    after = weights(model)
+    moved = [name for name in before if "lora_B" in name and not torch.equal(before[name], after[name])]
+    assert len(moved) == sum("lora_B" in name for name in before)
+    assert [entry["step"] for entry in result["log"]] == [1, 2, 3]
+    assert result["tokens_per_second"] > 0 and result["peak_rss_mib"] > 0
+
+
+def test_a_part_that_the_model_lacks_is_an_error(monkeypatch):
+    model, _ = sft.load_model("base")
+    model.model.layers = model.model.layers[1:]  # no dense layer
+    with pytest.raises(ValueError, match="targets: got 'attention.dense'.*has no dense; it has attention, experts"):
+        sft.add_lora(model, "attention+dense")
+
+
+@pytest.mark.parametrize(
+    "lora, options",
+    [
+        ({"lora_dtype": "bf16"}, {}),
+        ({"lora_dtype": "fp32"}, {"gradient_checkpointing": True}),
+        ({"lora_dtype": "bf16"}, {"gradient_checkpointing": True, "grad_accumulation": 2}),
+        ({"rank": 3, "alpha": 1.5}, {"grad_accumulation": 3, "batch_size": 1}),
+    ],
+)
+def test_every_choice_trains(lora, options, tmp_path):
+    model, tokenizer = adapted(**lora)
+    result = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | options)
+    assert {p.dtype for p in weights(model).values()} == {sft.LORA_DTYPES[lora.get("lora_dtype", "fp32")]}
+    assert all(
+        math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in map(floats, result["log"])
+    )
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def floats(entry):
+    return {key: float(value) for key, value in entry.items()}
+
+
+def test_checkpointing_and_accumulation_do_not_change_the_result(tmp_path):
+    def loss(**options):
+        model, tokenizer = adapted()
+        return [float(e["loss"]) for e in sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | options)["log"]]
+
+    plain = loss()
+    assert loss(gradient_checkpointing=True) == plain
+    assert loss(batch_size=2, grad_accumulation=2) == pytest.approx(plain, rel=0.02)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lora_dtype", sft.LORA_DTYPES)
+def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
+    options = SMALL | {"steps": 4, "save_every": 2}
+    whole, tokenizer = adapted(lora_dtype=lora_dtype)
+    sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
+
+    broken, _ = adapted(lora_dtype=lora_dtype)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(broken, tokenizer, ROWS, tmp_path / "cut", **options, callbacks=[StopAt(3)])
+    with pytest.raises(ValueError, match="output_dir: .*interrupted run with another learning_rate"):
+        sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="another data"):
+        sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS[1:], tmp_path / "cut", **options)
+    resumed, _ = adapted(lora_dtype=lora_dtype)
+    result = sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options)
+    assert result["resumed_from"] == 2 and [entry["step"] for entry in result["log"]] == [1, 2, 3, 4]
+    for name, expected in weights(whole).items():
+        assert torch.equal(expected, weights(resumed)[name]), name
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path):
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in sft.CHECKPOINT_FILES:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("x")
+    assert sft.complete_checkpoint(tmp_path).name == "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "optimizer.pt").write_text("")
+    assert sft.complete_checkpoint(tmp_path).name == "checkpoint-5"
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    assert sft.complete_checkpoint(tmp_path) is None and sft.complete_checkpoint(tmp_path / "none") is None
+
+
+def test_generation_does_not_depend_on_batching():
+    model, tokenizer = sft.load_model("base")
+    prompts = ["Repeat: fox", "Repeat: river garden silver 4071", "Say apple"]
+    together = sft.generate(model, tokenizer, prompts, 12, progress=False)
+    assert together == [sft.generate(model, tokenizer, [prompt], 12, progress=False)[0] for prompt in prompts]
+
+
+def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in codebook(n_train=30, n_test=1)[0]))
+    result = sft.run(dataset=str(path), output_dir=tmp_path / "out", isa="portable", rank=4, **SMALL)
+    assert result["adapter"] == tmp_path / "out" / "adapter" and len(result["test"]) == 3
+    assert 0 <= result["before"] <= 1 and len(result["answers_after"]) == 3
+    stored = load_file(result["adapter"] / "adapter_model.safetensors")
+    model, _ = sft.load_model("base", experts_implementation="eager")
+    loaded = PeftModel.from_pretrained(model, result["adapter"])
+    assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())
