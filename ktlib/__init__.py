@@ -18,7 +18,7 @@ _LAZY = {
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",
     "trace_nonfinite": "ktlib.trace",
-    "StopOnNonFinite": "ktlib.trace",
+    "StopOnNonFinite": "ktlib.callback",
 }
 
 __all__ = ["audit", "cpu_info", "moe_experts", *_LAZY]

@@ -4,20 +4,17 @@
 ...     model(**batch).loss.backward()
 NonFinite: forward: model.layers.1.mlp.experts, stage gate, expert 5, token 17 (row 1, position 5) ...
 
-Every watched module's result is summed, which is cheap; only if the sum is not finite is anything looked at more
-closely. Then the layer of routed experts is computed again, stage by stage, from its own inputs (``ktlib.stages``).
+Every watched module's result is summed, and in backward the gradient that reaches every layer, which is cheap. Only if
+a sum is not finite is anything looked at more closely: the layer's backward is run again with a look at every module,
+and routed experts are computed again, stage by stage, from their own inputs (``ktlib.stages``).
 """
 
 import contextlib
-import json
 import math
-import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import TrainerCallback
 
 from ktlib import stages
 from ktlib.experts import is_experts
@@ -79,8 +76,8 @@ def trace_nonfinite(model, *, stop=True, backward=True):
             of modules whose inputs were already bad.
         backward: also watch gradients.
 
-    Results and gradients are bit for bit those without it. Memory: during backward the inputs of the experts modules
-    are kept (which autograd does too).
+    Results and gradients are bit for bit those without it. Memory: the inputs of every layer are kept until its
+    backward, as gradient checkpointing does.
     """
     tracer = Tracer(model, stop, backward)
     tracer.install()
@@ -97,7 +94,7 @@ class Tracer:
         self.model, self.stop, self.backward = model, stop, backward
         self.causes, self.contaminated = [], []
         self._pending, self._handles, self._installed = [], [], True
-        self._input_ids, self._callback_queued = None, False
+        self._input_ids, self._callback_queued, self._last = None, False, None
 
     @property
     def first(self):
@@ -118,17 +115,14 @@ class Tracer:
     def install(self):
         keep = self._handles.append
         keep(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        blocks = _blocks(self.model)
+        inside = tuple(f"{name}." for name in blocks)
         for name, module in watched(self.model):
-            keep(module.register_forward_hook(self._after_forward(name), with_kwargs=True))
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.ModuleList):
-                for block in module:
-                    keep(block.register_forward_hook(lambda *_: self.check()))
+            fine = self.backward and not name.startswith(inside)
+            keep(module.register_forward_hook(self._after_forward(name, is_experts(module), fine), with_kwargs=True))
+        for name, block in blocks.items():
+            keep(block.register_forward_hook(self._after_block(name), with_kwargs=True))
         keep(self.model.register_forward_hook(self._end))
-        if self.backward:
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and parameter.is_leaf:
-                    keep(parameter.register_post_accumulate_grad_hook(self._after_gradient(name)))
 
     def remove(self):
         for handle in self._handles:
@@ -136,29 +130,82 @@ class Tracer:
         self._handles, self._pending, self._installed = [], [], False
 
     def _begin(self, module, args, kwargs):
+        self._last = None
         self._pending, self._callback_queued = [], False
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._input_ids = ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+        if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dim() == 2:
+            self._input_ids = ids
 
-    def _after_forward(self, name):
+    def _after_forward(self, name, experts, fine):
         def hook(module, args, kwargs, output):
-            results = _floats(output)
-            if not results:
+            if not self._installed:
                 return
-            self._watch(results, "forward", name, module, (args, kwargs))
-            if is_experts(module):
+            results = _floats(output)
+            for result in results:
+                self._watch(result, "forward", name, module, (args, kwargs))
+            if experts:
                 self.check()
-            if self.backward and results[0].grad_fn is not None:
-                self._watch_backward(name, module, args, kwargs, results[0])
+            if fine and results and results[0].grad_fn is not None:
+                self._watch_backward(name, module, results[0], args, (args, kwargs) if experts else None)
 
         return hook
 
-    def _watch_backward(self, name, module, args, kwargs, result):
+    def _after_block(self, name):
+        def hook(block, args, kwargs, output):
+            if not self._installed:
+                return
+            self.check()
+            result = next((t for t in _floats(output) if t.grad_fn is not None), None)
+            if self.backward and result is not None:
+                given = _detached((args, kwargs))
+                result.register_hook(lambda gradient: self._arrives(name, block, given, gradient))
+
+        return hook
+
+    def _arrives(self, name, block, given, gradient):
+        """The cheap look of backward: one gradient per block. The bad one was made in the block looked at before."""
+        if not self._installed:
+            return
+        if _is_finite(gradient):
+            self._last = name, block, given, gradient
+        elif self.causes:
+            self._note(name)
+        else:
+            self._search_last()
+
+    def _search_last(self):
+        """Run the last block with a finite gradient once more, with a look at every module's gradients."""
+        if self._last is None:
+            self._add(Finding("backward", "the model", "loss", "its gradient is not finite"))
+            return
+        name, block, (args, kwargs), gradient = self._last
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("past_key_value")}
+        hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point())
+        hidden.requires_grad_()
+        inner = Tracer(block, stop=False)
+        inner._input_ids, self._installed = self._input_ids, False
+        inner.install()
+        checkpointing = vars(block).get("gradient_checkpointing")
+        block.gradient_checkpointing = False
+        try:
+            with torch.enable_grad():
+                torch.autograd.grad(_floats(block(*args, **kwargs))[0], hidden, gradient)
+        finally:
+            inner.remove()
+            del block.gradient_checkpointing
+            if checkpointing is not None:
+                block.gradient_checkpointing = checkpointing
+            self._installed = True
+        finding = inner.first or Finding("backward", "", "gradient of input", "made between modules of this layer")
+        finding.module = short(f"{name}.{finding.module}".rstrip("."))
+        self._add(finding)
+
+    def _watch_backward(self, name, module, result, args, arguments):
         """Look at the gradients that leave ``module``, on the edges of the graph: nothing is inserted into it."""
         edges = _edges([t for t in args if isinstance(t, torch.Tensor) and t.requires_grad], result.grad_fn)
         if not edges:
             return
-        arguments = (_detached(args), _detached(kwargs)) if is_experts(module) else None
+        arguments = arguments and _detached(arguments)
         came, left, number = [], [len(edges)], result.output_nr
 
         def arrives(gradients):
@@ -167,8 +214,9 @@ class Tracer:
         def leaves(index):
             def hook(gradients, _):
                 if self._installed and gradients[index] is not None:
-                    self._watch([gradients[index]], "backward", name, module, (tuple(came), arguments))
-                    self._check_at_the_end_of_backward()
+                    self._watch(gradients[index], "backward", name, module, (tuple(came), arguments))
+                    if len(self._pending) >= 64:
+                        self.check()
                 left[0] -= 1
                 if not left[0]:
                     came.clear()
@@ -179,39 +227,41 @@ class Tracer:
         for node, index in edges:
             node.register_hook(leaves(index))
 
-    def _after_gradient(self, name):
-        def hook(parameter):
-            self._watch([parameter.grad], "gradient", name, parameter, ())
-            self._check_at_the_end_of_backward()
-
-        return hook
-
     def _end(self, module, args, output):
         self.check()
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor) and not _is_finite(loss):
             self._found([loss], "loss", "the model", module, _floats(output.get("logits")))
 
-    def _watch(self, results, phase, name, module, inputs):
-        """Judge what lies on the CPU now; look at the rest later, all together, for each look waits for the device."""
-        for result in results:
-            total = _sum(result)
-            if total.device.type != "cpu":
-                self._pending.append((total, result, phase, name, module, inputs))
-            elif not math.isfinite(total.item()) and not _is_finite(result):
-                self.check()
-                self._found([result], phase, name, module, inputs)
+        result = next((t for t in _floats(output) if t.grad_fn is not None), None)
+        if self.backward and result is not None:
+            result.register_hook(self._at_the_end_of_backward)
 
-    def _check_at_the_end_of_backward(self):
-        if len(self._pending) >= 64:
+    def _watch(self, result, phase, name, module, given):
+        """Judge what lies on the CPU now; look at the rest later, all together, for each look waits for the device."""
+        total = _sum(result)
+        if not total.is_cpu:
+            self._pending.append((total, result, phase, name, module, given))
+        elif not math.isfinite(total) and not _is_finite(result):
             self.check()
-        elif self._pending and not self._callback_queued:
+            self._found([result], phase, name, module, given)
+
+    def _at_the_end_of_backward(self, _):
+        if self._installed and not self._callback_queued:
             self._callback_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._after_whole_backward)
 
     def _after_whole_backward(self):
+        """Gradients of parameters: bad ones that no module's gradients explain, the first in the order of backward."""
         self._callback_queued = False
         self.check()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        bad = bad_ones([(name, p.grad) for name, p in named])
+        if bad and not self.causes and self._last and all(name.startswith(f"{self._last[0]}.") for name, _ in bad):
+            self._search_last()  # the first block: no gradient leaves it
+        for name, gradient in reversed(bad):
+            self._found([gradient], "gradient", name, None, ())
+        self._last = None
 
     def check(self):
         """Look at what was only summed so far (on a GPU). Done at every layer's end; call it if you like."""
@@ -228,8 +278,7 @@ class Tracer:
         name, inputs = short(name), _floats(given[0] if phase == "backward" else given)
         came_in_bad = not all(map(_is_finite, inputs))
         if self.causes and (came_in_bad or phase in ("loss", "gradient")):
-            if name not in self.contaminated and len(self.contaminated) < MAX_NAMES:
-                self.contaminated.append(name)
+            self._note(name)
             return
         finding = Finding(phase, name, "", "")
         if phase == "gradient":
@@ -251,6 +300,13 @@ class Tracer:
         finding.tensors += _describe_all("result" if phase != "backward" else "gradient of input", results)
         if isinstance(module, torch.nn.Module) and not is_experts(module) and phase != "loss":
             finding.tensors += [describe(short(n), p) for n, p in module.named_parameters()]
+        self._add(finding)
+
+    def _note(self, name):
+        if name not in self.contaminated and len(self.contaminated) < MAX_NAMES:
+            self.contaminated.append(name)
+
+    def _add(self, finding):
         self.causes.append(finding)
         if self.stop:
             raise NonFinite(finding)
@@ -318,6 +374,15 @@ def watched(model):
             yield name, module
         if is_experts(module) or is_adapted:
             done += (f"{name}.",)
+
+
+def _blocks(model):
+    """The repeated layers of a model by name: members of a ModuleList that is not itself inside one."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not name.startswith(tuple(f"{block}." for block in found)):
+            found |= {f"{name}.{child}": block for child, block in module.named_children()}
+    return found
 
 
 def experts_arguments(module, args, kwargs):
@@ -404,78 +469,10 @@ def _is_finite(tensor):
     return math.isfinite(_sum(tensor).item()) or bool(tensor.detach().isfinite().all())
 
 
-class StopOnNonFinite(TrainerCallback):
-    """Stops a ``transformers.Trainer`` before a non-finite value reaches the adapter.
-
-    Looks at loss and activations (with ``trace``), at gradients before each optimizer step, and at the trained
-    parameters after it. At the first bad one the step is skipped, training stops, no further checkpoint is written (so
-    that those on disk stay good), the report goes to ``output_dir/nonfinite.txt`` and ``.json``, and the model as it
-    was before the step to ``output_dir/last_good``.
-
-    Args:
-        trace: watch every module, and name the first one; False looks at gradients and parameters only.
-    """
-
-    def __init__(self, trace=True):
-        self.trace, self.finding, self._context, self._tracer = trace, None, None, None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.finding = None
-        if self.trace:
-            self._context = trace_nonfinite(model, stop=False)
-            self._tracer = self._context.__enter__()
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        finding = self._tracer.first if self._tracer else None
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
-        finding = finding or _first_bad("gradient", [(name, p.grad) for name, p in trained])
-        if finding is not None:
-            for _, parameter in trained:
-                parameter.grad = None  # an optimizer leaves parameters without gradient alone
-            self._stop(finding, args, state, control, model)
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.finding is None:
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            finding = _first_bad("parameter", trained)
-            if finding is not None:
-                self._stop(finding, args, state, control, model)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.finding is not None:
-            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
-
-    on_epoch_end = on_step_end
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
-            self._context = self._tracer = None
-
-    def _stop(self, finding, args, state, control, model):
-        self.finding = finding
-        step, folder = state.global_step + 1, Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = self._tracer.report() if self._tracer and self._tracer.first else str(finding)
-        (folder / "nonfinite.txt").write_text(f"step {step}\n{text}\n", encoding="utf-8")
-        (folder / "nonfinite.json").write_text(json.dumps({"step": step, **finding.to_dict()}, indent=1))
-        kept = "checkpoints on disk are from before"
-        if finding.phase != "parameter" and hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder / "last_good")
-            kept = "the model before this step is in last_good"
-        control.should_training_stop = True
-        warnings.warn(f"training stopped in step {step}, {kept}. {str(finding).splitlines()[0]}", stacklevel=2)
-
-
-def _first_bad(phase, named):
-    """The Finding of the first tensor that is not finite, from one look at all of them."""
-    if not named:
-        return None
-    sums = torch.stack([_sum(tensor).to("cpu") for _, tensor in named])
-    if sums.isfinite().all():
-        return None
-    for name, tensor in named:
-        if not _is_finite(tensor):
-            what = "gradient" if phase == "gradient" else "value after the optimizer step"
-            return Finding(phase, short(name), what, f"the first of {len(named)}", tensors=[describe(what, tensor)])
-    return None
+def bad_ones(named):
+    """Those of ``(name, tensor)`` that are not finite, after one look at the norms of all."""
+    tensors = [tensor.detach() for _, tensor in named]
+    norms = torch._foreach_norm(tensors) if tensors else []
+    if not norms or torch.stack([norm.float().to("cpu") for norm in norms]).isfinite().all():
+        return []
+    return [(name, tensor) for name, tensor in named if not _is_finite(tensor)]
