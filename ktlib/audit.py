@@ -1,8 +1,11 @@
-"""What is in an adapter: tensors, sizes, NaN, Inf, zeros and dtypes by component of the model.
+"""What is in an adapter: tensors, sizes, NaN, Inf, zeros and dtypes by component and layer, and what is wrong with it.
 
 >>> print(audit("my-adapter"))
 component       tensors  parameters  NaN  Inf  zero   max |x|  dtype
 routed_experts      104   ...
+
+Reads adapters of stock PEFT, those with one module per expert (transformers 4), and stacks with one tensor per
+projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
 import json
@@ -12,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from ktlib import pairing
 
 # Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
 # transformers and PEFT; add a line here for a family that calls its parts differently.
@@ -63,16 +68,29 @@ class ComponentAudit:
 
 @dataclass
 class Audit:
-    """The result of :func:`audit`. ``print`` shows the table; ``result["self_attn"].nan`` is one number of it."""
+    """The result of :func:`audit`. ``print`` shows the table; ``result["self_attn"].nan`` is one number of it.
+
+    ``layers`` holds a :class:`ComponentAudit` per ``(layer number or None, component)``; ``problems`` are findings;
+    ``notes`` are facts worth knowing that need no repair; ``flagged`` counts the findings per layer and component.
+    """
 
     source: str
     rows: list[ComponentAudit]
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
+    layers: dict = field(default_factory=dict)
+    flagged: Counter = field(default_factory=Counter)
 
     @property
     def clean(self):
-        """No NaN, no Inf, no empty tensor, and the tensor counts are those of the architecture if it was given."""
+        """No problem found. See :func:`audit` for what is looked for."""
         return not self.problems
+
+    def plot(self, ax=None):
+        """Map of layers and components: a cell's number is how many of its tensors have a finding. Returns the axes."""
+        from ktlib.plots import audit_map
+
+        return audit_map(self, ax)
 
     def __getitem__(self, name):
         if name not in dict(COMPONENTS):
@@ -94,48 +112,106 @@ class Audit:
 
     def __str__(self):
         verdict = "clean" if self.clean else "\n".join(f"problem: {problem}" for problem in self.problems)
-        return f"{self.source}\n{self.table()}\n{verdict}"
+        notes = "".join(f"note: {note}\n" for note in self.notes)
+        return f"{self.source}\n{self.table()}\n{notes}{verdict}"
 
 
-def audit(source, config=None):
-    """Count tensors, NaN, Inf, zeros and dtypes of an adapter by component.
+def audit(source, config=None, trained=None):
+    """Count tensors, NaN, Inf, zeros and dtypes of an adapter by component and layer, and look for what is wrong.
+
+    Problems: NaN, Inf or empty tensors; a tensor stored under two names; an A without B; a product ``scaling * B A``
+    that leaves the range of bf16 although A and B are finite; B all zero in a trained adapter; tensor counts other
+    than the architecture's. Notes: an adapter that was never trained; experts that never received a token.
 
     Args:
-        source: directory of a PEFT adapter (or of any safetensors checkpoint), path of one safetensors file, or a
-            live model. Files are read one tensor at a time. Of a model with adapters the adapter tensors are counted,
-            of a model without, all parameters.
+        source: directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), path of one
+            safetensors file, or a live model. Files are read one LoRA pair at a time. Of a model with adapters the
+            adapter tensors are counted, of a model without, all parameters.
         config: the base model, or its transformers config, to compare an adapter's tensor counts with (see
             :func:`expected_adapter_counts`). A live PEFT model is compared with itself.
+        trained: whether the adapter was trained. Default: yes, if any B is not zero or a ``trainer_state.json`` beside
+            it counts steps.
 
     Raises:
-        FileNotFoundError: nothing there, or no weights in the directory.
+        FileNotFoundError: nothing there, no weights in the directory, or a shard of the index is missing.
         ValueError: pickled weights (``.bin``: unsafe to read), a damaged safetensors file, or a config to compare
             with and no ``adapter_config.json``.
     """
     if isinstance(source, torch.nn.Module):
-        label, tensors, expected = type(source).__name__, _model_tensors(source), _model_counts(source, config)
+        label, expected = type(source).__name__, _model_counts(source, config)
+        tensors = {name: lambda p=p: p.detach() for name, p in _model_tensors(source)}
+        settings = next((c.to_dict() for c in getattr(source, "peft_config", {}).values()), {})
     else:
         label, path = str(source), Path(source)
-        expected = None if config is None else expected_adapter_counts(config, _adapter_config(path))
+        settings = _read_json(path, "adapter_config.json")
+        if config is not None and not settings:
+            raise ValueError(f"config: given to compare tensor counts, but there is no adapter_config.json in {path}")
+        expected = None if config is None else expected_adapter_counts(config, settings)
         tensors = _file_tensors(path)
+        trained = True if trained is None and _read_json(path, "trainer_state.json").get("global_step") else trained
 
+    report = Audit(label, [], [])
     rows = {name: ComponentAudit(name) for name, _ in COMPONENTS}
-    lora = Counter()
-    for name, tensor in tensors:
-        rows[component(name)].add(tensor)
-        lora[component(name)] += ".lora_" in name
-    rows = [row for row in rows.values() if row.tensors]
+    lora, duplicates, pairs = Counter(), {}, pairing.Pairs(settings)
+    for name, load in tensors.items():
+        part, layer, tensor = component(name), layer_of(name), load()
+        cell = report.layers.setdefault((layer, part), ComponentAudit(part))
+        before = cell.nan + cell.inf + cell.empty
+        rows[part].add(tensor)
+        cell.add(tensor)
+        report.flagged[layer, part] += cell.nan + cell.inf + cell.empty - before
+        lora[part] += pairing.letter(name) is not None
+        duplicates.setdefault(_place(name), []).append(name)
+        partner = pairing.partner(name)
+        if partner in tensors:
+            if pairing.letter(name) == "a":
+                pairs.add(name, tensor, tensors[partner](), part, layer)
+        elif partner is not None:
+            report.problems.append(f"{part}: {name} has no partner {partner}")
+            report.flagged[layer, part] += 1
+    report.rows = [row for row in rows.values() if row.tensors]
 
-    problems = [] if rows else ["no tensors"]
-    for row in rows:
+    if not report.rows:
+        report.problems.append("no tensors")
+    for row in report.rows:
         for kind in ("nan", "inf", "empty"):
             count = getattr(row, kind)
             if count:
-                problems.append(f"{row.component}: {count} of {row.tensors} tensors {_KINDS[kind]}")
+                report.problems.append(f"{row.component}: {count} of {row.tensors} tensors {_KINDS[kind]}")
+    _add_duplicates(report, [names for names in duplicates.values() if len(names) > 1])
+    pairs.judge(report, trained)
     for name, _ in COMPONENTS if expected is not None else ():
         if lora[name] != expected[name]:
-            problems.append(f"{name}: {lora[name]} LoRA tensors, the architecture has {expected[name]}")
-    return Audit(label, rows, problems)
+            report.problems.append(f"{name}: {lora[name]} LoRA tensors, the architecture has {expected[name]}")
+    report.flagged = +report.flagged
+    return report
+
+
+def layer_of(name):
+    """The number of the layer in a module's or parameter's name, or None."""
+    match = re.search(r"\.(?:layers?|blocks?|h)\.(\d+)\.", f".{name}.")
+    return int(match[1]) if match else None
+
+
+def _place(name):
+    """What a name means: the stack and layer it is in, and its end from the component on. Wrappers do not matter."""
+    dotted = f".{name}"
+    layer = re.search(r"\.(?:layers?|blocks?|h)\.\d+\.", dotted)
+    pattern = dict(COMPONENTS)[component(name)]
+    part = re.search(pattern, f"{dotted}.") if pattern else None
+    if not layer or not part or part.start() < layer.end() - 1:
+        return name
+    return dotted[: layer.end()], dotted[part.start() :]
+
+
+def _add_duplicates(report, groups):
+    for part, _ in COMPONENTS:
+        here = [names for names in groups if component(names[0]) == part]
+        if here:
+            first, second = here[0][:2]
+            report.problems.append(f"{part}: {len(here)} tensors are stored under two names, as {first} and {second}")
+        for names in here:
+            report.flagged[layer_of(names[0]), part] += len(names)
 
 
 _KINDS = {"nan": "contain NaN", "inf": "contain Inf", "empty": "are empty"}
@@ -204,34 +280,55 @@ def _model_counts(model, config):
     return sum((expected_adapter_counts(config or model, adapter) for adapter in adapters.values()), Counter())
 
 
-def _adapter_config(path):
-    file = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(f"config: given to compare tensor counts, but there is no {file}")
-    return json.loads(file.read_text())
+def _read_json(path, name):
+    file = (path if path.is_dir() else path.parent) / name
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _file_tensors(path):
+    """``{name: function that reads the tensor}`` of a safetensors file, or of a directory's."""
     from safetensors import SafetensorError, safe_open
 
-    if path.is_dir():
-        adapter = path / "adapter_model.safetensors"
-        files = [adapter] if adapter.is_file() else sorted(path.glob("*.safetensors"))
-        pickles = sorted(path.glob("*.bin"))
-        if not files and pickles:
-            raise ValueError(f"{pickles[0]}: pickled weights can run code when read; save them as safetensors")
-        if not files:
-            raise FileNotFoundError(f"{path}: no *.safetensors file in this directory")
-    elif path.is_file():
-        files = [path]
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: needed a .safetensors file or an adapter directory")
-    else:
-        raise FileNotFoundError(f"{path}: no such file or directory")
+    files = _files(path)
+    tensors = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+        handle = []  # opened when first read, so that a directory of many shards does not need as many open files
+
+        def load(name, file=file, handle=handle):
+            if not handle:
+                handle.append(safe_open(file, framework="pt"))
+            return handle[0].get_tensor(name)
+
+        tensors |= {name: lambda name=name, load=load: load(name) for name in names}
+    return tensors
+
+
+def _files(path):
+    if path.is_file():
+        if path.suffix in (".bin", ".pt", ".pth"):
+            raise ValueError(f"{path}: {_PICKLED}")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: needed a .safetensors file or an adapter directory")
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        wanted = {path / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if missing := sorted(file.name for file in wanted if not file.is_file()):
+            raise FileNotFoundError(f"{path}: {index.name} names {missing[0]}, which is not there")
+    files = sorted(path.glob("*.safetensors"))
+    adapter = [f for f in files if f.name.startswith("adapter_model") or f.name == "fused_expert_lora.safetensors"]
+    pickles = sorted(path.glob("*.bin"))
+    if not files and pickles:
+        raise ValueError(f"{pickles[0]}: {_PICKLED}")
+    if not files:
+        raise FileNotFoundError(f"{path}: no *.safetensors file in this directory")
+    return adapter or files
+
+
+_PICKLED = "pickled weights can run code when read; load it where you trust it and save it as safetensors"

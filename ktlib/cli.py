@@ -28,8 +28,13 @@ def parser():
     command = commands.add_parser("info", help="what this processor offers and which kernels run on it")
     command.set_defaults(run=info)
 
-    command = commands.add_parser("audit", help="table of an adapter's tensors by component; exit code 1 on NaN or Inf")
-    command.add_argument("adapter", type=Path, help="folder of a saved adapter")
+    command = commands.add_parser(
+        "audit", help="what is in an adapter and what is wrong with it; exit code 1 on a problem"
+    )
+    command.add_argument("adapter", type=Path, help="folder of a saved adapter, or a safetensors file")
+    command.add_argument("--base", type=Path, help="folder of the base model: compare tensor counts with its config")
+    command.add_argument("--trained", action="store_true", help="it was trained: every B must have been updated")
+    command.add_argument("--figure", type=Path, help="write the map of findings by layer and component to this file")
     command.set_defaults(run=audit)
 
     command = commands.add_parser("sft", help="run the SFT notebook and write the executed notebook and a report")
@@ -61,8 +66,18 @@ def audit(arguments):
     """Print the audit table of a saved adapter."""
     from ktlib.audit import audit
 
-    report = audit(arguments.adapter)
+    config = None
+    if arguments.base:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(arguments.base)
+    report = audit(arguments.adapter, config, arguments.trained or None)
     print(report)
+    if arguments.figure:
+        import matplotlib.figure
+
+        ax = matplotlib.figure.Figure(figsize=(10, 3), layout="constrained").subplots()
+        report.plot(ax).figure.savefig(arguments.figure)
     return 0 if report.clean else 1
 
 

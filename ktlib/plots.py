@@ -53,3 +53,35 @@ def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
         for one in ax:
             one.set(xlabel=xlabel, ylabel=ylabel)
     return fig, ax
+
+
+def audit_map(report, ax=None):
+    """Layer by component map of an :class:`ktlib.audit.Audit`; a cell's number counts its findings. Returns the axes.
+
+    White: not there. Green: clean. Orange to red: the share of its tensors with a finding.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+
+    layers = sorted({layer for layer, _ in report.layers}, key=lambda layer: (layer is None, layer))
+    parts = [row.component for row in report.rows]
+    if ax is None:
+        size = (2.6 + 0.32 * max(len(layers), 12), 1.3 + 0.42 * len(parts))
+        _, ax = axes("Tensors with a finding", "layer", size=size)
+    colors = LinearSegmentedColormap.from_list("findings", ["#F6D7A8", ORANGE, RED])
+    for y, part in enumerate(parts):
+        for x, layer in enumerate(layers):
+            cell = report.layers.get((layer, part))
+            if cell is None:
+                continue
+            count = report.flagged[layer, part]
+            face = colors(min(1, count / cell.tensors)) if count else "#CFE8DF"
+            ax.add_patch(plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=face))
+            if count:
+                ax.text(x, y, count, ha="center", va="center", fontsize=8)
+    step = max(1, len(layers) // 14)
+    ax.set_xticks(range(0, len(layers), step), ["-" if layer is None else layer for layer in layers[::step]])
+    ax.set_yticks(range(len(parts)), parts)
+    ax.set(xlim=(-0.6, len(layers) - 0.4), ylim=(len(parts) - 0.4, -0.6))
+    ax.grid(False)
+    return ax

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import tiny_config, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from ktlib import pairing
 from ktlib.audit import audit, component, expected_adapter_counts
 from ktlib.lora import lora_config
 
@@ -107,9 +109,9 @@ def test_missing_and_surplus_tensors_are_problems(adapter, lite):
     tensors = load_file(file)
     dropped = next(name for name in tensors if ".experts." in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, file)
-    assert audit(adapter).clean
+    assert len(audit(adapter).problems) == 1 and "has no partner" in audit(adapter).problems[0]
     result = audit(adapter, lite.get_base_model())
-    assert result.problems == ["routed_experts: 103 LoRA tensors, the architecture has 104"]
+    assert result.problems[1:] == ["routed_experts: 103 LoRA tensors, the architecture has 104"]
 
 
 class WrapperThatKeepsTheOriginal(torch.nn.Module):
@@ -124,17 +126,21 @@ def test_a_module_under_two_names_is_a_problem(tmp_path):
     model.model.layers[1].mlp = WrapperThatKeepsTheOriginal(model.model.layers[1].mlp)
     model = get_peft_model(model, lora_config(model))
     problem = "shared_experts: 12 LoRA tensors, the architecture has 6"
-    assert audit(model).problems == [problem]
+    report = audit(model)
+    assert report.problems[1:] == [problem]
+    assert report.problems[0].startswith("shared_experts: 6 tensors are stored under two names, as ")
+    assert "layers.1.mlp.original_moe.shared_experts" in report.problems[0]
+    assert report.flagged == {(1, "shared_experts"): 12}
     model.peft_config["default"].save_pretrained(tmp_path)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora_" in name}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert audit(tmp_path, plain).problems == [problem]
+    assert audit(tmp_path, plain).problems[1:] == [problem]
     assert audit(get_peft_model(plain, lora_config(plain))).clean
 
 
 def test_empty_tensors_are_problems(tmp_path):
     save_file({"layers.0.mlp.up_proj.lora_A.weight": torch.empty(8, 0)}, tmp_path / "x.safetensors")
-    assert audit(tmp_path).problems == ["dense_mlp: 1 of 1 tensors are empty"]
+    assert audit(tmp_path).problems[1:] == ["dense_mlp: 1 of 1 tensors are empty"]
 
 
 def test_live_models(lite):
@@ -187,8 +193,10 @@ def test_bad_inputs(adapter, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="adapter_model.bin: pickled"):
         audit(tmp_path)
-    with pytest.raises(ValueError, match="needed a .safetensors file"):
+    with pytest.raises(ValueError, match="adapter_model.bin: pickled"):
         audit(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="needed a .safetensors file"):
+        audit(adapter / "adapter_config.json")
     file = adapter / "adapter_model.safetensors"
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], content[:5], b""):
@@ -215,3 +223,177 @@ def test_config_as_read_from_json(lite, saved):
 def test_audit_of_a_reloaded_adapter(saved):
     model = PeftModel.from_pretrained(tiny_model("deepseek_v2", "ktlib", **LITE), saved)
     assert {row.component: row.tensors for row in audit(model).rows} == COUNTS
+
+
+# ---- what the values of a pair say ---------------------------------------------------------------------------------
+
+
+def filled(adapter, **changes):
+    """Write random values into every B of the saved adapter, as training would, then ``name -> function`` changes."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for number, name in enumerate(sorted(tensors)):
+        if "lora_B" in name:
+            tensors[name].normal_(std=0.01, generator=torch.Generator().manual_seed(number))
+    for part, change in changes.items():
+        for name in tensors:
+            if part.replace("__", ".") in name:
+                tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, file)
+    return adapter
+
+
+def without_expert(expert, experts=4):
+    def change(b):
+        b.view(b.shape[0], -1, experts)[:, :, expert] = 0
+        return b
+
+    return change
+
+
+def test_trained_adapter_is_clean(adapter):
+    result = audit(filled(adapter))
+    assert result.clean and result.notes == []
+    assert {layer for layer, _ in result.layers} == set(range(27)) and not result.flagged.total()
+    assert sum(cell.tensors for cell in result.layers.values()) == sum(COUNTS.values())
+    assert result.layers[0, "dense_mlp"].tensors == 6 and (0, "routed_experts") not in result.layers
+
+
+def test_new_adapter_is_noted_and_a_failure_if_it_was_trained(saved, adapter):
+    assert audit(saved).notes == ["every B is zero: a new adapter, never trained"]
+    problem = "self_attn: 108 of 108 B matrices were never updated"
+    assert any(p.startswith(problem) for p in audit(saved, trained=True).problems)
+    (adapter / "trainer_state.json").write_text('{"global_step": 40}')
+    assert any(p.startswith(problem) for p in audit(adapter).problems)
+
+
+def test_never_updated_component(adapter):
+    result = audit(filled(adapter, layers__5__mlp__shared_experts__up_proj__lora_B=torch.zeros_like))
+    assert [p.split(", as")[0] for p in result.problems] == ["shared_experts: 1 of 78 B matrices were never updated"]
+    assert result.flagged == {(5, "shared_experts"): 1}
+
+
+def test_experts_without_tokens(adapter):
+    """Only an expert whose two pairs are both untouched got no token."""
+    result = audit(filled(adapter, layers__7__mlp__experts=lambda t: t))
+    assert result.notes == []
+    result = audit(filled(adapter, layers__7__mlp__experts__lora_B=without_expert(2)))
+    assert result.notes == []
+    both = {"layers__7__mlp__experts__lora_B": without_expert(2)}
+    both |= {"layers__7__mlp__experts__base_layer__lora_B": without_expert(2)}
+    result = audit(filled(adapter, **both))
+    assert result.clean
+    assert result.notes == ["routed_experts: 1 experts in 1 layers never received a token, as 2 in layer 7"]
+
+
+@pytest.mark.parametrize("part", ["layers__3__self_attn__o_proj", "layers__3__mlp__experts__base_layer"])
+def test_product_beyond_bf16(adapter, part):
+    large = filled(adapter, **{f"{part}__lora_A": lambda t: t * 0 + 1e25, f"{part}__lora_B": lambda t: t * 0 + 1e20})
+    result = audit(large)
+    assert len(result.problems) == 1 and "A and B are finite" in result.problems[0]
+    assert result.flagged.total() == 1 and [layer for layer, _ in result.flagged if result.flagged[layer, _]] == [3]
+    fine = filled(adapter, **{f"{part}__lora_A": lambda t: t * 0 + 1e18, f"{part}__lora_B": lambda t: t * 0 + 1e18})
+    assert audit(fine).clean, "1e18 * 1e18 * rank * scaling stays below 3.4e38"
+
+
+def test_the_bound_does_not_decide_alone(adapter):
+    """Where the bound says maybe, the product is built: A and B of disjoint supports multiply to zero."""
+
+    def half(rows):
+        def change(t):
+            t = torch.zeros_like(t)
+            (t[:4] if rows else t[:, 4:]).fill_(1e25)
+            return t
+
+        return change
+
+    part = "layers__3__self_attn__o_proj"
+    assert audit(filled(adapter, **{f"{part}__lora_A": half(True), f"{part}__lora_B": half(False)})).clean
+
+
+def test_shards(adapter, saved):
+    tensors = list(load_file(adapter / "adapter_model.safetensors").items())
+    (adapter / "adapter_model.safetensors").unlink()
+    names = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    half = len(tensors) // 2 + 1  # a pair's A and B lie in different files
+    save_file(dict(tensors[:half]), adapter / names[0])
+    save_file(dict(tensors[half:]), adapter / names[1])
+    index = {name: names[i >= half] for i, (name, _) in enumerate(tensors)}
+    (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert audit(adapter).table() == audit(saved).table()
+    (adapter / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match="names adapter_model-00002"):
+        audit(adapter)
+
+
+def test_one_module_per_expert(tmp_path):
+    """transformers 4: an expert without tokens is a note, a layer without any update a problem."""
+    tensors = {}
+    for layer in (1, 2):
+        for expert in range(4):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                stem = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{projection}"
+                tensors[f"{stem}.lora_A.weight"] = torch.ones(2, 8)
+                tensors[f"{stem}.lora_B.weight"] = torch.full((8, 2), float(expert != 3 and layer == 1))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    result = audit(tmp_path)
+    assert result["routed_experts"].tensors == 48
+    assert result.notes == ["routed_experts: 1 experts in 1 layers never received a token, as 3 in layer 1"]
+    assert [p.split(", as")[0] for p in result.problems] == ["routed_experts: 12 of 24 B matrices were never updated"]
+    assert result.flagged[2, "routed_experts"] == 12 and result.flagged[1, "routed_experts"] == 0
+
+
+def test_one_tensor_per_projection(tmp_path):
+    """As KTransformers writes them, beside the adapter of the other modules."""
+    e, r, h, i = 4, 2, 8, 6
+    tensors = {}
+    for projection, inner, outer in (("gate", h, i), ("up", h, i), ("down", i, h)):
+        tensors[f"layers.1.experts.{projection}_lora_a"] = torch.ones(e, r, inner)
+        tensors[f"layers.1.experts.{projection}_lora_b"] = torch.ones(e, outer, r)
+        tensors[f"layers.1.experts.{projection}_lora_b"][1] = 0
+    save_file(tensors, tmp_path / "fused_expert_lora.safetensors")
+    attention = {f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(attention, tmp_path / "adapter_model.safetensors")
+    result = audit(tmp_path)
+    assert result.clean and {row.component: row.tensors for row in result.rows} == {
+        "self_attn": 2, "routed_experts": 6,
+    }  # fmt: skip
+    assert result.notes == ["routed_experts: 1 experts in 1 layers never received a token, as 1 in layer 1"]
+    tensors["layers.1.experts.up_lora_b"][2, 0, 0] = float("nan")
+    save_file(tensors, tmp_path / "fused_expert_lora.safetensors")
+    assert audit(tmp_path).problems == ["routed_experts: 1 of 6 tensors contain NaN"]
+
+
+def test_memory_is_that_of_one_pair(tmp_path):
+    """Tensors are read one pair at a time: the references die before the next one is read."""
+    tensors = {f"layers.{n}.self_attn.q_proj.lora_{x}.weight": torch.ones(4, 4) for n in range(5) for x in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    alive, most, add = [], [], pairing.Pairs.add
+
+    def counting(self, name, a, b, *rest):
+        alive.extend(map(weakref.ref, (a, b)))
+        most.append(sum(ref() is not None for ref in alive))
+        return add(self, name, a, b, *rest)
+
+    pairing.Pairs.add = counting
+    try:
+        audit(tmp_path)
+    finally:
+        pairing.Pairs.add = add
+    assert len(most) == 5 and max(most) == 2
+
+
+def test_figure(adapter):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    change(adapter, "layers.4.self_attn.q_proj", float("nan"))
+    ax = audit(adapter).plot()
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "self_attn",
+        "shared_experts",
+        "routed_experts",
+        "dense_mlp",
+    ]
+    assert [text.get_text() for text in ax.texts] == ["2"] and len(ax.patches) == 27 + 26 + 26 + 1
+    matplotlib.pyplot.close(ax.figure)

@@ -1,5 +1,6 @@
 """The command line: exit codes, where results go, and refusal of wrong parameters."""
 
+import json
 import subprocess
 import sys
 
@@ -107,8 +108,24 @@ def test_audit_says_what_it_found_in_its_exit_code(tmp_path, capsys, value, code
     folder = tmp_path / "no-adapter"
     if value is not None:
         folder.mkdir()
-        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-        save_file({name: torch.full((2, 3), value)}, folder / "adapter_model.safetensors")
+        pair = {f"layers.0.self_attn.q_proj.lora_{letter}.weight": torch.full((3, 3), value) for letter in "AB"}
+        save_file(pair, folder / "adapter_model.safetensors")
     assert cli.main(["audit", str(folder)]) == code
     printed = capsys.readouterr()
     assert word in (printed.err if code == 2 else printed.out)
+
+
+def test_audit_with_base_model_and_figure(tmp_path, capsys):
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 16, "num_experts": 2, "vocab_size": 9}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8, "moe_intermediate_size": 8}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "target_modules": ["q_proj", "o_proj"]}))
+    pair = {f"layers.0.self_attn.q_proj.lora_{letter}.weight": torch.ones(3, 3) for letter in "AB"}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    arguments = ["audit", str(tmp_path), "--figure", str(tmp_path / "map.png")]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--base", str(tmp_path / "base")]) == 1
+    assert "self_attn: 2 LoRA tensors, the architecture has 4" in capsys.readouterr().out
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    assert cli.main([*arguments, "--base", str(tmp_path / "nowhere")]) == 2
