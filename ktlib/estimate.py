@@ -1,0 +1,175 @@
+"""What a fine-tuning run needs, said before anything heavy starts: memory on both sides, seconds per step.
+
+The formulas are sums of what is stored and of what is computed; they leave out what no formula knows (fragmentation,
+other programs), for which :meth:`Estimate.check` keeps a margin.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .audit import component
+from .experts import is_experts
+
+GPU_OVERHEAD = 0.6e9  # CUDA context and libraries
+HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
+MARGIN = 1.05
+
+
+@dataclass
+class Estimate:
+    """Bytes by purpose on the host and on the GPU, and seconds of one step by part. ``print`` shows the table."""
+
+    host: dict = field(default_factory=dict)
+    gpu: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def host_bytes(self):
+        return sum(self.host.values())
+
+    @property
+    def gpu_bytes(self):
+        return sum(self.gpu.values())
+
+    @property
+    def tokens_per_second(self):
+        return self.tokens / sum(self.seconds.values())
+
+    def check(self, host_available=None, gpu_available=None):
+        """Raise MemoryError with the numbers if the run cannot fit. Sizes in bytes; default: what is free here."""
+        if host_available is None:
+            host_available = available_memory()
+        if self.gpu and gpu_available is None and torch.cuda.is_available():
+            gpu_available = torch.cuda.mem_get_info()[0]
+        for where, need, have in (("host", self.host_bytes, host_available), ("GPU", self.gpu_bytes, gpu_available)):
+            if have is not None and need * MARGIN > have:
+                raise MemoryError(f"needs {need * MARGIN / 1e9:.1f} GB of {where} memory, {have / 1e9:.1f} GB are free")
+        return self
+
+    def __str__(self):
+        lines = []
+        for where, table in (("host", self.host), ("GPU", self.gpu)):
+            lines += [f"{where:<5} {what:<34} {size / 1e9:8.2f} GB" for what, size in table.items()]
+            if table:
+                lines.append(f"{where:<5} {'together':<34} {sum(table.values()) / 1e9:8.2f} GB")
+        lines += [f"time  {what:<34} {value:8.2f} s" for what, value in self.seconds.items()]
+        lines.append(f"time  {self.tokens} tokens per step: {self.tokens_per_second:.0f} tokens/s")
+        return "\n".join(lines)
+
+
+def available_memory():
+    """Bytes that this process can still get: what is free on the machine, or up to its control group's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return free
+
+
+def estimate(
+    model,
+    *,
+    rank=8,
+    tokens=4096,
+    sequence_length=512,
+    logits_per_row=None,
+    targets=("self_attn", "shared_experts", "dense_mlp", "routed_experts"),
+    lora_bytes=4,
+    gpu=True,
+    lora_device="cpu",
+    checkpointing=True,
+    cpu_rate=None,
+    bandwidth=None,
+    gpu_rate=200e12,
+):
+    """An :class:`Estimate` of one LoRA step of ``tokens`` tokens with AdamW and frozen bf16 weights.
+
+    Args:
+        model: a transformers config, or a model (the meta device will do).
+        rank, targets, lora_bytes: rank, components with adapters, bytes of an adapter's element (fp32: 4).
+        sequence_length, logits_per_row: tokens per row, and how many of them get logits (default: all).
+        gpu: all but the routed experts on a GPU; False: everything on the host.
+        lora_device: where the adapters of routed experts live.
+        checkpointing: layer inputs are kept and the rest recomputed, except the routed experts.
+        cpu_rate, bandwidth: FLOP/s of bf16 products and bytes/s of memory; default: measured here, in a second.
+        gpu_rate: FLOP/s that the GPU reaches on this model.
+
+    Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments) + for each
+    MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values, and hidden states in and out.
+    Time of the experts = the larger of arithmetic (4 FLOP per active weight and token, forward and backward) and of
+    reading every expert twice.
+    """
+    model = model if isinstance(model, torch.nn.Module) else meta_model(model)
+    config = model.config
+    weights, lora = _count(model, rank, targets)
+    top_k = config.num_experts_per_tok
+    experts = [module for module in model.modules() if is_experts(module)]
+    moe_layers = len(experts)
+    _, hidden, inner = experts[0].down_proj.shape
+    layers, vocabulary = config.num_hidden_layers, config.vocab_size
+    state = 2 * lora_bytes + 2 * lora_bytes  # weight, gradient, two moments
+    rows = -(-tokens // sequence_length)
+    logits = rows * (logits_per_row or sequence_length)
+
+    routed = weights.pop("routed_experts")
+    rest = sum(weights.values())
+    routed_lora = lora.pop("routed_experts", 0)
+    rest_lora = sum(lora.values())
+    saved = moe_layers * tokens * (top_k * (2 * inner + 4 * rank) + 2 * hidden) * 2
+    per_layer = tokens * hidden * (2 if checkpointing else 60)
+    one_layer = tokens * hidden * 60 if checkpointing else 0
+    host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
+    other = {
+        "other weights": 2 * rest,
+        "other adapters, gradients, moments": state * rest_lora,
+        "activations": layers * per_layer + one_layer,
+        "logits and their gradient": logits * vocabulary * (2 + 3 * 4),
+    }
+    (host if lora_device == "cpu" or not gpu else other)["expert adapters, gradients, moments"] = state * routed_lora
+    device = other | {"program": GPU_OVERHEAD} if gpu else {}
+    if not gpu:
+        host |= other
+
+    if cpu_rate is None or bandwidth is None:
+        from . import _kernels, measure
+
+        cpu_rate = cpu_rate or measure.matmul_rate()
+        bandwidth = bandwidth or _kernels.read_rate(torch.get_num_threads(), 2**28)
+    active = moe_layers * top_k * (3 * hidden * inner + 2 * rank * (3 * hidden + 4 * inner))
+    passes = 4 + (2 if checkpointing else 0)
+    embedding = config.vocab_size * config.hidden_size
+    seconds = {
+        "routed experts": max(4 * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth),
+        "the rest": (passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits)
+        / (gpu_rate if gpu else cpu_rate),
+        "optimizer": (routed_lora * 28 * lora_bytes / 4) / bandwidth,
+    }
+    if gpu:
+        seconds["copies"] = moe_layers * 4 * tokens * hidden * 2 / 12e9
+    return Estimate(host, device, seconds, tokens)
+
+
+def meta_model(config):
+    """The model of a config without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _count(model, rank, targets):
+    """Numbers of parameters, and of LoRA parameters of ``rank`` on ``targets``, by component."""
+    weights, lora = {}, {}
+    for name, parameter in model.named_parameters():
+        part = component(name)
+        weights[part] = weights.get(part, 0) + parameter.numel()
+        if part in targets and parameter.dim() > 1:
+            count = parameter.shape[0] if parameter.dim() == 3 else 1
+            lora[part] = lora.get(part, 0) + count * rank * sum(parameter.shape[-2:])
+    return weights, lora

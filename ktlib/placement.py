@@ -1,0 +1,150 @@
+"""Routed experts stay on the CPU, whatever moves the rest of the model.
+
+``nn.Module`` moves and casts through one method, ``_apply``, which ``.to``, ``.cuda``, Trainer, accelerate and PEFT all
+end in. :func:`pin_experts` gives each module that owns routed experts a subclass of its own class in which ``_apply``
+passes dtypes on to the experts and their adapters, but not devices. It is the owner that is subclassed and not the
+experts, so that adapters which PEFT puts around the experts later are covered by it too.
+"""
+
+import functools
+
+import torch
+
+from .experts import IMPLEMENTATION, is_experts, unserved
+
+CPU = torch.device("cpu")
+STOCK = ("eager", "grouped_mm", "batched_mm")
+
+
+def pin_experts(model, lora_device="cpu"):
+    """Keep the routed experts of ``model`` on the CPU from now on; everything else moves as always. Returns ``model``.
+
+    ``.to("cuda")``, ``.cuda()``, ``transformers.Trainer``, accelerate and PEFT then move all but the experts; casts of
+    the dtype reach them. Pin before or after adapters are added, before or after moving (experts on a GPU come back).
+    Pinning again with another ``lora_device`` moves the adapters.
+
+    Args:
+        model: a transformers model, with or without PEFT adapters.
+        lora_device: where adapters of routed experts live, "cpu" or another device ("cuda"). They go there at once or,
+            if they are added later, at the next move of the model and at the latest in its next forward.
+
+    Raises:
+        ValueError: the model has no routed experts, or is itself what holds their weights.
+        RuntimeError: in a later forward on another device, if the operator cannot compute these experts.
+    """
+    lora_device = torch.device(lora_device)
+    owners = _owners(model)
+    if not owners:
+        raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
+    for owner, slots in owners.items():
+        if not isinstance(owner, _Owner):
+            owner.__class__ = _pinned_class(type(owner))
+            owner.register_forward_pre_hook(_before_forward)
+        owner._pinned_slots, owner._pinned_lora_device = slots, lora_device
+        for slot in slots:
+            _move(owner._modules[slot], _identity, lora_device)
+    return model
+
+
+def placement(model):
+    """``{(component, device, dtype): bytes}`` of all parameters and buffers: what lies where."""
+    from .audit import component
+
+    table = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        label = f"{component(name)} LoRA" if ".lora_" in name else component(name)
+        key = (label, str(tensor.device), str(tensor.dtype).removeprefix("torch."))
+        table[key] = table.get(key, 0) + tensor.numel() * tensor.element_size()
+    return table
+
+
+class _Owner:
+    """Mixin in front of the class of a module that owns pinned experts."""
+
+    def _apply(self, fn, recurse=True):
+        if recurse:
+            for name, child in self.named_children():
+                if name in self._pinned_slots:
+                    _move(child, fn, self._pinned_lora_device)
+                else:
+                    child._apply(fn)
+        return super()._apply(fn, recurse=False)
+
+    def __reduce_ex__(self, protocol):  # a generated class cannot be found by name
+        return _restore, (type(self).__base__,), self.__dict__
+
+
+@functools.cache
+def _pinned_class(owner_class):
+    """A subclass of ``owner_class`` with the mixin in front, and with the same name: PEFT and Trainer look at names."""
+    bases = (_Owner, owner_class)
+    namespace = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
+    return type(owner_class.__name__, bases, namespace)
+
+
+def _restore(owner_class):
+    made = _pinned_class(owner_class)
+    return made.__new__(made)
+
+
+def _owners(model):
+    """``{module: names of the children that are routed experts, under adapters or not}``."""
+    owners = {}
+    for parent in model.modules():
+        if hasattr(parent, "base_layer") or is_experts(parent):
+            continue
+        slots = tuple(name for name, child in parent.named_children() if is_experts(_bare(child)))
+        if slots:
+            owners[parent] = slots
+    return owners
+
+
+def _bare(module):
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def _identity(tensor):
+    return tensor
+
+
+def _move(child, fn, lora_device):
+    """``child._apply(fn)`` that leaves experts on the CPU and their adapters on ``lora_device``."""
+    for name, module in child.named_modules():
+        device = lora_device if ".lora_" in f".{name}" else CPU
+        torch.nn.Module._apply(module, functools.partial(_stay, fn, device), recurse=False)
+
+
+def _stay(fn, device, tensor):
+    """What ``fn`` does to ``tensor``, but on ``device``."""
+    probe = fn(torch.empty(0, dtype=tensor.dtype))
+    if tensor.is_meta and not probe.is_meta:
+        fn(torch.empty(0, dtype=tensor.dtype, device="meta"))  # only to_empty can do this; .to raises
+        return torch.empty_like(tensor, dtype=probe.dtype, device=device)
+    if probe.device == tensor.device and device.type == tensor.device.type:
+        return fn(tensor)  # moves nothing
+    return tensor.to(device, probe.dtype)
+
+
+def _before_forward(owner, args):
+    """Adapters that were added since the last move go to their place; what cannot work says so."""
+    device = owner._pinned_lora_device
+    for slot in owner._pinned_slots:
+        child = owner._modules[slot]
+        for name, parameter in child.named_parameters():
+            if ".lora_" in f".{name}" and parameter.device.type != device.type:
+                _move(child, _identity, device)
+                break
+        experts = _bare(child)
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].device.type == "cpu":
+            continue
+        implementation = experts.config._experts_implementation
+        if implementation in STOCK:
+            raise RuntimeError(
+                f"{type(experts).__name__}: pinned to the CPU with inputs on {args[0].device}, which transformers' "
+                f"{implementation!r} experts cannot compute; needs experts_implementation={IMPLEMENTATION!r}"
+            )
+        reason = unserved(experts, args[0]) if implementation == IMPLEMENTATION else None
+        if reason is not None and not hasattr(child, "base_layer"):
+            raise RuntimeError(f"{type(experts).__name__}: pinned to the CPU, but ktlib cannot compute it: {reason}")

@@ -1,0 +1,165 @@
+"""Checkpoints of true size without a download: real architectures with pseudo-random weights.
+
+For measuring memory and speed, and for rehearsing a run before the real weights are there. The values are windows of
+one pool of normal numbers, a different window for every 4M elements, because that is as fast as memory: a model of
+31 GB is made in seconds. The loss of such a model can be trained down; its text means nothing.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch
+
+POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
+CHUNK = 2**22
+PAGE = 4096
+
+
+def deepseek_v2_lite(**changes):
+    """Config of DeepSeek-V2-Lite: 15.7e9 parameters, 27 layers (the first dense), 64 experts of width 1408, top-6.
+
+    ``changes`` are entries of ``transformers.DeepseekV2Config``, such as ``num_hidden_layers=4``.
+    """
+    from transformers import DeepseekV2Config
+
+    return DeepseekV2Config(
+        **{
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.02,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 100000,
+            "eos_token_id": 100001,
+            "tie_word_embeddings": False,
+            **changes,
+        }
+    )
+
+
+def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="ktlib", progress=True):
+    """A model of this config on the CPU, its weights made in place: no file, no second copy."""
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.set_experts_implementation(experts_implementation)
+    pool = _pool(config, seed)
+    for name, parameter in tqdm(model.named_parameters(), desc="making weights", disable=not progress):
+        fill(parameter.data, name, pool, seed)
+    model.tie_weights()
+    return model.eval()
+
+
+def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True):
+    """Write the same weights as :func:`random_model` makes, as a sharded safetensors checkpoint; returns the folder.
+
+    One shard per layer, experts fused as transformers holds them, so that ``from_pretrained`` maps the files into
+    memory and copies nothing (a checkpoint with one tensor per expert is stacked at load). At most one tensor is in
+    memory. Each shard appears whole under its name or not at all, and shards that are there already are kept: call it
+    again after an interruption.
+
+    Raises:
+        ValueError: ``folder`` holds shards of another config or seed.
+        OSError: too little space on the disk, said before anything is written.
+    """
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    shards = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            shards.setdefault(_shard_of(name), {})[name] = tensor
+    files = {key: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, key in enumerate(shards, 1)}
+    size = sum(t.numel() * t.element_size() for shard in shards.values() for t in shard.values())
+
+    note, about = folder / "synthetic.json", {"seed": seed, "config": json.loads(config.to_json_string())}
+    if note.is_file() and json.loads(note.read_text()) != about:
+        raise ValueError(f"folder: {folder} holds a synthetic checkpoint of another config or seed")
+    done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if space < size - done:
+        raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
+    note.write_text(json.dumps(about))
+
+    pool = None
+    for key, file in tqdm(files.items(), desc="writing shards", disable=not progress):
+        if not (folder / file).is_file():
+            pool = _pool(config, seed) if pool is None else pool
+            _write(folder / f"{file}.partial", shards[key], pool, seed)
+            os.replace(folder / f"{file}.partial", folder / file)
+    weight_map = {name: files[key] for key, shard in shards.items() for name in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def fill(tensor, name, pool, seed=0):
+    """Set a contiguous weight in place to its pseudo-random values: windows of ``pool``, norms one, biases zero."""
+    if tensor.dim() < 2:
+        tensor.fill_(0 if "bias" in name else 1)
+        return
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    for piece in tensor.view(-1).split(CHUNK):
+        start = torch.randint(POOL - CHUNK, (), generator=generator).item()
+        piece.copy_(pool[start : start + len(piece)])
+
+
+def _write(path, shapes, pool, seed):
+    """A safetensors file of one tensor after the other, largest first, its data aligned to pages for memory mapping."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    shapes = sorted(shapes.items(), key=lambda item: -item[1].numel())
+    for name, tensor in shapes:
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in shapes:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            fill(made, name, pool, seed)
+            file.write(made.view(-1).view(torch.uint8).numpy())
+
+
+def _pool(config, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (config.initializer_range * torch.randn(POOL, generator=generator)).bfloat16()
+
+
+def _shard_of(name):
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "rest")
