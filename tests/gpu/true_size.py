@@ -1,0 +1,373 @@
+"""Measure a hybrid run of DeepSeek-V2-Lite's size on this machine; writes one JSON file, updated after every part.
+
+    python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: about 6 minutes
+    python tests/gpu/true_size.py --out result.json --tiny              # anywhere, a minute: does it run?
+
+Parts: weights (checkpoint written and loaded, or made in memory), main (stock Trainer, experts and their adapters on
+the CPU), timeline of a step, all logits, adapters of the experts on the GPU, audit of the saved adapter, stock PEFT's
+experts on the CPU, and at reduced depth the same curve on the GPU alone, hybrid, and on the CPU alone. A part that
+fails or does not fit into the budget says so in the file, and the next one runs.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import ktlib
+from ktlib import _kernels, hybrid, measure, stamp, synthetic
+from ktlib.audit import audit
+from ktlib.estimate import available_memory, estimate
+from ktlib.placement import placement
+
+TINY = {
+    "num_hidden_layers": 3, "vocab_size": 4000, "hidden_size": 256, "moe_intermediate_size": 128,
+    "intermediate_size": 512, "n_routed_experts": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def main():
+    options = parse()
+    began = time.perf_counter()
+    result = {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(options), "parts": {}}
+    state = {"options": options, "device": torch.device(options.device), "began": began, "result": result}
+    for part in (weights, run_main, step_timeline, all_logits, adapters_on_gpu, audit_adapter, stock_experts, reduced):
+        start = time.perf_counter()
+        left = options.budget - (start - began)
+        try:
+            found = part(state) if left > 0 else {"skipped": f"the budget of {options.budget} s is used up"}
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        result["parts"][part.__name__] = {**(found or {}), "part_seconds": time.perf_counter() - start}
+        options.out.write_text(json.dumps(result, indent=1))
+        brief = {k: v for k, v in result["parts"][part.__name__].items() if not isinstance(v, (list, dict))}
+        print(f"[{time.perf_counter() - began:5.0f} s] {part.__name__}: {json.dumps(brief)[:1500]}", flush=True)
+    return int(any("error" in part for part in result["parts"].values()))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("true_size.json"))
+    add("--tiny", action="store_true", help="a small model, to see that everything runs")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all but the experts")
+    add("--tokens", type=int, default=4096, help="per step")
+    add("--length", type=int, default=512, help="tokens per row")
+    add("--response", type=int, default=128, help="of them with a loss")
+    add("--rank", type=int, default=8)
+    add("--steps", type=int, default=20)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--layers", type=int, default=27)
+    add("--reduced-layers", type=int, default=4)
+    add("--checkpoint", type=Path, help="folder to write the checkpoint to and load it from; default: a temporary one")
+    add("--in-memory", action="store_true", help="make the weights in memory, write no checkpoint")
+    add("--disk-rate", type=float, default=0.5e9, help="bytes/s a disk has to take for a checkpoint to be written")
+    add("--host-memory", type=float, help="GB, where the machine shows less than it gives; default: what is free")
+    add("--budget", type=float, default=400, help="seconds; no part is begun after that")
+    options = parser.parse_args()
+    if options.tiny:
+        options.tokens, options.length, options.response, options.layers = 512, 64, 32, 3
+        options.reduced_layers = 2
+    return options
+
+
+def config_of(options, layers=None):
+    changes = dict(TINY) if options.tiny else {}
+    return synthetic.deepseek_v2_lite(**changes | {"num_hidden_layers": layers or options.layers})
+
+
+def machine(options):
+    facts = stamp.facts() | {"isas": ktlib.cpu_info()["isas"], "threads": torch.get_num_threads()}
+    facts |= {"memory_available": available_memory(), "cuda": torch.version.cuda}
+    facts |= {"bf16_rate": measure.matmul_rate(), "bandwidth": _kernels.read_rate(torch.get_num_threads(), 2**30)}
+    if options.device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        host, device = torch.empty(2**26, pin_memory=True), torch.empty(2**26, device="cuda")
+        for name, copy in (("h2d", lambda: device.copy_(host)), ("d2h", lambda: host.copy_(device))):
+            facts[f"{name}_bytes_per_second"] = host.nbytes / measure.best_seconds(copy)
+    print(json.dumps(facts, indent=1), flush=True)
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def weights(state):
+    options, config = state["options"], config_of(state["options"])
+    guess = estimate(
+        config, rank=options.rank, tokens=options.tokens, sequence_length=options.length,
+        logits_per_row=options.response + 1, gpu=options.device != "cpu",
+        cpu_rate=state["result"]["machine"]["bf16_rate"], bandwidth=state["result"]["machine"]["bandwidth"],
+    )  # fmt: skip
+    print(guess, flush=True)
+    state["result"]["estimate"] = {
+        "host": guess.host, "gpu": guess.gpu, "seconds": guess.seconds, "tokens_per_second": guess.tokens_per_second,
+    }  # fmt: skip
+    state["host_memory"] = options.host_memory * 1e9 if options.host_memory else available_memory()
+    guess.check(state["host_memory"])
+    found = {}
+    hybrid.reset_memory()
+    folder = options.checkpoint or Path(tempfile.mkdtemp(prefix="ktlib-checkpoint-"))
+    state["folder"], state["temporary"] = folder, options.checkpoint is None
+    if not options.in_memory:
+        found["disk_bytes_per_second"] = disk_rate(folder, 2**24 if options.tiny else 2**30)
+        options.in_memory = found["disk_bytes_per_second"] < options.disk_rate
+    start = time.perf_counter()
+    if options.in_memory:
+        state["model"] = synthetic.random_model(config)
+        found |= {"from": "made in memory", "seconds": time.perf_counter() - start, **hybrid.memory()}
+    else:
+        synthetic.write_checkpoint(config, folder)
+        found |= {"from": "checkpoint", "write_seconds": time.perf_counter() - start, "write": hybrid.memory()}
+        found["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        hybrid.reset_memory()
+        start = time.perf_counter()
+        state["model"] = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, experts_implementation="ktlib"
+        )
+        found |= {"load_seconds": time.perf_counter() - start, **hybrid.memory()}
+    found["parameters"] = sum(p.numel() for p in state["model"].parameters())
+    found["expert_bytes"] = sum(p.nbytes for n, p in state["model"].named_parameters() if ".experts." in n)
+    return found
+
+
+def disk_rate(folder, size):
+    """Bytes per second with which the disk takes data for good."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, block = folder / "probe", bytes(2**24)
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return size / seconds
+
+
+class Clock(TrainerCallback):
+    """Wall time of each step of a Trainer."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def run_main(state):
+    options, device = state["options"], state["device"]
+    start = time.perf_counter()
+    hybrid.reset_memory()
+    model = state["model"] = hybrid.adapt(state["model"], device, rank=options.rank)
+    hybrid.checkpoint_all_but_experts(model)
+    found = {"adapt_seconds": time.perf_counter() - start, "placement": [[*k, v] for k, v in placement(model).items()]}
+    rows = hybrid.token_rows(model.config, 4 * options.tokens // options.length, options.length, options.response)
+    state["rows"], clock = rows, Clock()
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), max_steps=options.steps, learning_rate=options.learning_rate, weight_decay=0.0,
+        per_device_train_batch_size=options.tokens // options.length, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, use_cpu=device.type == "cpu", seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=hybrid.collate, callbacks=[clock])
+    assert type(trainer) is transformers.Trainer
+    hybrid.reset_memory()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steady = clock.seconds[2:] or clock.seconds
+    median = statistics.median(steady)
+    found |= {
+        "optimizer": str(arguments.optim), "losses": losses, "seconds": clock.seconds,
+        "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
+        "tokens_per_second": options.tokens * len(steady) / sum(steady),
+        "tokens_per_second_median": options.tokens / median, "tokens_per_step": options.tokens, **hybrid.memory(),
+    }  # fmt: skip
+    found["finite"] = all(map(math.isfinite, losses))
+    found["loss_fell_by"] = losses[0] - losses[-1]
+    trainer.optimizer = None
+    del trainer
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    return found
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step_timeline(state):
+    """One step under the profiler, after one to warm up, and what could be gained by overlapping shared experts."""
+    options, model = state["options"], state["model"]
+    parameters = trainable(model)
+    optimizer = state["optimizer"] = torch.optim.AdamW(parameters, lr=options.learning_rate, fused=True)
+    stream = state["stream"] = hybrid.batches(state["rows"], options.tokens // options.length)
+    hybrid.one_step(model, next(stream), optimizer, parameters, state["device"])
+    line = hybrid.timeline(lambda: hybrid.one_step(model, next(stream), optimizer, parameters, state["device"]))
+    found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
+    found |= {f"share {name}": round(seconds / line["seconds"], 4) for name, seconds in found["shares"].items()}
+    if state["device"].type == "cuda":
+        found["shared_experts_seconds"] = shared_experts_seconds(model, options.tokens)
+    return found
+
+
+def shared_experts_seconds(model, tokens):
+    """GPU seconds of a step in shared experts, forward, recomputation and backward: all that overlap could hide."""
+    modules = [m for n, m in model.named_modules() if n.endswith("shared_experts")]
+    x = torch.randn(1, tokens, model.config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        with torch.no_grad():
+            modules[0](x)
+        modules[0](x).sum().backward()
+        torch.cuda.synchronize()
+
+    seconds = measure.best_seconds(step)
+    model.zero_grad(set_to_none=True)
+    return seconds * len(modules)
+
+
+def all_logits(state):
+    """The memory of two steps in which every token has a loss, not only the response."""
+    options, model = state["options"], state["model"]
+    if state["device"].type != "cuda":
+        return {"skipped": "needs a GPU"}
+    rows = hybrid.token_rows(model.config, options.tokens // options.length, options.length, options.length - 1)
+    hybrid.reset_memory()
+    log = hybrid.train_steps(
+        model, hybrid.batches(rows, len(rows)), 2, optimizer=state["optimizer"], learning_rate=options.learning_rate
+    )
+    return {"seconds": [entry["seconds"] for entry in log], **hybrid.memory()}
+
+
+def adapters_on_gpu(state):
+    """Pinned again with lora_device="cuda": the same loss on the same batch, and the time of some steps."""
+    options, model = state["options"], state["model"]
+    if state["device"].type != "cuda":
+        return {"skipped": "needs a GPU"}
+    batch = next(state["stream"])
+    placed = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
+    with torch.no_grad():
+        before = model(**placed).loss.item()
+    state["optimizer"] = None
+    ktlib.pin_experts(model, "cuda")
+    with torch.no_grad():
+        after = model(**placed).loss.item()
+    hybrid.reset_memory()
+    log = hybrid.train_steps(model, state["stream"], 4, learning_rate=1e-4)
+    found = {"loss_cpu": before, "loss_cuda": after, "log": log, **hybrid.memory()}
+    found["tokens_per_second"] = options.tokens / min(entry["seconds"] for entry in log)
+    ktlib.pin_experts(model, "cpu")
+    return found
+
+
+def audit_adapter(state):
+    folder = Path(tempfile.mkdtemp())
+    state["model"].save_pretrained(folder)
+    report = audit(folder, state["model"].get_base_model().config)
+    print(report, flush=True)
+    size = sum(path.stat().st_size for path in folder.glob("*"))
+    shutil.rmtree(folder)
+    counts = {row.component: row.tensors for row in report.rows}
+    return {"clean": report.clean, "problems": report.problems, "tensors": counts, "table": str(report), "bytes": size}
+
+
+def stock_experts(state):
+    """The same step with routed experts through stock PEFT and transformers' grouped_mm on the CPU."""
+    options, model = state["options"], state["model"]
+    base = model.get_base_model()
+    register_stock_on_cpu()
+    base.set_experts_implementation("grouped_mm_on_cpu")
+    hybrid.reset_memory()
+    experts = state["result"]["parts"]["weights"]["expert_bytes"]
+    recompute = state["host_memory"] < 2.5 * experts + 10e9  # W + BA of all layers would not fit
+    if recompute:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_disable()
+    try:
+        log = hybrid.train_steps(model, state["stream"], 2, learning_rate=1e-4, deadline=time.perf_counter() + 70)
+    finally:
+        base.set_experts_implementation("ktlib")
+    best = min(entry["seconds"] for entry in log)
+    return {"log": log, "tokens_per_second": options.tokens / best, "checkpointing": recompute, **hybrid.memory()}
+
+
+def register_stock_on_cpu():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+    def grouped_mm_on_cpu(self, hidden_states, top_k_index, top_k_weights):
+        moved = (t.to("cpu") for t in (hidden_states, top_k_index, top_k_weights))
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *moved).to(hidden_states.device)
+
+    ExpertsInterface.register("grouped_mm_on_cpu", grouped_mm_on_cpu)
+
+
+def reduced(state):
+    """Loss curves of a model with few layers, equal seeds: stock on the GPU, hybrid (both ways), all on the CPU."""
+    options = state["options"]
+    state.pop("model", None), state.pop("optimizer", None)
+    if state["temporary"]:
+        shutil.rmtree(state["folder"], ignore_errors=True)
+    gc.collect()
+    config = config_of(options, options.reduced_layers)
+    rows = hybrid.token_rows(config, 4 * options.tokens // options.length, options.length, options.response)
+    cuda = state["device"].type == "cuda"
+    variants = {
+        "stock, all on the GPU": ("cuda", {"stock": True, "pinned": False}, 12),
+        "hybrid, expert adapters on the CPU": ("cuda", {}, 12),
+        "hybrid, expert adapters on the GPU": ("cuda", {"lora_device": "cuda"}, 12),
+        "ktlib, all on the CPU": ("cpu", {}, 4),
+        "stock, all on the CPU": ("cpu", {"stock": True, "pinned": False}, 2),
+    }
+    found = {"layers": options.reduced_layers, "curves": {}}
+    for name, (device, adapting, steps) in variants.items():
+        if device == "cuda" and not cuda:
+            continue
+        if time.perf_counter() > state["began"] + options.budget + 20:
+            found["curves"][name] = {"skipped": "the budget is used up"}
+            continue
+        print(f"  {name}", flush=True)
+        model = synthetic.random_model(config, progress=False)
+        if adapting.get("stock"):
+            model.set_experts_implementation("grouped_mm")
+        model = hybrid.adapt(model, device, rank=options.rank, **adapting)
+        stream = hybrid.batches(rows, options.tokens // options.length)
+        log = hybrid.train_steps(model, stream, steps, learning_rate=options.learning_rate)
+        found["curves"][name] = {
+            "losses": [entry["loss"] for entry in log], "grad_norms": [entry["grad_norm"] for entry in log],
+            "tokens_per_second": options.tokens / statistics.median([entry["seconds"] for entry in log[1:] or log]),
+        }  # fmt: skip
+        del model
+        gc.collect()
+    curves = {name: curve["losses"] for name, curve in found["curves"].items() if "losses" in curve}
+    first = next(iter(curves.values()))
+    found["largest_difference"] = {
+        name: max(abs(a - b) for a, b in zip(losses, first, strict=False)) for name, losses in curves.items()
+    }
+    print(json.dumps(found["largest_difference"], indent=1), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
