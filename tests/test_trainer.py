@@ -93,7 +93,7 @@ def overrides(tree):
     """Private methods of subclasses of a Trainer, and private attributes assigned to one."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and any("Trainer" in ast.unparse(base) for base in node.bases):
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Trainer") for base in node.bases):
             found += [f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef) and f.name[0] == "_"]
         targets = node.targets if isinstance(node, ast.Assign) else []
         found += [
