@@ -10,6 +10,7 @@
 // products over the tokens of an expert, taken block by block where the other factor is at hand.
 #include <cstring>
 
+#include "combine.h"
 #include "lora.h"
 #include "moe.h"
 #include "parallel.h"
@@ -23,7 +24,6 @@ constexpr int kColumnsOut = 512;   // columns of one task: runs of 1 KB of each 
 constexpr int kDepth = 256;        // weight rows interleaved at a time: a panel of 64 columns is 32 KB, half of L1
 constexpr int kDepthRun = 32;       // weight rows read side by side
 constexpr int kRowsSmall = 128;    // rows of one task of the products with lora_B
-constexpr int kTokens = 16;        // tokens of one task of the final sums
 constexpr int64_t kLdc = row_stride<float>(kColumnsOut);
 
 // c[rows][columns] (+)= a[rows][depth] . w[depth][columns], w interleaved on the fly into panels of kMaxWidth columns
@@ -90,12 +90,12 @@ int64_t token_column(const Plan& plan, const Task& task) {
   return plan.depth[task.expert] + task.row - plan.begin[task.expert];
 }
 
-// inner.for_B of one block of rows, from the saved t [2 * rank][slots]. weights: of these rows, or null for ones.
-void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const bf16* t, int64_t slots,
+// inner.for_B of one block of rows, from the saved t [2 * rank][ldt]. weights: of these rows, or null for ones.
+void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const bf16* t, int64_t ldt,
                  const float* weights, const Inner& inner) {
   for (int r = 0; r < lora.rank; r++) {
-    const bf16* high = t + r * slots + task.row;
-    const bf16* low = high + lora.rank * slots;
+    const bf16* high = t + r * ldt + task.row;
+    const bf16* low = high + lora.rank * ldt;
     bf16* dst = inner.for_B + r * inner.ld + token_column(plan, task);
     for (int i = 0; i < task.rows; i++) {
       const float value = (weights ? weights[i] : 1.0f) * (to_float(high[i]) + to_float(low[i]));
@@ -136,29 +136,27 @@ void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const
     std::memset(inner.rows + (task.row + i) * lora.depth + 2 * lora.rank, 0, size_t(padding) * sizeof(bf16));
 }
 
-}  // namespace
-
-void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
-              const bf16* grad_output, const Grads& grads) {
+// One part of the batch. saved_ld: slots of the whole batch.
+void backward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
+                   const LoraForm& down_lora, const Saved& saved, int64_t saved_ld, const bf16* grad_output,
+                   const Matrix& grad_hidden_states, float* grad_top_k_weights, LoraGrads& gate_up_grads,
+                   LoraGrads& down_grads) {
   const Plan plan(shape, in.top_k_index);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots();
   const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
-  const LoraForm gate_up_lora(k, threads, plan, in.gate_up_lora, hidden, 2 * inter);
-  const LoraForm down_lora(k, threads, plan, in.down_lora, inter, hidden);
   const Inner gate_up_inner(k, gate_up_lora, plan, slots), down_inner(k, down_lora, plan, slots);
-
-  const std::vector<Task> parts = row_tasks(plan, kRows);
-  const LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, hidden, 2 * inter,
-                                int64_t(parts.size()));
-  const LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, inter, hidden, int64_t(parts.size()));
-  const bool want_x = bool(grads.hidden_states);
+  const std::vector<Task> blocks = row_tasks(plan, kRows);
+  gate_up_grads.reserve(int64_t(blocks.size()));
+  down_grads.reserve(int64_t(blocks.size()));
+  const bool want_x = bool(grad_hidden_states);
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
   const Buffer<bf16> dy((slots + k.row_unit) * hidden_stride);              // [row][hidden]: grad_output, sorted
   const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride);      // [row][2 * inter]
-  const Buffer<float> dx(want_x ? slots * hidden : 0);                     // [row][hidden]
+  const int range = output_range(slots, hidden);
+  const Buffer<float> dx(want_x ? slots * range : 0);                      // [row][range]
   const Buffer<float> d_weight(slots * inter_blocks);                      // [row][block]: partial <dh, h>
   const Buffer<float> weight(slots);                                       // [row]
   const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
@@ -179,8 +177,8 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
       std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0, size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
     }
     if (gate_up_grads.B)
-      inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, slots, nullptr, gate_up_inner);
-    if (down_grads.B) inner_for_B(down_lora, plan, task, saved.t_down, slots, weight + task.row, down_inner);
+      inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
+    if (down_grads.B) inner_for_B(down_lora, plan, task, saved.t_down, saved_ld, weight + task.row, down_inner);
     if (down_lora)
       inner_for_A(k, down_lora, plan, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
                   panel_scratch[thread], c_scratch[thread]);
@@ -232,58 +230,72 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
     });
 
   // 4. dx by rows; gradients of gate_up's lora_A and down's lora_B
-  const std::vector<Task> hidden_tasks = block_tasks(plan, kRows, hidden, kColumnsOut);
-  if (want_x || gate_up_grads.A || down_grads.B)
+  for (int first = 0; first < hidden && (want_x || gate_up_grads.A || down_grads.B); first += range) {
+    const int count = std::min(range, hidden - first);
+    const std::vector<Task> hidden_tasks = block_tasks(plan, kRows, count, kColumnsOut);
     parallel_tasks(k, threads, int64_t(hidden_tasks.size()), [&](int64_t index, int thread) {
       const Task& task = hidden_tasks[index];
+      const int64_t feature = first + task.first;
       bf16* panel = panel_scratch[thread];
       if (want_x) {
         float* c = c_scratch[thread];
-        const bf16* w = in.gate_up_proj + int64_t(task.expert) * 2 * inter * hidden + task.first;
+        const bf16* w = in.gate_up_proj + task.expert * 2 * shape.inter * hidden + feature;
         product(k, c, d_gate_up + task.row * gate_up_stride, gate_up_stride, task.rows, w, hidden, 2 * inter, task.count,
                 false, panel);
         if (gate_up_lora)
           product(k, c, gate_up_inner.rows + task.row * gate_up_lora.depth, gate_up_lora.depth, task.rows,
-                  gate_up_lora.a(task.expert) + task.first, gate_up_lora.in_depth, 2 * gate_up_lora.rank, task.count,
-                  true, panel);
+                  gate_up_lora.a(task.expert) + feature, gate_up_lora.in_depth, 2 * gate_up_lora.rank, task.count, true,
+                  panel);
         unpermute(k, c, task.rows, task.count);
         for (int i = 0; i < task.rows; i++)
-          std::memcpy(dx + (task.row + i) * hidden + task.first, c + i * kLdc,
-                      size_t(task.count) * sizeof(float));
+          std::memcpy(dx + (task.row + i) * range + task.first, c + i * kLdc, size_t(task.count) * sizeof(float));
       }
       const int64_t column = token_column(plan, task);
       if (gate_up_grads.A)
-        lora_grad(k, gate_up_grads.a(task.part) + task.first, hidden, gate_up_lora.rank,
-                  gate_up_inner.for_A + column, gate_up_inner.ld, in.hidden_states + task.first, hidden,
-                  plan.token_of_row.data() + task.row, task.rows, task.count, false, panel, r_scratch[thread]);
-      if (down_grads.B)
-        lora_grad(k, down_grads.bt(task.part) + task.first, hidden, down_lora.rank, down_inner.for_B + column,
-                  down_inner.ld, dy + task.row * hidden_stride + task.first, hidden_stride, nullptr, task.rows,
+        lora_grad(k, gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + column,
+                  gate_up_inner.ld, in.hidden_states + feature, hidden, plan.token_of_row.data() + task.row, task.rows,
                   task.count, false, panel, r_scratch[thread]);
+      if (down_grads.B)
+        lora_grad(k, down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + column,
+                  down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows, task.count,
+                  false, panel, r_scratch[thread]);
     });
 
-  // 5. sums over slots and blocks, in order
-  parallel_tasks(k, threads, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
-    std::vector<const float*> rows(shape.topk);
-    for (int64_t t = index * kTokens; t < std::min(shape.tokens, (index + 1) * kTokens); t++) {
-      for (int64_t j = 0; j < shape.topk; j++) {
-        const int64_t row = plan.row_of_slot[t * shape.topk + j];
-        if (want_x) rows[j] = dx + row * hidden;
-        if (grads.top_k_weights) {
-          float sum = 0.0f;
-          for (int b = 0; b < inter_blocks; b++) sum += d_weight[row * inter_blocks + b];
-          grads.top_k_weights[t * shape.topk + j] = sum;
-        }
-      }
-      const Matrix& out = grads.hidden_states;
-      if (want_x)
-        k.combine(out.fp32 ? nullptr : static_cast<bf16*>(out.data) + t * hidden,
-                  out.fp32 ? static_cast<float*>(out.data) + t * hidden : nullptr, rows.data(), nullptr,
-                  int(shape.topk), hidden);
-    }
+    // 5. sum over slots, in slot order
+    if (want_x) combine_tokens(k, threads, plan, shape, dx, range, nullptr, grad_hidden_states, first, count);
+  }
+
+  // 6. sums over blocks, in order
+  for (int64_t slot = 0; grad_top_k_weights && slot < slots; slot++) {
+    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * inter_blocks;
+    float sum = 0.0f;
+    for (int b = 0; b < inter_blocks; b++) sum += partial[b];
+    grad_top_k_weights[slot] = sum;
+  }
+  gate_up_grads.add(k, threads, blocks);
+  down_grads.add(k, threads, blocks);
+}
+
+}  // namespace
+
+void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
+              const bf16* grad_output, const Grads& grads) {
+  const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
+  const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
+  LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,
+                          shape.experts);
+  LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, shape.inter, shape.hidden, shape.experts);
+  for_parts(shape, [&](int64_t first, int64_t tokens) {
+    Shape part = shape;
+    part.tokens = tokens;
+    backward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
+                  saved.from_slot(shape, first * shape.topk), shape.slots(), grad_output + first * shape.hidden,
+                  grads.hidden_states.from(first * shape.hidden),
+                  grads.top_k_weights ? grads.top_k_weights + first * shape.topk : nullptr, gate_up_grads, down_grads);
   });
-  gate_up_grads.store(k, threads, parts, shape.experts);
-  down_grads.store(k, threads, parts, shape.experts);
+  gate_up_grads.store(k, threads);
+  down_grads.store(k, threads);
 }
 
 }  // namespace ktlib

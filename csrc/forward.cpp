@@ -3,6 +3,7 @@
 // into the panel of the down projection: there is no transpose between the two products.
 #include <cstring>
 
+#include "combine.h"
 #include "lora.h"
 #include "moe.h"
 #include "parallel.h"
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int kFeatures = 64;  // gate rows (and as many up rows) of one task
 constexpr int kOutputs = 128;  // down rows of one task
-constexpr int kTokens = 16;    // tokens of one task of the final sum
 
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
 template <class Body>
@@ -39,22 +39,20 @@ void lora_project(const Kernels& k, const LoraForm& lora, int expert, const bf16
     for (int r = 0; r < 2 * lora.rank; r++) k.round(saved + r * saved_ld, c + int64_t(r) * width, 1.0f, tokens);
 }
 
-}  // namespace
-
-void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
-             const Saved& saved) {
+// One part of the batch. saved_ld: slots of the whole batch.
+void forward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
+                  const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
   const Plan plan(shape, in.top_k_index);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots(), columns = plan.column[shape.experts];
   const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
-  const LoraForm gate_up_lora(k, threads, plan, in.gate_up_lora, hidden, 2 * inter);
-  const LoraForm down_lora(k, threads, plan, in.down_lora, inter, hidden);
 
   const Buffer<bf16> x_panels(columns * hidden_depth);                // [column][hidden_depth] by panels
   const Buffer<bf16> h_panels(columns * inter_depth);                 // [column][inter_depth] by panels
   const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
   const Buffer<bf16> down_t(columns * down_lora.depth);
-  const Buffer<float> y(slots * hidden);                              // [row][hidden]: each expert's output
+  const int range = output_range(slots, hidden);
+  const Buffer<float> y(slots * range);                               // [row][range]: each expert's output
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
@@ -70,7 +68,7 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
       if (gate_up_lora)
         lora_project(k, gate_up_lora, panels[index].expert, panel, width, tokens,
                      gate_up_t + column * gate_up_lora.depth, c_scratch[thread],
-                     saved.t_gate_up ? saved.t_gate_up + row : nullptr, slots);
+                     saved.t_gate_up ? saved.t_gate_up + row : nullptr, saved_ld);
     });
   });
 
@@ -120,35 +118,48 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
       for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
         lora_project(k, down_lora, panels[index].expert, h_panels + column * inter_depth, width, tokens,
                      down_t + column * down_lora.depth, c_scratch[thread], saved.t_down ? saved.t_down + row : nullptr,
-                     slots);
+                     saved_ld);
       });
     });
 
-  // 4. y = down . h
-  const std::vector<Task> outputs = feature_tasks(plan, hidden, kOutputs);
-  parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
-    const Task& task = outputs[index];
-    const Rows w = staged_rows(k, in.down_proj + (int64_t(task.expert) * hidden + task.first) * inter, inter,
-                               task.count, inter, w_scratch[thread]);
-    for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
-      float* c = c_scratch[thread];  // [count][width]
-      k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
-      if (down_lora)
-        k.multiply(c, width, down_lora.b(task.expert) + int64_t(task.first) * down_lora.depth, down_lora.depth,
-                   down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
-      k.store_rows_f32(y + row * hidden + task.first, hidden, c, width, task.count, tokens);
-    });
-  });
+  for (int first = 0; first < hidden; first += range) {
+    const int count = std::min(range, hidden - first);
 
-  // 5. output[t] = sum over slots, in slot order
-  parallel_tasks(k, threads, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
-    std::vector<const float*> rows(shape.topk);
-    for (int64_t t = index * kTokens; t < std::min(shape.tokens, (index + 1) * kTokens); t++) {
-      for (int64_t j = 0; j < shape.topk; j++) rows[j] = y + int64_t(plan.row_of_slot[t * shape.topk + j]) * hidden;
-      k.combine(output.fp32 ? nullptr : static_cast<bf16*>(output.data) + t * hidden,
-                output.fp32 ? static_cast<float*>(output.data) + t * hidden : nullptr, rows.data(),
-                in.top_k_weights + t * shape.topk, int(shape.topk), hidden);
-    }
+    // 4. y = down . h
+    const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
+    parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
+      const Task& task = outputs[index];
+      const int64_t feature = first + task.first;
+      const Rows w = staged_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
+                                 inter, w_scratch[thread]);
+      for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+        float* c = c_scratch[thread];  // [count][width]
+        k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
+        if (down_lora)
+          k.multiply(c, width, down_lora.b(task.expert) + feature * down_lora.depth, down_lora.depth,
+                     down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
+        k.store_rows_f32(y + row * range + task.first, range, c, width, task.count, tokens);
+      });
+    });
+
+    // 5. output[t] = sum over slots, in slot order
+    combine_tokens(k, threads, plan, shape, y, range, in.top_k_weights, output, first, count);
+  }
+}
+
+}  // namespace
+
+void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
+             const Saved& saved) {
+  const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
+  const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
+  if (saved.gate_up) prefer_huge_pages(saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
+  for_parts(shape, [&](int64_t first, int64_t tokens) {
+    Shape part = shape;
+    part.tokens = tokens;
+    forward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
+                 output.from(first * shape.hidden), saved.from_slot(shape, first * shape.topk), shape.slots());
   });
 }
 

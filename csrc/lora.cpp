@@ -20,18 +20,18 @@ constexpr int kBlock = 16;  // rows of B that one task turns: their r * E column
 
 }  // namespace
 
-LoraForm::LoraForm(const Kernels& k, int threads, const Plan& plan, const Lora& lora, int64_t in, int64_t out)
+LoraForm::LoraForm(const Kernels& k, int threads, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
+                   int64_t in, int64_t out)
     : rank(lora.rank), scaling(lora.scaling), in(in), out(out) {
   if (rank == 0) return;
-  const int64_t experts = int64_t(plan.begin.size()) - 1;
   rows = int(round_up(2 * rank, k.row_unit));
   depth = int(round_up(2 * rank, k.depth_unit));
   in_depth = round_up(in, k.depth_unit);
   A = Buffer<bf16>(experts * rows * in_depth);
   B = Buffer<bf16>((experts * out + k.row_unit) * depth);
 
-  parallel_tasks(k, threads, int64_t(plan.active.size()), [&](int64_t task, int) {
-    const int64_t expert = plan.active[task];
+  parallel_tasks(k, threads, int64_t(used.size()), [&](int64_t task, int) {
+    const int64_t expert = used[task];
     for (int64_t r = 0; r < rows; r++) {
       bf16* row = A + (expert * rows + r) * in_depth;
       const int64_t filled = r < 2 * rank ? in : 0;
@@ -45,7 +45,7 @@ LoraForm::LoraForm(const Kernels& k, int threads, const Plan& plan, const Lora& 
   });
   parallel_tasks(k, threads, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
     const int64_t last = std::min(out, (task + 1) * kBlock);
-    for (int expert : plan.active)
+    for (int expert : used)
       for (int64_t o = task * kBlock; o < last; o++) {
         bf16* row = B + (int64_t(expert) * out + o) * depth;
         for (int r = 0; r < rank; r++) row[r] = row[rank + r] = load(lora.B, (o * rank + r) * experts + expert);
@@ -62,34 +62,64 @@ void low_part(float* low, const float* values, int64_t ld, int rows, int columns
     }
 }
 
-LoraGrads::LoraGrads(const Lora& lora, const Matrix& A, const Matrix& B, int64_t in, int64_t out, int64_t parts)
-    : A(A), B(B), rank(lora.rank), in(in), out(out) {
-  if (A) dA = Buffer<float>(parts * rank * in);
-  if (B) dBt = Buffer<float>(parts * rank * out);
+LoraGrads::LoraGrads(const Lora& lora, const Matrix& A, const Matrix& B, int64_t in, int64_t out, int64_t experts)
+    : A(A), B(B), rank(lora.rank), in(in), out(out), experts(experts), touched(size_t(experts), 0) {
+  if (A) sumA = Buffer<float>(experts * rank * in);
+  if (B) sumBt = Buffer<float>(experts * rank * out);
 }
 
-void LoraGrads::store(const Kernels& k, int threads, const std::vector<Task>& parts, int64_t experts) const {
-  std::vector<int> first(experts, 0), count(experts, 0);  // each expert's parts are consecutive
-  for (const Task& task : parts) {
-    if (count[task.expert]++ == 0) first[task.expert] = task.part;
-  }
-  auto sum = [&](const float* base, int64_t size, int64_t expert, int64_t i) {
-    float total = 0.0f;
-    for (int p = 0; p < count[expert]; p++) total += base[(first[expert] + p) * rank * size + i];
-    return total;
+void LoraGrads::reserve(int64_t blocks) {
+  dA = Buffer<float>(A ? blocks * rank * in : 0);
+  dBt = Buffer<float>(B ? blocks * rank * out : 0);
+}
+
+void LoraGrads::add(const Kernels& k, int threads, const std::vector<Task>& blocks) {
+  if (!A && !B) return;
+  struct Range {
+    int expert, first, count;
   };
+  std::vector<Range> ranges;  // an expert's blocks are consecutive
+  for (const Task& task : blocks) {
+    if (ranges.empty() || ranges.back().expert != task.expert) ranges.push_back({task.expert, task.part, 0});
+    ranges.back().count++;
+  }
+  parallel_tasks(k, threads, int64_t(ranges.size()), [&](int64_t index, int) {
+    const Range& range = ranges[index];
+    auto sum = [&](const Buffer<float>& parts, const Buffer<float>& total, int64_t size) {
+      float* dst = total + range.expert * size;
+      const float* src = parts + range.first * size;
+      if (!touched[range.expert]) std::memcpy(dst, src, size_t(size) * sizeof(float));
+      for (int p = touched[range.expert] ? 0 : 1; p < range.count; p++)
+        for (int64_t i = 0; i < size; i++) dst[i] += src[p * size + i];
+    };
+    if (A) sum(dA, sumA, rank * in);
+    if (B) sum(dBt, sumBt, rank * out);
+    touched[range.expert] = 1;
+  });
+}
+
+void LoraGrads::store(const Kernels& k, int threads) const {
   if (A)
-    parallel_tasks(k, threads, experts * rank, [&](int64_t row, int) {
-      const int64_t expert = row / rank, r = row % rank;
-      for (int64_t i = 0; i < in; i++) ktlib::store(A, row * in + i, sum(dA.get(), in, expert, r * in + i));
+    parallel_tasks(k, threads, experts, [&](int64_t expert, int) {
+      const int64_t size = rank * in;
+      float* fp32 = A.fp32 ? static_cast<float*>(A.data) + expert * size : nullptr;
+      bf16* half = A.fp32 ? nullptr : static_cast<bf16*>(A.data) + expert * size;
+      if (!touched[expert])
+        std::memset(A.fp32 ? static_cast<void*>(fp32) : half, 0, size_t(size) * (A.fp32 ? sizeof(float) : sizeof(bf16)));
+      else if (A.fp32)
+        std::memcpy(fp32, sumA + expert * size, size_t(size) * sizeof(float));
+      else
+        k.round(half, sumA + expert * size, 1.0f, size);
     });
   if (B)
     parallel_tasks(k, threads, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
       const int64_t last = std::min(out, (task + 1) * kBlock);
       for (int64_t expert = 0; expert < experts; expert++)
-        for (int64_t r = 0; r < rank; r++)
+        for (int64_t r = 0; r < rank; r++) {
+          const float* src = sumBt + (expert * rank + r) * out;
           for (int64_t o = task * kBlock; o < last; o++)
-            ktlib::store(B, (o * rank + r) * experts + expert, sum(dBt.get(), out, expert, r * out + o));
+            ktlib::store(B, (o * rank + r) * experts + expert, touched[expert] ? src[o] : 0.0f);
+        }
     });
 }
 

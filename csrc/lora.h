@@ -24,7 +24,9 @@ struct LoraForm {
   Buffer<bf16> A;        // [experts][rows][in_depth]: lora_A twice, zero-padded
   Buffer<bf16> B;        // [experts][out][depth]: lora_B twice, zero-padded
 
-  LoraForm(const Kernels& k, int threads, const Plan& plan, const Lora& lora, int64_t in, int64_t out);
+  // Only the matrices of the experts in `used` are filled.
+  LoraForm(const Kernels& k, int threads, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
+           int64_t in, int64_t out);
   explicit operator bool() const { return rank > 0; }
   const bf16* a(int expert) const { return A + int64_t(expert) * rows * in_depth; }
   const bf16* b(int expert) const { return B + int64_t(expert) * out * depth; }
@@ -33,19 +35,24 @@ struct LoraForm {
 // values[rows][columns] (ld) -> low[rows][columns]: what rounding `values` to bf16 loses.
 void low_part(float* low, const float* values, int64_t ld, int rows, int columns);
 
-// Gradients of one LoRA pair as partial sums, one part per block of rows: dA [parts][rank][in] and dB transposed
-// [parts][rank][out], fp32. Each part is written by one task per block of columns.
+// Gradients of one LoRA pair: partial sums, one for each block of rows of one part of the batch, added up in order.
 struct LoraGrads {
   Matrix A, B;  // destinations in PEFT's layout; null = not wanted
   int rank = 0;
-  int64_t in = 0, out = 0;
-  Buffer<float> dA, dBt;
+  int64_t in = 0, out = 0, experts = 0;
+  Buffer<float> dA, dBt;    // [blocks of rows][rank][in], [blocks of rows][rank][out]: B's gradient is transposed
+  Buffer<float> sumA, sumBt;  // [experts][rank][in], [experts][rank][out]
+  std::vector<char> touched;  // experts whose sums hold something
 
-  LoraGrads(const Lora& lora, const Matrix& A, const Matrix& B, int64_t in, int64_t out, int64_t parts);
-  float* a(int part) const { return dA + int64_t(part) * rank * in; }
-  float* bt(int part) const { return dBt + int64_t(part) * rank * out; }
-  // Sums each expert's parts in order and stores them; experts without tokens get zeros.
-  void store(const Kernels& k, int threads, const std::vector<Task>& parts, int64_t experts) const;
+  LoraGrads(const Lora& lora, const Matrix& A, const Matrix& B, int64_t in, int64_t out, int64_t experts);
+  // Before a part of the batch: room for its blocks of rows.
+  void reserve(int64_t blocks);
+  float* a(int block) const { return dA + int64_t(block) * rank * in; }
+  float* bt(int block) const { return dBt + int64_t(block) * rank * out; }
+  // After it: adds the blocks (row_tasks' list) to the sums.
+  void add(const Kernels& k, int threads, const std::vector<Task>& blocks);
+  // Stores the sums; experts without tokens get zeros.
+  void store(const Kernels& k, int threads) const;
 };
 
 }  // namespace ktlib

@@ -30,6 +30,10 @@ struct Matrix {
   void* data = nullptr;
   bool fp32 = false;
   explicit operator bool() const { return data != nullptr; }
+  Matrix from(int64_t offset) const {
+    if (!data) return *this;
+    return {static_cast<char*>(data) + offset * int64_t(fp32 ? sizeof(float) : sizeof(bf16)), fp32};
+  }
 };
 
 // PEFT's layout: A (experts * rank, in), expert-major; B (out, rank * experts), the expert fastest.
@@ -49,13 +53,26 @@ struct Inputs {
   Lora gate_up_lora;           // in = hidden, out = 2 * inter
   Lora down_lora;              // in = inter, out = hidden
   Gate gate;
+
+  Inputs from_token(const Shape& shape, int64_t token) const {
+    Inputs part = *this;
+    part.hidden_states += token * shape.hidden;
+    part.top_k_index += token * shape.topk;
+    part.top_k_weights += token * shape.topk;
+    return part;
+  }
 };
 
-// What forward leaves for backward, in sorted rows.
+// What forward leaves for backward, in sorted rows of each part of the batch (plan.h, for_parts).
 struct Saved {
   bf16* gate_up = nullptr;     // [slots][2 * inter]: gate and up before the activation
   bf16* t_gate_up = nullptr;   // [2 * rank][slots]: scaling * lora_A x, high and low part (lora.h)
   bf16* t_down = nullptr;      // [2 * rank][slots]: scaling * lora_A h, likewise
+
+  Saved from_slot(const Shape& shape, int64_t slot) const {
+    return {gate_up ? gate_up + slot * 2 * shape.inter : nullptr, t_gate_up ? t_gate_up + slot : nullptr,
+            t_down ? t_down + slot : nullptr};
+  }
 };
 
 // Gradients to compute; null members are not wanted.

@@ -7,17 +7,26 @@
 
 namespace ktlib {
 
-Plan::Plan(const Shape& shape, const int64_t* top_k_index) {
-  const int64_t slots = shape.slots();
-  begin.assign(shape.experts + 1, 0);
-  for (int64_t slot = 0; slot < slots; slot++) {
+std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index) {
+  std::vector<char> used(shape.experts, 0);
+  for (int64_t slot = 0; slot < shape.slots(); slot++) {
     const int64_t expert = top_k_index[slot];
     if (expert < 0 || expert >= shape.experts)
       throw std::invalid_argument("top_k_index: got expert id " + std::to_string(expert) + " for token " +
                                   std::to_string(slot / shape.topk) + ", slot " + std::to_string(slot % shape.topk) +
                                   "; ids must be in [0, " + std::to_string(shape.experts) + ")");
-    begin[expert + 1]++;
+    used[expert] = 1;
   }
+  std::vector<int32_t> experts;
+  for (int64_t e = 0; e < shape.experts; e++)
+    if (used[e]) experts.push_back(int32_t(e));
+  return experts;
+}
+
+Plan::Plan(const Shape& shape, const int64_t* top_k_index) {
+  const int64_t slots = shape.slots();
+  begin.assign(shape.experts + 1, 0);
+  for (int64_t slot = 0; slot < slots; slot++) begin[top_k_index[slot] + 1]++;
   column.assign(shape.experts + 1, 0);
   depth.assign(shape.experts + 1, 0);
   for (int64_t e = 0; e < shape.experts; e++) {

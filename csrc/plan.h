@@ -1,6 +1,7 @@
 // Routing: slots sorted by expert (a counting sort, in token order within an expert), and how the rows are cut.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -19,10 +20,23 @@ struct Plan {
 
   static constexpr int kDepth = 32;
 
-  // Throws std::invalid_argument naming token and slot if an id is out of range.
+  // Ids must have been checked (used_experts).
   Plan(const Shape& shape, const int64_t* top_k_index);
   int count(int expert) const { return int(begin[expert + 1] - begin[expert]); }
 };
+
+// Experts that received tokens, ascending. Throws std::invalid_argument naming token and slot if an id is out of range.
+std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index);
+
+// Long batches go through the layer in parts of this many slots, so that scratch does not grow with them.
+constexpr int64_t kPartSlots = 24576;
+
+// Calls body(first token, number of tokens) for each part.
+template <class Body>
+void for_parts(const Shape& shape, const Body& body) {
+  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
+  for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
+}
 
 // One task: a block of something (features, rows, ...) of one expert.
 struct Task {

@@ -1,0 +1,75 @@
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "parallel.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int64_t kPooled = int64_t(2) << 20;        // smaller blocks are malloc's business
+constexpr int64_t kStoreLimit = int64_t(512) << 20;  // bytes kept between calls, at most
+
+struct Store {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // oldest first
+  int64_t bytes = 0;
+
+  Block remove(size_t index) {
+    const Block block = blocks[index];
+    blocks.erase(blocks.begin() + int64_t(index));
+    bytes -= block.bytes;
+    return block;
+  }
+};
+
+// Never destroyed: a daemon thread may still compute while the process exits.
+Store& store() {
+  static Store* instance = new Store;
+  return *instance;
+}
+
+Block allocate(int64_t bytes, int64_t align) {
+  const int64_t size = round_up(bytes, align);
+  void* memory = std::aligned_alloc(size_t(align), size_t(size));
+  if (!memory) throw std::bad_alloc();
+  prefer_huge_pages(memory, size);
+  return {memory, size};
+}
+
+}  // namespace
+
+Block take_block(int64_t bytes) {
+  if (bytes < kPooled) return allocate(bytes, 64);
+  {
+    // try_lock: after a fork the lock may be held forever by a thread that does not exist here.
+    std::unique_lock<std::mutex> lock(store().mutex, std::try_to_lock);
+    if (lock) {  // the smallest that fits and is not far too large
+      const std::vector<Block>& blocks = store().blocks;
+      size_t best = blocks.size();
+      for (size_t i = 0; i < blocks.size(); i++)
+        if (blocks[i].bytes >= bytes && blocks[i].bytes / 2 <= bytes &&
+            (best == blocks.size() || blocks[i].bytes < blocks[best].bytes))
+          best = i;
+      if (best < blocks.size()) return store().remove(best);
+    }
+  }
+  return allocate(bytes, kPooled);
+}
+
+void give_block(const Block& block) {
+  if (block.bytes >= kPooled && block.bytes <= kStoreLimit) {
+    std::unique_lock<std::mutex> lock(store().mutex, std::try_to_lock);
+    if (lock) {
+      // The oldest make room: they are of sizes no longer in use.
+      while (store().bytes + block.bytes > kStoreLimit) std::free(store().remove(0).memory);
+      store().blocks.push_back(block);
+      store().bytes += block.bytes;
+      return;
+    }
+  }
+  std::free(block.memory);
+}
+
+}  // namespace ktlib
