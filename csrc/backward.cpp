@@ -281,6 +281,7 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
 void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
               const bf16* grad_output, const Grads& grads) {
   const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
+  threads = useful_threads(shape, threads);
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,

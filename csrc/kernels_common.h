@@ -33,48 +33,56 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-void activate(Gate kind, float* h, const float* gate, const float* up, int64_t count) {
+void round_to_bf16(bf16* __restrict dst, const float* __restrict src, float scale, int64_t count) {
+  for (int64_t i = 0; i < count; i++) dst[i] = to_bf16(scale * src[i]);
+}
+
+void activate(Gate kind, float* __restrict h, const float* __restrict gate, const float* __restrict up, int64_t count) {
   switch (kind) {
     case Gate::silu:
       for (int64_t i = 0; i < count; i++) h[i] = gate[i] * sigmoid(gate[i]) * up[i];
   }
 }
 
-// d(loss)/d(gate) of silu: sigma(g) * (1 + g * (1 - sigma(g))). In blocks through small arrays and without branches, so
-// that every loop vectorizes; the sum keeps one partial sum per lane, in a fixed order.
-float gate_backward(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
-                    int features) {
-  constexpr int kLanes = 16;
-  float sums[kLanes] = {};
-  for (int first = 0; first < features; first += kLanes) {
-    const int count = features - first < kLanes ? features - first : kLanes;
-    float g[kLanes] = {}, u[kLanes] = {}, d[kLanes] = {}, h[kLanes], dg[kLanes], du[kLanes];
-    if (count == kLanes)
-      for (int i = 0; i < kLanes; i++) g[i] = to_float(gate[first + i]), u[i] = to_float(up[first + i]), d[i] = dh[first + i];
-    else
-      for (int i = 0; i < count; i++) g[i] = to_float(gate[first + i]), u[i] = to_float(up[first + i]), d[i] = dh[first + i];
-    switch (kind) {
-      case Gate::silu:
-        for (int i = 0; i < kLanes; i++) {
-          const float s = sigmoid(g[i]), act = g[i] * s, wd = weight * d[i];
-          h[i] = act * u[i];
-          dg[i] = wd * u[i] * s * (1.0f + g[i] * (1.0f - s));
-          du[i] = wd * act;
-        }
-    }
-    for (int i = 0; i < kLanes; i++) sums[i] += d[i] * h[i];
-    if (count == kLanes)
-      for (int i = 0; i < kLanes; i++) dgate[first + i] = to_bf16(dg[i]), dup[first + i] = to_bf16(du[i]), dh[first + i] = h[i];
-    else
-      for (int i = 0; i < count; i++) dgate[first + i] = to_bf16(dg[i]), dup[first + i] = to_bf16(du[i]), dh[first + i] = h[i];
+// d(loss)/d(gate, up) and h of elements that are already fp32; d is d(loss)/d(h) times the routing weight.
+// d(silu)/dg = sigma(g) * (1 + g * (1 - sigma(g))).
+void activate_backward(Gate kind, float* __restrict h, float* __restrict dgate, float* __restrict dup,
+                       const float* __restrict gate, const float* __restrict up, const float* __restrict d, int count) {
+  switch (kind) {
+    case Gate::silu:
+      for (int i = 0; i < count; i++) {
+        const float g = gate[i], s = sigmoid(g), act = g * s;
+        h[i] = act * up[i];
+        dgate[i] = d[i] * up[i] * s * (1.0f + g * (1.0f - s));
+        dup[i] = d[i] * act;
+      }
   }
-  float total = 0.0f;
-  for (float sum : sums) total += sum;
-  return total;
 }
 
-void round_to_bf16(bf16* dst, const float* src, float scale, int64_t count) {
-  for (int64_t i = 0; i < count; i++) dst[i] = to_bf16(scale * src[i]);
+void widen(float* __restrict dst, const bf16* __restrict src, int count) {
+  for (int i = 0; i < count; i++) dst[i] = to_float(src[i]);
+}
+
+// In blocks through small arrays; the sum keeps one partial sum per lane, in a fixed order.
+float gate_backward(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
+                    int features) {
+  constexpr int kBlock = 64;
+  float sums[kBlock] = {};
+  for (int first = 0; first < features; first += kBlock) {
+    float g[kBlock], u[kBlock], d[kBlock], h[kBlock], dg[kBlock], du[kBlock];
+    const int count = features - first < kBlock ? features - first : kBlock;
+    widen(g, gate + first, count);
+    widen(u, up + first, count);
+    for (int i = 0; i < count; i++) d[i] = weight * dh[first + i];
+    activate_backward(kind, h, dg, du, g, u, d, count);
+    for (int i = 0; i < count; i++) sums[i] += dh[first + i] * h[i];
+    round_to_bf16(dgate + first, dg, 1.0f, count);
+    round_to_bf16(dup + first, du, 1.0f, count);
+    for (int i = 0; i < count; i++) dh[first + i] = h[i];
+  }
+  for (int half = kBlock / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  return sums[0];
 }
 
 void combine(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count, int64_t size) {

@@ -38,6 +38,12 @@ void for_parts(const Shape& shape, const Body& body) {
   for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
 }
 
+// Threads worth waking for this much work: a parallel region costs some microseconds, far more where cores are shared.
+inline int useful_threads(const Shape& shape, int threads) {
+  constexpr int64_t kWorthAThread = 8000000;  // multiply-adds
+  return int(std::min<int64_t>(threads, 1 + shape.slots() * shape.hidden * shape.inter * 3 / kWorthAThread));
+}
+
 // One task: a block of something (features, rows, ...) of one expert.
 struct Task {
   int expert;
