@@ -15,6 +15,7 @@
 #include "moe.h"
 #include "parallel.h"
 #include "plan.h"
+#include "weight_grads.h"
 
 namespace ktlib {
 namespace {
@@ -139,8 +140,7 @@ void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const
 // One part of the batch. saved_ld: slots of the whole batch.
 void backward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
                    const LoraForm& down_lora, const Saved& saved, int64_t saved_ld, const bf16* grad_output,
-                   const Matrix& grad_hidden_states, float* grad_top_k_weights, LoraGrads& gate_up_grads,
-                   LoraGrads& down_grads) {
+                   const Grads& grads, LoraGrads& gate_up_grads, LoraGrads& down_grads) {
   const Plan plan(shape, in.top_k_index);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots();
@@ -149,7 +149,7 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const std::vector<Task> blocks = row_tasks(plan, kRows);
   gate_up_grads.reserve(int64_t(blocks.size()));
   down_grads.reserve(int64_t(blocks.size()));
-  const bool want_x = bool(grad_hidden_states);
+  const bool want_x = bool(grads.hidden_states);
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
@@ -262,24 +262,28 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
     });
 
     // 5. sum over slots, in slot order
-    if (want_x) combine_tokens(k, threads, plan, shape, dx, range, nullptr, grad_hidden_states, first, count);
+    if (want_x) combine_tokens(k, threads, plan, shape, dx, range, nullptr, grads.hidden_states, first, count);
   }
 
   // 6. sums over blocks, in order
-  for (int64_t slot = 0; grad_top_k_weights && slot < slots; slot++) {
+  for (int64_t slot = 0; grads.top_k_weights && slot < slots; slot++) {
     const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * inter_blocks;
     float sum = 0.0f;
     for (int b = 0; b < inter_blocks; b++) sum += partial[b];
-    grad_top_k_weights[slot] = sum;
+    grads.top_k_weights[slot] = sum;
   }
   gate_up_grads.add(k, threads, blocks);
   down_grads.add(k, threads, blocks);
+
+  // 7. gradients of the weights
+  weight_grads(k, threads, plan, shape, in, saved.gate_up, dy.get(), hidden_stride, weight.get(), d_gate_up.get(),
+               gate_up_stride, grads);
 }
 
 }  // namespace
 
 void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
-              const bf16* grad_output, const Grads& grads) {
+              const bf16* grad_output, const Grads& grads, bool whole) {
   const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
   threads = useful_threads(shape, threads);
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
@@ -287,13 +291,15 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,
                           shape.experts);
   LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, shape.inter, shape.hidden, shape.experts);
-  for_parts(shape, [&](int64_t first, int64_t tokens) {
+  for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;
+    Grads part_grads = grads;
+    part_grads.hidden_states = grads.hidden_states.from(first * shape.hidden);
+    if (grads.top_k_weights) part_grads.top_k_weights += first * shape.topk;
     backward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
                   saved.from_slot(shape, first * shape.topk), shape.slots(), grad_output + first * shape.hidden,
-                  grads.hidden_states.from(first * shape.hidden),
-                  grads.top_k_weights ? grads.top_k_weights + first * shape.topk : nullptr, gate_up_grads, down_grads);
+                  part_grads, gate_up_grads, down_grads);
   });
   gate_up_grads.store(k, threads);
   down_grads.store(k, threads);

@@ -59,15 +59,16 @@ NB_MODULE(_kernels, m) {
   });
   m.def("select_isa", [](const std::string& name) { return std::string(select_isa(name).isa); });
   m.def("forward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
-                      const MatrixArgs& output, const SavedArgs& save) {
+                      const MatrixArgs& output, const SavedArgs& save, bool whole) {
     const Kernels& k = select_isa(isa);
     nb::gil_scoped_release release;
-    forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save));
+    forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save), whole);
   });
   m.def("backward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
                        const SavedArgs& save, uintptr_t grad_output, const MatrixArgs& grad_hidden_states,
                        uintptr_t grad_top_k_weights, const std::tuple<MatrixArgs, MatrixArgs>& gate_up_lora,
-                       const std::tuple<MatrixArgs, MatrixArgs>& down_lora) {
+                       const std::tuple<MatrixArgs, MatrixArgs>& down_lora,
+                       const std::tuple<uintptr_t, uintptr_t>& weights, bool whole) {
     const Kernels& k = select_isa(isa);
     nb::gil_scoped_release release;
     Grads grads;
@@ -77,7 +78,9 @@ NB_MODULE(_kernels, m) {
     grads.gate_up_B = matrix(std::get<1>(gate_up_lora));
     grads.down_A = matrix(std::get<0>(down_lora));
     grads.down_B = matrix(std::get<1>(down_lora));
-    backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads);
+    grads.gate_up_proj = at<bf16>(std::get<0>(weights));
+    grads.down_proj = at<bf16>(std::get<1>(weights));
+    backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
   });
   m.def("peak_rate", [](const std::string& isa, int threads) {
     const Kernels& k = select_isa(isa);

@@ -150,13 +150,13 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 }  // namespace
 
 void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
-             const Saved& saved) {
+             const Saved& saved, bool whole) {
   const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
   threads = useful_threads(shape, threads);
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   if (saved.gate_up) prefer_huge_pages(saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
-  for_parts(shape, [&](int64_t first, int64_t tokens) {
+  for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;
     forward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,

@@ -72,6 +72,8 @@ struct Kernels {
 
   // dst[i] = bf16(scale * src[i])
   void (*round)(bf16* dst, const float* src, float scale, int64_t count);
+  // dst[i] = scale * src[i]
+  void (*widen)(float* dst, const bf16* src, float scale, int64_t count);
 
   // One token of the backward pass: dh is d(loss)/d(h) before the routing weight. Overwrites dh with fp32 h,
   // writes dgate, dup (bf16, routing weight applied) and returns <dh, h>, the gradient of the routing weight.

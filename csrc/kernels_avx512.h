@@ -163,15 +163,15 @@ constexpr int kTileRows[] = {0, 16, 12, 7, 5};
 struct Pairs {
   __m512 even, odd;
 };
-inline Pairs widen(__m512i pairs) {
+inline Pairs halves(__m512i pairs) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
           _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))))};
 }
-inline Pairs load_pairs(const bf16* p) { return widen(_mm512_loadu_si512(p)); }
+inline Pairs load_pairs(const bf16* p) { return halves(_mm512_loadu_si512(p)); }
 inline Pairs broadcast_pair(const bf16* p) {
   int pair;
   __builtin_memcpy(&pair, p, 4);
-  return widen(_mm512_set1_epi32(pair));
+  return halves(_mm512_set1_epi32(pair));
 }
 inline __m512 dot(__m512 sum, Pairs a, Pairs b) {
   return _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, sum));

@@ -59,8 +59,8 @@ void activate_backward(Gate kind, float* __restrict h, float* __restrict dgate, 
   }
 }
 
-void widen(float* __restrict dst, const bf16* __restrict src, int count) {
-  for (int i = 0; i < count; i++) dst[i] = to_float(src[i]);
+void widen(float* __restrict dst, const bf16* __restrict src, float scale, int64_t count) {
+  for (int64_t i = 0; i < count; i++) dst[i] = scale * to_float(src[i]);
 }
 
 // In blocks through small arrays; the sum keeps one partial sum per lane, in a fixed order.
@@ -71,8 +71,8 @@ float gate_backward(Gate kind, float* dh, const bf16* gate, const bf16* up, floa
   for (int first = 0; first < features; first += kBlock) {
     float g[kBlock], u[kBlock], d[kBlock], h[kBlock], dg[kBlock], du[kBlock];
     const int count = features - first < kBlock ? features - first : kBlock;
-    widen(g, gate + first, count);
-    widen(u, up + first, count);
+    widen(g, gate + first, 1.0f, count);
+    widen(u, up + first, 1.0f, count);
     for (int i = 0; i < count; i++) d[i] = weight * dh[first + i];
     activate_backward(kind, h, dg, du, g, u, d, count);
     for (int i = 0; i < count; i++) sums[i] += dh[first + i] * h[i];

@@ -75,17 +75,20 @@ struct Saved {
   }
 };
 
-// Gradients to compute; null members are not wanted.
+// Gradients to compute; null members are not wanted. With those of the expert weights the batch is one part.
 struct Grads {
   Matrix hidden_states;
   float* top_k_weights = nullptr;
   Matrix gate_up_A, gate_up_B, down_A, down_B;
+  bf16* gate_up_proj = nullptr;
+  bf16* down_proj = nullptr;
 };
 
-// Throws std::invalid_argument, with nothing written, if an expert id is out of range.
+// Throws std::invalid_argument, with nothing written, if an expert id is out of range. whole: the batch is one part, as
+// backward needs it for gradients of the expert weights; the same in both.
 void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
-             const Saved& saved);
+             const Saved& saved, bool whole);
 void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
-              const bf16* grad_output, const Grads& grads);
+              const bf16* grad_output, const Grads& grads, bool whole);
 
 }  // namespace ktlib

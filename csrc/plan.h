@@ -28,13 +28,14 @@ struct Plan {
 // Experts that received tokens, ascending. Throws std::invalid_argument naming token and slot if an id is out of range.
 std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index);
 
-// Long batches go through the layer in parts of this many slots, so that scratch does not grow with them.
+// Long batches go through the layer in parts of this many slots (unless `whole`), so that scratch does not grow with
+// them. Saved rows are sorted within each part.
 constexpr int64_t kPartSlots = 24576;
 
 // Calls body(first token, number of tokens) for each part.
 template <class Body>
-void for_parts(const Shape& shape, const Body& body) {
-  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
+void for_parts(const Shape& shape, bool whole, const Body& body) {
+  const int64_t size = whole ? std::max<int64_t>(1, shape.tokens) : std::max<int64_t>(1, kPartSlots / shape.topk);
   for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
 }
 

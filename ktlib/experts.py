@@ -93,8 +93,6 @@ def unserved(experts, hidden_states):
             return f"{name} is on {weight.device}, the operator takes CPU weights"
         if not weight.is_contiguous():
             return f"{name} is not contiguous"
-        if weight.requires_grad and torch.is_grad_enabled():
-            return f"{name} requires grad, which the operator does not compute (freeze it: requires_grad_(False))"
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):
         return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
     if parametrized:

@@ -18,12 +18,12 @@ _library = torch.library.Library("ktlib", "DEF")
 _INPUTS = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
     "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B, "
-    "float gate_up_scaling, float down_scaling, str gate, str isa"
+    "float gate_up_scaling, float down_scaling, str gate, str isa, bool whole"
 )
 _library.define(f"moe_experts({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
-    f"{_INPUTS}, bool[6] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_INPUTS}, bool[8] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -57,14 +57,13 @@ def moe_experts(
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,
-        top_k_weights, lora_A and lora_B. ``hidden_states``, the routing and LoRA may live on another device: they are
-        copied to the CPU, and the result and the gradients back.
+        top_k_weights, lora_A, lora_B, gate_up_proj and down_proj. ``hidden_states``, the routing and LoRA may live on
+        another device: they are copied to the CPU, and the result and the gradients back.
 
     Raises:
         TypeError: an argument is not a tensor (or not such a tuple), or has the wrong dtype.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa.
         RuntimeError: ``isa`` cannot run on this machine.
-        NotImplementedError: expert weights require grad.
     """
     _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     experts, hidden, intermediate = down_proj.shape
@@ -77,15 +76,12 @@ def moe_experts(
     moved = [hidden_states, top_k_index, top_k_weights, gate_up_A, gate_up_B, down_A, down_B]
     moved = [t if t is None or t.device.type == "cpu" else t.to("cpu") for t in moved]
     hidden_states, top_k_index, top_k_weights, *lora = moved
-    differentiable = (hidden_states, top_k_weights, *lora)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    if torch.is_grad_enabled():
-        for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-            if weight.requires_grad:
-                raise NotImplementedError(f"{name}: requires grad, but gradients of expert weights are not computed")
+    grad = torch.is_grad_enabled()
+    whole = grad and (gate_up_proj.requires_grad or down_proj.requires_grad)
+    save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *lora)))
     output, *_ = torch.ops.ktlib.moe_experts(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *lora, gate_up_scaling, down_scaling,
-        gate, isa or os.environ.get("KTLIB_ISA", ""), save,
+        gate, isa or os.environ.get("KTLIB_ISA", ""), whole, save,
     )  # fmt: skip
     return output if device.type == "cpu" else output.to(device)
 
@@ -213,7 +209,7 @@ def _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save
 
 def _forward(
     hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_A, gate_up_B, down_A, down_B,
-    gate_up_scaling, down_scaling, gate, isa, save,
+    gate_up_scaling, down_scaling, gate, isa, whole, save,
 ):  # fmt: skip
     lora = (gate_up_A, gate_up_B, down_A, down_B)
     sizes, inputs, tensors = _arguments(
@@ -223,27 +219,28 @@ def _forward(
     shapes = _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save)
     saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     addresses = tuple(t.data_ptr() if save else 0 for t in saved)
-    _kernels.forward(isa, torch.get_num_threads(), sizes, inputs, _address(output), addresses)
+    _kernels.forward(isa, torch.get_num_threads(), sizes, inputs, _address(output), addresses, whole)
     return output, *saved
 
 
 def _backward(
     grad_output, saved_gate_up, saved_t_gate_up, saved_t_down, hidden_states, top_k_index, top_k_weights, gate_up_proj,
-    down_proj, gate_up_A, gate_up_B, down_A, down_B, gate_up_scaling, down_scaling, gate, isa, wanted,
+    down_proj, gate_up_A, gate_up_B, down_A, down_B, gate_up_scaling, down_scaling, gate, isa, whole, wanted,
 ):  # fmt: skip
     lora = (gate_up_A, gate_up_B, down_A, down_B)
     sizes, inputs, tensors = _arguments(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, (gate_up_scaling, down_scaling), gate
     )
     grad_output = grad_output.to(torch.bfloat16).contiguous()
-    wrt = (hidden_states, top_k_weights, *lora)
+    wrt = (hidden_states, top_k_weights, gate_up_proj, down_proj, *lora)
     grads = [torch.empty(t.shape, dtype=t.dtype) if w else None for t, w in zip(wrt, wanted, strict=True)]
     grad_weights = None if grads[1] is None else torch.empty(top_k_weights.shape, dtype=torch.float32)
     _kernels.backward(
         isa, torch.get_num_threads(), sizes, inputs,
         (saved_gate_up.data_ptr(), saved_t_gate_up.data_ptr(), saved_t_down.data_ptr()), grad_output.data_ptr(),
         _address(grads[0]), _address(grad_weights)[0],
-        (_address(grads[2]), _address(grads[3])), (_address(grads[4]), _address(grads[5])),
+        (_address(grads[4]), _address(grads[5])), (_address(grads[6]), _address(grads[7])),
+        (_address(grads[2])[0], _address(grads[3])[0]), whole,
     )  # fmt: skip
     if grad_weights is not None:
         grads[1] = grad_weights.to(top_k_weights.dtype)
@@ -257,7 +254,7 @@ def _forward_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
 
 
 def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *rest):
-    wrt = (rest[0], rest[2], *rest[5:9])
+    wrt = (rest[0], rest[2], *rest[3:9])
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else grad_output.new_empty(0)
         for t, wanted in zip(wrt, rest[-1], strict=True)
@@ -268,12 +265,12 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *inputs[:9])
-    ctx.settings = inputs[9:13]
+    ctx.settings = inputs[9:14]
 
 
 def _autograd_backward(ctx, grad_output, *_):
-    wrt = (0, 2, 5, 6, 7, 8)  # hidden_states, top_k_weights, LoRA matrices
-    result = [None] * 14
+    wrt = (0, 2, 3, 4, 5, 6, 7, 8)  # all tensors but top_k_index
+    result = [None] * 15
     if grad_output is not None:
         wanted = [ctx.needs_input_grad[i] for i in wrt]
         grads = torch.ops.ktlib.moe_experts_backward(grad_output, *ctx.saved_tensors, *ctx.settings, wanted)

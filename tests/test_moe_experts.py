@@ -310,3 +310,39 @@ def test_nan_stays_with_its_token_and_expert():
         hit = sorted(layer["top_k_index"][7].tolist())
         for name in ("gate_up lora_A", "down lora_A"):
             assert results[name].reshape(6, -1).isnan().any(dim=1).nonzero().flatten().tolist() == hit
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(300, 8, 2, 96, 72, 3), (17, 4, 2, 75, 41, 5), (260, 2, 1, 160, 144, 4)], ids=str)
+def test_gradients_of_expert_weights(shape, isa):
+    """Full fine-tuning: dense gradients, alone and beside LoRA's; experts without tokens get zeros."""
+    layer = layers(*shape)[0]
+    layer["top_k_index"][layer["top_k_index"] == 1] = 0
+    results = []
+    for function, options in ((ktlib.moe_experts, {"isa": isa}), (reference.moe_experts, {})):
+        leaves = {name: layer[name].clone().requires_grad_() for name in ("gate_up_proj", "down_proj", "hidden_states")}
+        output = function(**(layer | leaves), **options)
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        output.backward(gradient.to(output.dtype))
+        results.append({name: leaf.grad for name, leaf in leaves.items()})
+    actual, expected = results
+    for name in actual:
+        assert relative_error(actual[name].double(), expected[name].double()) <= BOUNDS.get(name, 0.005), (
+            name
+        )  # five roundings
+    for name in ("gate_up_proj", "down_proj"):
+        assert actual[name].dtype == torch.bfloat16 and actual[name][1].count_nonzero() == 0
+    plain = layer["hidden_states"].clone().requires_grad_()
+    ktlib.moe_experts(**(layer | {"hidden_states": plain}), isa=isa).backward(gradient.to(plain.dtype))
+    assert torch.equal(plain.grad, actual["hidden_states"])
+
+
+def test_long_batches_go_in_parts():
+    """More slots than one part holds: the same numbers as the reference, and as the parts' own for each token."""
+    layer = random_layer("trained", tokens=4200, experts=8, top_k=7, hidden=64, intermediate=32, rank=2)
+    layer["hidden_states"] = torch.randn(4200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert_within(compare([layer], FAST))
+    output = ktlib.moe_experts(**layer)
+    for start in (0, 3510, 4100):
+        few = layer | {n: layer[n][start : start + 60] for n in ("hidden_states", "top_k_index", "top_k_weights")}
+        assert torch.equal(ktlib.moe_experts(**few), output[start : start + 60])
