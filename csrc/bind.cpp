@@ -91,4 +91,60 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release release;
     return read_rate(threads, bytes, 5);
   });
+
+  // The entries of one instruction set's table, for tests: addresses and sizes as in kernels.h.
+  m.def("table", [](const std::string& isa) {
+    const Kernels& k = select_isa(isa);
+    return std::make_tuple(k.panel_width, k.row_unit, k.depth_unit);
+  });
+  m.def("pack_rows", [](const std::string& isa, uintptr_t panel, int width, uintptr_t src, int64_t ld, uintptr_t rows,
+                        int count, int depth) {
+    select_isa(isa).pack_rows(at<bf16>(panel), width, at<const bf16>(src), ld, at<const int32_t>(rows), count, depth);
+  });
+  m.def("pack_pairs", [](const std::string& isa, uintptr_t panel, int width, uintptr_t src, int64_t ld, uintptr_t rows,
+                         int depth, int columns) {
+    select_isa(isa).pack_pairs(at<bf16>(panel), width, at<const bf16>(src), ld, at<const int32_t>(rows), depth, columns);
+  });
+  m.def("multiply", [](const std::string& isa, uintptr_t c, int64_t ldc, uintptr_t a, int64_t lda, uintptr_t panel,
+                       int width, int rows, int depth, bool accumulate) {
+    const Kernels& k = select_isa(isa);
+    if (k.thread_begin) k.thread_begin();
+    k.multiply(at<float>(c), ldc, at<const bf16>(a), lda, at<const bf16>(panel), width, rows, depth, accumulate);
+    if (k.thread_end) k.thread_end();
+  });
+  m.def("unpermute", [](const std::string& isa, uintptr_t c, int64_t ldc, int rows, int width) {
+    select_isa(isa).unpermute(at<float>(c), ldc, rows, width);
+  });
+  m.def("activate", [](const std::string& isa, int gate, uintptr_t h, uintptr_t g, uintptr_t up, int64_t count) {
+    select_isa(isa).activate(Gate(gate), at<float>(h), at<const float>(g), at<const float>(up), count);
+  });
+  m.def("interleave", [](const std::string& isa, uintptr_t panel, int width, uintptr_t c, int64_t ldc, int features) {
+    select_isa(isa).interleave(at<bf16>(panel), width, at<const float>(c), ldc, features);
+  });
+  m.def("store_rows", [](const std::string& isa, uintptr_t dst, bool fp32, int64_t ld, uintptr_t c, int64_t ldc,
+                         int features, int tokens) {
+    const Kernels& k = select_isa(isa);
+    if (fp32)
+      k.store_rows_f32(at<float>(dst), ld, at<const float>(c), ldc, features, tokens);
+    else
+      k.store_rows_bf16(at<bf16>(dst), ld, at<const float>(c), ldc, features, tokens);
+  });
+  m.def("round", [](const std::string& isa, uintptr_t dst, uintptr_t src, float scale, int64_t count) {
+    select_isa(isa).round(at<bf16>(dst), at<const float>(src), scale, count);
+  });
+  m.def("widen", [](const std::string& isa, uintptr_t dst, uintptr_t src, float scale, int64_t count) {
+    select_isa(isa).widen(at<float>(dst), at<const bf16>(src), scale, count);
+  });
+  m.def("gate_backward", [](const std::string& isa, int gate, uintptr_t dh, uintptr_t g, uintptr_t up, float weight,
+                            uintptr_t dgate, uintptr_t dup, int features) {
+    return select_isa(isa).gate_backward(Gate(gate), at<float>(dh), at<const bf16>(g), at<const bf16>(up), weight,
+                                         at<bf16>(dgate), at<bf16>(dup), features);
+  });
+  m.def("combine", [](const std::string& isa, uintptr_t out, bool fp32, const std::vector<uintptr_t>& rows,
+                      uintptr_t weights, int64_t size) {
+    std::vector<const float*> pointers;
+    for (uintptr_t row : rows) pointers.push_back(at<const float>(row));
+    select_isa(isa).combine(fp32 ? nullptr : at<bf16>(out), fp32 ? at<float>(out) : nullptr, pointers.data(),
+                            at<const float>(weights), int(rows.size()), size);
+  });
 }

@@ -1,0 +1,193 @@
+"""Every entry of every instruction set's function table against its definition in csrc/kernels.h, ragged sizes too."""
+
+import pytest
+import torch
+
+import ktlib
+from ktlib import _kernels
+
+ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
+GUARD = 12345.0  # around every output: a write outside shows
+
+pytestmark = pytest.mark.parametrize("isa", ISAS)
+
+
+def round_up(value, unit):
+    return -(-value // unit) * unit
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def guarded(*shape, dtype=torch.float32):
+    """A tensor of the shape, filled with GUARD, with 64 more elements before and after; and the whole buffer."""
+    size = torch.Size(shape).numel()
+    buffer = torch.full((size + 128,), GUARD, dtype=dtype)
+    return buffer[64 : 64 + size].view(shape), buffer
+
+
+def assert_guard(buffer):
+    assert (buffer[:64] == torch.tensor(GUARD, dtype=buffer.dtype)).all()
+    assert (buffer[-64:] == torch.tensor(GUARD, dtype=buffer.dtype)).all()
+
+
+def product(isa, a, panel, width, rows, depth, c=None):
+    """``multiply`` with the padding that the table asks for; a (rows, depth) bf16."""
+    _, row_unit, depth_unit = _kernels.table(isa)
+    padded = torch.zeros(round_up(rows, row_unit), round_up(depth, depth_unit), dtype=torch.bfloat16)
+    padded[:rows, :depth] = a
+    accumulate = c is not None
+    out = torch.full((round_up(rows, row_unit), width), GUARD) if c is None else c
+    _kernels.multiply(
+        isa, out.data_ptr(), width, padded.data_ptr(), padded.shape[1], panel.data_ptr(), width, rows, padded.shape[1],
+        accumulate,
+    )  # fmt: skip
+    return out
+
+
+def assert_product(actual, a, b):
+    """Against float64, to the error of fp32 sums of exact bf16 products: depth units of 2^-24 of the absolute sum."""
+    expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert ((actual.double() - expected).abs() <= size * a.shape[1] * 2.0**-24 + 1e-30).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 23, 64])
+@pytest.mark.parametrize("width", [16, 32, 48, 64])
+@pytest.mark.parametrize("depth", [1, 2, 31, 96, 300, 1056])
+def test_pack_rows_and_multiply(isa, width, depth, rows):
+    count = width - 3
+    tokens, index = normal(80, depth).bfloat16(), torch.randperm(80, generator=torch.Generator().manual_seed(1))
+    index = index[:count].int()
+    padded = round_up(depth, _kernels.table(isa)[2])
+    panel, buffer = guarded(padded, width, dtype=torch.bfloat16)
+    _kernels.pack_rows(isa, panel.data_ptr(), width, tokens.data_ptr(), depth, index.data_ptr(), count, depth)
+    assert_guard(buffer)
+    a = normal(rows, depth, seed=2).bfloat16()
+    columns = torch.zeros(depth, width, dtype=torch.bfloat16)
+    columns[:, :count] = tokens[index.long()].T
+    c = product(isa, a, panel, width, rows, depth)
+    assert_product(c[:rows], a, columns)
+    assert (c[:rows, count:] == 0).all()
+    twice = product(isa, a, panel, width, rows, depth, c.clone())
+    assert_product(twice[:rows] / 2, a, columns)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 21, 32, 40, 64])
+@pytest.mark.parametrize("depth", [1, 2, 31, 96, 257])
+def test_pack_pairs_and_multiply(isa, columns, depth):
+    width, rows = round_up(columns, 16), 19
+    source = normal(depth + 9, columns + 5).bfloat16()  # rows longer than what is used
+    index = torch.randperm(depth + 9, generator=torch.Generator().manual_seed(1))[:depth].int()
+    for rows_index in (None, index):
+        padded = round_up(depth, _kernels.table(isa)[2])
+        panel, buffer = guarded(padded, width, dtype=torch.bfloat16)
+        _kernels.pack_pairs(
+            isa, panel.data_ptr(), width, source.data_ptr(), columns + 5,
+            0 if rows_index is None else index.data_ptr(), depth, columns,
+        )  # fmt: skip
+        assert_guard(buffer)
+        b = (source[:depth] if rows_index is None else source[index.long()])[:, :columns]
+        a = normal(rows, depth, seed=2).bfloat16()
+        c = product(isa, a, panel, width, rows, depth)
+        _kernels.unpermute(isa, c.data_ptr(), width, rows, width)
+        assert_product(c[:rows, :columns], a, b)
+        assert (c[:rows, columns:] == 0).all()
+
+
+@pytest.mark.parametrize("features", [1, 2, 31, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 37, 48])
+def test_transposing_stores(isa, features, tokens):
+    width = round_up(tokens, 16)
+    c = normal(features, width)
+    for dtype in (torch.bfloat16, torch.float32):
+        out, buffer = guarded(tokens, features + 3, dtype=dtype)
+        _kernels.store_rows(
+            isa, out.data_ptr(), dtype == torch.float32, features + 3, c.data_ptr(), width, features, tokens
+        )
+        assert torch.equal(out[:, :features], c.T[:tokens].to(dtype))
+        assert (out[:, features:] == torch.tensor(GUARD, dtype=dtype)).all()
+        assert_guard(buffer)
+
+
+@pytest.mark.parametrize("features", [1, 2, 7, 32])
+def test_interleave_is_a_panel(isa, features):
+    width = 48
+    c = normal(features, width)
+    panel, buffer = guarded(round_up(features, 2) // 2, width, 2, dtype=torch.bfloat16)
+    _kernels.interleave(isa, panel.data_ptr(), width, c.data_ptr(), width, features)
+    expected = torch.zeros(round_up(features, 2), width, dtype=torch.bfloat16)
+    expected[:features] = c.bfloat16()
+    assert torch.equal(panel.transpose(1, 2).reshape(-1, width), expected)
+    assert_guard(buffer)
+
+
+SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1.00390625, 1.01171875, 65504.0]
+
+
+@pytest.mark.parametrize("count", [1, 11, 64, 1000])
+def test_round_and_widen(isa, count):
+    """To nearest, ties to even, as torch rounds; overflow to infinity; NaN stays NaN."""
+    src = torch.cat([torch.tensor(SPECIAL), normal(1000)])[:count]
+    out, buffer = guarded(count, dtype=torch.bfloat16)
+    _kernels.round(isa, out.data_ptr(), src.contiguous().data_ptr(), 1.0, count)
+    assert torch.equal(out.isnan(), src.isnan())
+    assert torch.equal(out.nan_to_num(0, 1, -1), src.bfloat16().nan_to_num(0, 1, -1))
+    assert_guard(buffer)
+    back, buffer = guarded(count)
+    _kernels.widen(isa, back.data_ptr(), out.data_ptr(), 2.0, count)
+    assert torch.equal(back.nan_to_num(0), (out.float() * 2).nan_to_num(0))
+    assert_guard(buffer)
+
+
+@pytest.mark.parametrize("count", [1, 17, 64, 200])
+def test_activate(isa, count):
+    gate = torch.cat([torch.tensor([0.0, -100.0, 100.0, -20.0, 20.0, 1e-6]), 4 * normal(200)])[:count].contiguous()
+    up = normal(count, seed=1)
+    out, buffer = guarded(count)
+    _kernels.activate(isa, 0, out.data_ptr(), gate.data_ptr(), up.data_ptr(), count)
+    expected = torch.nn.functional.silu(gate.double()) * up.double()
+    assert torch.allclose(out.double(), expected, rtol=2e-6, atol=1e-30)
+    assert_guard(buffer)
+
+
+@pytest.mark.parametrize("features", [1, 17, 64, 150])
+def test_gate_backward(isa, features):
+    gate, up = (4 * normal(features)).bfloat16(), normal(features, seed=1).bfloat16()
+    dh, weight = normal(features, seed=2), 0.37
+    g, u = gate.double().requires_grad_(), up.double().requires_grad_()
+    h = torch.nn.functional.silu(g) * u
+    h.backward(weight * dh.double())
+    work, dgate, dup = dh.clone(), *(guarded(features, dtype=torch.bfloat16) for _ in range(2))
+    total = _kernels.gate_backward(
+        isa,
+        0,
+        work.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        weight,
+        dgate[0].data_ptr(),
+        dup[0].data_ptr(),
+        features,
+    )
+    assert torch.allclose(work.double(), h.detach(), rtol=1e-5, atol=1e-30)
+    size = (dh.double() * h.detach()).abs().sum()
+    assert abs(total - (dh.double() * h.detach()).sum()) <= 1e-5 * size
+    for (actual, buffer), expected in ((dgate, g.grad), (dup, u.grad)):
+        assert torch.allclose(actual.double(), expected, rtol=2**-8, atol=1e-12)
+        assert_guard(buffer)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 200])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_combine(isa, size, weighted):
+    rows, weights = normal(5, size), normal(5, seed=1)
+    expected = (rows.double() * (weights.double()[:, None] if weighted else 1.0)).sum(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        out, buffer = guarded(size, dtype=dtype)
+        _kernels.combine(
+            isa, out.data_ptr(), dtype == torch.float32, [row.data_ptr() for row in rows],
+            weights.data_ptr() if weighted else 0, size,
+        )  # fmt: skip
+        assert torch.allclose(out.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert_guard(buffer)
