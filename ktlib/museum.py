@@ -19,6 +19,7 @@ from ktlib import reference
 from ktlib.experts import is_experts
 from ktlib.ops import moe_experts
 from ktlib.trace import trace_nonfinite
+from ktlib.validation import random_layer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,17 +43,6 @@ def child(function, *arguments, timeout=60):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
     name = signal.Signals(-done.returncode).name if done.returncode < 0 else ""
     return Outcome(name, done.returncode, done.stdout.strip(), done.stderr.strip())
-
-
-def simulated_device():
-    """A device "sim" that behaves like a GPU without being one, from the repository's tests; None without a clone."""
-    file = ROOT / "tests" / "simulated_device.py"
-    if not file.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("simulated_device", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.register()
 
 
 # ---- 006: a cache that forward pushes and backward pops -------------------------------------------------------------
@@ -133,6 +123,47 @@ def read_null():
     address = torch.empty(0, dtype=torch.bfloat16).data_ptr()
     print(f"address {address}", flush=True)
     print(ctypes.c_uint16.from_address(address).value)
+
+
+# ---- 007b, 007c: a device that is not the CPU -----------------------------------------------------------------------
+
+
+def on_another_device():
+    """Print what torch and ktlib do with tensors of another device: "cuda" if there is one, else a simulated one."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else _simulated_device()
+    layer = random_layer("trained", tokens=12, experts=8, top_k=2, hidden=64, intermediate=32, rank=8)
+    parameter = torch.nn.Parameter(layer["down_lora"][0].to(device))
+    try:
+        parameter.grad = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    except RuntimeError as error:
+        print(f"by hand: {str(error).split('.')[0].replace(device.type, 'other')}")
+    try:
+        moe_experts(**layer | {"down_proj": layer["down_proj"].to(device)})
+    except ValueError as error:
+        print(f"ValueError: {str(error).replace(str(device), 'other')}")
+    there, here = _output_and_gradients(layer, device), _output_and_gradients(layer, torch.device("cpu"))
+    print(f"ktlib: {sum(t.device.type == device.type for t in there)} of {len(there)} results live where they belong,")
+    print(f"       {sum(torch.equal(t.cpu(), h) for t, h in zip(there, here, strict=True))} equal those of the CPU")
+
+
+def _output_and_gradients(layer, device):
+    experts = {"gate_up_proj": layer["gate_up_proj"], "down_proj": layer["down_proj"]}
+    others = {name: layer[name].to(device) for name in ("hidden_states", "top_k_index", "top_k_weights")}
+    leaves = {
+        name: [torch.nn.Parameter(m.to(device)) for m in layer[name][:2]] for name in ("gate_up_lora", "down_lora")
+    }
+    factors = {name: (*pair, layer[name][2]) for name, pair in leaves.items()}
+    output = moe_experts(**experts, **others, **factors)
+    output.sum().backward()
+    return output, *(leaf.grad for pair in leaves.values() for leaf in pair)
+
+
+def _simulated_device():
+    """A device that refuses to mix with the CPU, as a GPU does; it lives with the tests, so this needs a clone."""
+    spec = importlib.util.spec_from_file_location("simulated_device", ROOT / "tests" / "simulated_device.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.register()
 
 
 # ---- 009: a wrapper that keeps the module it replaces ---------------------------------------------------------------

@@ -44,6 +44,7 @@ class Pairs:
         """Take one pair into account: A and B as stored, in any of the known layouts."""
         where = layer, part
         if not (a.numel() and b.numel() and a.isfinite().all() and b.isfinite().all()):
+            self.updated[where] += 1  # something wrote it
             return
         touched = bool(b.any())
         self.updated[where] += touched

@@ -387,7 +387,7 @@ def test_figure(adapter):
     import matplotlib
 
     matplotlib.use("Agg")
-    change(adapter, "layers.4.self_attn.q_proj", float("nan"))
+    change(filled(adapter), "layers.4.self_attn.q_proj", float("nan"))
     ax = audit(adapter).plot()
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "self_attn",
