@@ -71,7 +71,7 @@ class _Owner:
         return super()._apply(fn, recurse=False)
 
     def __reduce_ex__(self, protocol):  # a generated class cannot be found by name
-        return _restore, (type(self).__base__,), self.__dict__
+        return _restore, (type(self).__bases__[1],), self.__dict__
 
 
 @functools.cache

@@ -6,7 +6,7 @@ raises, as on a GPU, but for copies and for 0-d CPU tensors.
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "sim"
 _INDEXING = ("aten::index", "aten::_index_put_impl_", "aten::index_put_")  # indices may be on the CPU
@@ -69,10 +69,23 @@ def _run(op, *args, **kwargs):
     return tree_map(lambda v: _wrap(v, same), result)
 
 
+class _Module(_DummyBackendModule):
+    """torch.sim: what torch asks of a device's module, as far as checkpointing does."""
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+    def get_rng_state(self, device=None):
+        return torch.zeros(1)
+
+    def set_rng_state(self, state, device=None):
+        pass
+
+
 def register():
     """Make the device known to torch, once per process; returns it."""
     if not hasattr(torch, NAME):
-        _setup_privateuseone_for_python_backend(NAME)
+        _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         register.library = torch.library.Library("_", "IMPL")
         register.library.fallback(_run, "PrivateUse1")
     return torch.device(NAME, 0)

@@ -70,7 +70,7 @@ def parse():
     add("--response", type=int, default=128, help="of them with a loss")
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=20)
-    add("--learning-rate", type=float, default=1e-3)
+    add("--learning-rate", type=float, default=5e-4)
     add("--layers", type=int, default=27)
     add("--reduced-layers", type=int, default=4)
     add("--checkpoint", type=Path, help="folder to write the checkpoint to and load it from; default: a temporary one")
