@@ -75,7 +75,7 @@ def audit_map(report, ax=None):
             if cell is None:
                 continue
             count = report.flagged[layer, part]
-            face = colors(min(1, count / cell.tensors)) if count else "#CFE8DF"
+            face = colors(min(1.0, count / cell.tensors)) if count else "#CFE8DF"
             ax.add_patch(plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=face))
             if count:
                 ax.text(x, y, count, ha="center", va="center", fontsize=8)

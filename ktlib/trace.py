@@ -296,7 +296,8 @@ class Tracer:
             bad = [n for n, p in module.named_parameters() if not _is_finite(p)]
             finding.reason = f"{', '.join(bad[:3])} of it not finite" if bad else "its input and parameters are finite"
         self._locate_token(finding, inputs if finding.stage == "input" else results)
-        finding.tensors += _describe_all("input" if phase != "backward" else "gradient of output", inputs)
+        if not (is_experts(module) and finding.tensors and phase == "forward"):
+            finding.tensors += _describe_all("input" if phase != "backward" else "gradient of output", inputs)
         finding.tensors += _describe_all("result" if phase != "backward" else "gradient of input", results)
         if isinstance(module, torch.nn.Module) and not is_experts(module) and phase != "loss":
             finding.tensors += [describe(short(n), p) for n, p in module.named_parameters()]
