@@ -12,8 +12,9 @@ PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-# What makes a notebook print the same thing twice: no progress bars, one order of sets, figures as outputs.
-QUIET := TQDM_DISABLE=1 PYTHONHASHSEED=0 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
+# What makes a notebook print the same thing twice: no progress bars, one order of sets, figures as outputs. And OpenMP
+# threads that wait sleep: on a shared machine spinning ones make small steps ten times slower.
+QUIET := OMP_WAIT_POLICY=passive TQDM_DISABLE=1 PYTHONHASHSEED=0 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 unexport MPLBACKEND
 
 # `$(timed) command arguments` shows the command, runs it, and says how long it took and whether it failed.
@@ -21,7 +22,7 @@ timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env 
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test lint format lab refs clean
+.PHONY: help setup sft test sanitize lint format lab refs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,17 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 	$(timed) $(PY) -m pytest tests
 	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 300 --durations 10 notebooks
+
+# The compiler's sanitizer runtimes must be in the process before Python is.
+CXX_LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
+sanitize: setup ## the operator's tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(timed) .venv/bin/cmake -S . -B build/sanitize -G Ninja -DKTLIB_SANITIZE=ON \
+		-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
+	$(timed) .venv/bin/cmake --build build/sanitize
+	$(timed) KTLIB_TEST_EXTENSION="$$(ls build/sanitize/_kernels*.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$(call CXX_LIB,libasan.so) $(call CXX_LIB,libubsan.so)" \
+		$(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py
 
 lint: setup ## ruff only
 	$(PY) -m ruff check .
