@@ -1,0 +1,97 @@
+"""Synthetic checkpoints: the same weights on disk and in memory, kept after an interruption, loaded without a copy."""
+
+import json
+
+import pytest
+import torch
+from models import tiny_config
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from ktlib import synthetic
+from ktlib.estimate import Estimate, estimate, meta_model
+
+CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="ktlib")
+
+
+def test_disk_and_memory_hold_the_same_weights(tmp_path):
+    synthetic.write_checkpoint(CONFIG, tmp_path, seed=3, progress=False)
+    loaded, made = load(tmp_path), synthetic.random_model(CONFIG, seed=3, progress=False)
+    for name, parameter in made.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+    experts = loaded.model.layers[1].mlp.experts.gate_up_proj
+    assert experts.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(experts[0], experts[1])
+    other = synthetic.random_model(CONFIG, seed=4, progress=False)
+    assert not torch.equal(other.model.layers[1].mlp.experts.gate_up_proj, experts)
+    ids = torch.arange(3, 15)[None]
+    assert torch.equal(loaded(ids).logits, made(ids).logits) and loaded(ids).logits.isfinite().all()
+
+
+def test_an_interrupted_write_goes_on(tmp_path):
+    synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == CONFIG.num_hidden_layers + 1 and not list(tmp_path.glob("*.partial"))
+    wanted, kept = files[1].read_bytes(), files[0].stat().st_mtime_ns
+    files[1].unlink()
+    (tmp_path / f"{files[1].name}.partial").write_bytes(b"half")
+    synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
+    assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == kept
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(ValueError, match="another config or seed"):
+        synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
+
+
+def test_files_are_aligned_and_complete(tmp_path):
+    synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = set()
+    for path in tmp_path.glob("*.safetensors"):
+        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % synthetic.PAGE == 0
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    assert names == set(index["weight_map"]) == set(meta_model(CONFIG).state_dict())
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    class Full:
+        f_bavail, f_frsize = 10, 1024
+
+    monkeypatch.setattr(synthetic.os, "statvfs", lambda path: Full)
+    with pytest.raises(OSError, match="GB free, the checkpoint needs"):
+        synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_true_size_counts():
+    config = synthetic.deepseek_v2_lite()
+    result = estimate(config, rank=8, tokens=4096, logits_per_row=128, cpu_rate=4e12, bandwidth=1e11)
+    assert result.host["expert weights"] == 26 * 64 * 3 * 2048 * 1408 * 2
+    assert sum(p.numel() for p in meta_model(config).parameters()) == pytest.approx(15.7e9, rel=0.01)
+    lora = 26 * 64 * 8 * (2048 + 2816 + 1408 + 2048)
+    assert result.host["expert adapters, gradients, moments"] == 16 * lora
+    assert result.gpu_bytes < 6e9
+    assert result.host_bytes < 1.15 * result.host["expert weights"] + 16 * lora + 5e9
+    assert "tokens/s" in str(result)
+    assert result.seconds["routed experts"] == pytest.approx(4096 * 26 * 6 * 4 * 3 * 2048 * 1408 / 4e12, rel=0.05)
+
+
+def test_all_on_the_host_and_adapters_on_the_gpu():
+    options = {"cpu_rate": 1e12, "bandwidth": 1e11}
+    alone = estimate(CONFIG, gpu=False, **options)
+    assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
+    there = estimate(CONFIG, lora_device="cuda", **options)
+    assert "expert adapters, gradients, moments" in there.gpu
+
+
+def test_what_does_not_fit_is_refused_with_numbers():
+    big = Estimate(host={"expert weights": 30e9}, gpu={"other weights": 5e9}, seconds={"all": 1.0}, tokens=1)
+    assert big.check(40e9, 8e9) is big
+    with pytest.raises(MemoryError, match=r"needs 31.5 GB of host memory, 16.0 GB are free"):
+        big.check(16e9, 8e9)
+    with pytest.raises(MemoryError, match=r"needs 5.2 GB of GPU memory, 4.0 GB are free"):
+        big.check(40e9, 4e9)
