@@ -7,6 +7,7 @@ that need PEFT or transformers are loaded on first use, so that the import itsel
 import importlib
 
 from ktlib import experts as _experts  # noqa: F401  registers "ktlib" with transformers
+from ktlib import reference
 from ktlib.audit import audit
 from ktlib.cpu import cpu_info
 from ktlib.ops import moe_experts
@@ -15,13 +16,15 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "factor_adapters": "ktlib.lora",
+    "load_runs": "ktlib.runs",
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",
+    "record": "ktlib.runs",
     "trace_nonfinite": "ktlib.trace",
     "StopOnNonFinite": "ktlib.callback",
 }
 
-__all__ = ["audit", "cpu_info", "moe_experts", *_LAZY]
+__all__ = ["audit", "cpu_info", "moe_experts", "reference", *_LAZY]
 
 
 def __getattr__(name):
