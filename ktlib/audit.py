@@ -87,7 +87,7 @@ class Audit:
         return not self.problems
 
     def plot(self, ax=None):
-        """Map of layers and components: a cell's number is how many of its tensors have a finding. Returns the axes."""
+        """Map of layers and components: a cell's number is how many findings its tensors have. Returns the axes."""
         from ktlib.plots import audit_map
 
         return audit_map(self, ax)

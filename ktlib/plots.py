@@ -58,7 +58,7 @@ def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
 def audit_map(report, ax=None):
     """Layer by component map of an :class:`ktlib.audit.Audit`; a cell's number counts its findings. Returns the axes.
 
-    White: not there. Green: clean. Orange to red: the share of its tensors with a finding.
+    White: not there. Green: clean. Light to red: findings per tensor; NaN and a second name are two findings.
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
@@ -67,7 +67,7 @@ def audit_map(report, ax=None):
     parts = [row.component for row in report.rows]
     if ax is None:
         size = (2.6 + 0.32 * max(len(layers), 12), 1.3 + 0.42 * len(parts))
-        _, ax = axes("Tensors with a finding", "layer", size=size)
+        _, ax = axes("Findings by layer and component", "layer", size=size)
     colors = LinearSegmentedColormap.from_list("findings", ["#F6D7A8", ORANGE, RED])
     for y, part in enumerate(parts):
         for x, layer in enumerate(layers):

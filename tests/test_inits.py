@@ -1,0 +1,62 @@
+"""Initialisations of A: scales, expert by expert; and the sweep over notebook parameters."""
+
+import math
+
+import nbformat
+import pytest
+import torch
+
+from ktlib import inits, sft
+from ktlib.audit import component
+
+STD = {
+    "kaiming": 1 / math.sqrt(3 * 256), "kaiming, 3-D stack": 1 / math.sqrt(3 * 8 * 256), "randn/100": 0.01,
+    "gaussian": 1 / 8, "orthogonal": 1 / math.sqrt(256), "kaiming x10": 10 / math.sqrt(3 * 256),
+    "kaiming x1000": 1000 / math.sqrt(3 * 256),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sft.add_lora(sft.load_model("base")[0], "attention+experts", rank=8)
+
+
+@pytest.mark.parametrize("init", inits.INITS)
+def test_scale_of_routed_experts_and_zero_b(model, init):
+    inits.initialise(model, init, 8, seed=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert not parameter.any()
+        elif "lora_A" in name and component(name) == "routed_experts" and parameter.shape[1] == 256:
+            assert parameter.std().item() == pytest.approx(STD[init], rel=0.05)
+            experts = parameter.view(16, 8, 256)
+            assert not torch.equal(experts[0], experts[1])
+
+
+def test_the_formulas_are_torch_and_peft():
+    stack = torch.nn.init.kaiming_uniform_(torch.empty(16, 8, 256), a=math.sqrt(5))
+    assert stack.std().item() == pytest.approx(STD["kaiming, 3-D stack"], rel=0.03)
+    matrix = torch.nn.init.kaiming_uniform_(torch.empty(128, 256), a=math.sqrt(5))
+    assert matrix.std().item() == pytest.approx(STD["kaiming"], rel=0.03)
+
+
+def test_orthogonal_rows():
+    q = inits.orthogonal(torch.empty(4, 32), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(q @ q.mT, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_summary():
+    curves = {"a": [[9, 9, 9, 1], [9, 9, 9, 3]], "b": [[4.0]]}
+    assert inits.summary(curves) == {"a": (2, pytest.approx(math.sqrt(2))), "b": (4, 0)}
+
+
+def test_sweep_runs_every_combination(tmp_path):
+    cells = [
+        nbformat.v4.new_code_cell("a: int = 1\nb: float = 2.0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("from ktlib.runs import record\nrecord(product=a * b)"),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = tmp_path / "n.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
+    rows = inits.sweep(notebook, tmp_path / "runs", a=[2, 3], b=[0.5])
+    assert [(row["a"], row["product"], row["failed"]) for row in rows] == [(2, 1.0, False), (3, 1.5, False)]
