@@ -34,13 +34,13 @@ void product(const Kernels& k, float* c, const bf16* a, int64_t lda, int rows, c
   auto width = [&](int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); };
   for (int d = 0; d < depth; d += kDepth) {
     const int count = std::min(kDepth, depth - d);
+    const int64_t padded = round_up(count, k.depth_unit);
     for (int run = 0; run < count; run += kDepthRun)  // long runs of each weight row, for the prefetcher
       for (int j = 0; j < columns; j += kMaxWidth)
-        k.pack_pairs(panels + int64_t(j) * kDepth + int64_t(run) * width(j), width(j), w + (d + run) * ldw + j, ldw,
-                     nullptr, std::min(kDepthRun, count - run), std::min(kMaxWidth, columns - j));
+        k.pack_pairs(panels + j * padded + run * kColumns, padded, width(j), w + (d + run) * ldw + j, ldw, nullptr,
+                     std::min(kDepthRun, count - run), std::min(kMaxWidth, columns - j));
     for (int j = 0; j < columns; j += kMaxWidth)
-      k.multiply(c + j, kLdc, a + d, lda, panels + int64_t(j) * kDepth, width(j), rows,
-                 int(round_up(count, k.depth_unit)), accumulate || d > 0);
+      k.multiply(c + j, kLdc, a + d, lda, panels + j * padded, width(j), rows, int(padded), accumulate || d > 0);
   }
 }
 
@@ -53,10 +53,11 @@ void unpermute(const Kernels& k, float* c, int rows, int columns) {
 // and low.
 void lora_grad(const Kernels& k, float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const bf16* src,
                int64_t lds, const int32_t* index, int rows, int columns, bool accumulate, bf16* panel, float* c) {
+  const int depth = int(round_up(rows, k.depth_unit));
   for (int j = 0; j < columns; j += kMaxWidth) {
     const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
-    k.pack_pairs(panel, width, src + j, lds, index, rows, n);
-    k.multiply(c, width, t, ldt, panel, width, 2 * rank, int(round_up(rows, k.depth_unit)), false);
+    k.pack_pairs(panel, depth, width, src + j, lds, index, rows, n);
+    k.multiply(c, width, t, ldt, panel, width, 2 * rank, depth, false);
     k.unpermute(c, width, 2 * rank, width);
     for (int r = 0; r < rank; r++)
       for (int i = 0; i < n; i++) {

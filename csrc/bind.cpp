@@ -101,9 +101,9 @@ NB_MODULE(_kernels, m) {
                         int count, int depth) {
     select_isa(isa).pack_rows(at<bf16>(panel), width, at<const bf16>(src), ld, at<const int32_t>(rows), count, depth);
   });
-  m.def("pack_pairs", [](const std::string& isa, uintptr_t panel, int width, uintptr_t src, int64_t ld, uintptr_t rows,
-                         int depth, int columns) {
-    select_isa(isa).pack_pairs(at<bf16>(panel), width, at<const bf16>(src), ld, at<const int32_t>(rows), depth, columns);
+  m.def("pack_pairs", [](const std::string& isa, uintptr_t panel, int64_t panel_depth, int width, uintptr_t src,
+                         int64_t ld, uintptr_t rows, int depth, int columns) {
+    select_isa(isa).pack_pairs(at<bf16>(panel), panel_depth, width, at<const bf16>(src), ld, at<const int32_t>(rows), depth, columns);
   });
   m.def("multiply", [](const std::string& isa, uintptr_t c, int64_t ldc, uintptr_t a, int64_t lda, uintptr_t panel,
                        int width, int rows, int depth, bool accumulate) {
@@ -118,8 +118,9 @@ NB_MODULE(_kernels, m) {
   m.def("activate", [](const std::string& isa, int gate, uintptr_t h, uintptr_t g, uintptr_t up, int64_t count) {
     select_isa(isa).activate(Gate(gate), at<float>(h), at<const float>(g), at<const float>(up), count);
   });
-  m.def("interleave", [](const std::string& isa, uintptr_t panel, int width, uintptr_t c, int64_t ldc, int features) {
-    select_isa(isa).interleave(at<bf16>(panel), width, at<const float>(c), ldc, features);
+  m.def("interleave", [](const std::string& isa, uintptr_t panel, int64_t panel_depth, int width, uintptr_t c,
+                         int64_t ldc, int features) {
+    select_isa(isa).interleave(at<bf16>(panel), panel_depth, width, at<const float>(c), ldc, features);
   });
   m.def("store_rows", [](const std::string& isa, uintptr_t dst, bool fp32, int64_t ld, uintptr_t c, int64_t ldc,
                          int features, int tokens) {

@@ -34,7 +34,7 @@ void lora_project(const Kernels& k, const LoraForm& lora, int expert, const bf16
   for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
   low_part(c + size, c, width, lora.rank, width);
   std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
-  k.interleave(t_panel, width, c, width, lora.depth);
+  k.interleave(t_panel, lora.depth, width, c, width, lora.depth);
   if (saved)
     for (int r = 0; r < 2 * lora.rank; r++) k.round(saved + r * saved_ld, c + int64_t(r) * width, 1.0f, tokens);
 }
@@ -97,12 +97,11 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
                    gate_up_lora.depth, true);
       }
       k.activate(in.gate, h, gate, up, int64_t(task.count) * width);
-      bf16* h_panel = h_panels + column * inter_depth + int64_t(task.first) * width;
-      k.interleave(h_panel, width, h, width, task.count);
-      if (last) {  // the rest of the depth
+      k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
+      for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
         const int64_t filled = round_up(inter, 2);
-        std::memset(h_panels + column * inter_depth + filled * width, 0,
-                    size_t((inter_depth - filled) * width) * sizeof(bf16));
+        std::memset(h_panels + (column + i) * inter_depth + filled * kColumns, 0,
+                    size_t((inter_depth - filled) * kColumns) * sizeof(bf16));
       }
       if (saved.gate_up) {
         bf16* dst = saved.gate_up + row * 2 * inter + task.first;

@@ -5,8 +5,9 @@
 //     c[rows][width] (+)= a[rows][depth] . panel[depth][width]
 //
 // `a` is row-major bf16 with the contraction contiguous, used where it lies (weights are never copied).
-// A panel holds the other operand with the contraction in pairs, `panel[depth / 2][width][2]` (bf16), which is what
-// TDPBF16PS and VDPBF16PS read and what other instruction sets read just as well. There are two ways to make one:
+// A panel holds the other operand in groups of sixteen columns, each contiguous with the contraction in pairs:
+// `panel[width / 16][depth / 2][16][2]` (bf16). That is what TDPBF16PS and VDPBF16PS read, a tile being 1 KB in one piece,
+// and what other instruction sets read just as well. There are two ways to make one:
 //     pack_rows   from [width][depth] rows (tokens in the forward pass): a transpose of bf16 pairs
 //     pack_pairs  from [depth][width] rows (weights in the backward pass): row 2i and row 2i + 1 interleaved
 // Micro-kernels are sequential; blocking and threads belong to the callers (forward.cpp, backward.cpp).
@@ -18,7 +19,7 @@
 
 namespace ktlib {
 
-// A panel's width is a multiple of this, and so is the padded width of everything that reads one.
+// Columns of one group of a panel: its width is a multiple of this, and so is that of everything that reads one.
 constexpr int kColumns = 16;
 // The widest panel that `multiply` takes.
 constexpr int kMaxWidth = 64;
@@ -49,12 +50,14 @@ struct Kernels {
   void (*thread_begin)();
   void (*thread_end)();
 
-  // panel[d / 2][i][d & 1] = src[rows ? rows[i] : i][d], zero for i >= count and for d >= depth.
+  // Column i, depth d of the panel = src[rows ? rows[i] : i][d], zero for i >= count and for d >= depth.
   void (*pack_rows)(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int count, int depth);
 
-  // panel[d / 2][j][d & 1] = src[rows ? rows[d] : d][j], zero for d >= depth and for j >= columns. Within each group
-  // of 32 columns the order is the kernel's own; `unpermute` undoes it in the product.
-  void (*pack_pairs)(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int depth, int columns);
+  // Column j, depth d of the panel = src[rows ? rows[d] : d][j], zero for d >= depth and for j >= columns. `panel` points
+  // at the first of these depths in a panel of panel_depth. Among each 32 columns the order is the kernel's own;
+  // `unpermute` undoes it in the product.
+  void (*pack_pairs)(bf16* panel, int64_t panel_depth, int width, const bf16* src, int64_t ld, const int32_t* rows,
+                     int depth, int columns);
 
   // c[r][0..width) (+)= sum_d a[r][d] * panel[d][0..width), fp32 accumulation over the whole depth.
   void (*multiply)(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows,
@@ -64,8 +67,9 @@ struct Kernels {
   // [feature][token] results of the forward pass.
   // h[i] = act(gate[i]) * up[i], elementwise.
   void (*activate)(Gate kind, float* h, const float* gate, const float* up, int64_t count);
-  // panel[f / 2][i][f & 1] = bf16(c[f][i]); an odd last row is paired with zeros.
-  void (*interleave)(bf16* panel, int width, const float* c, int64_t ldc, int features);
+  // Column i, depth f of the panel = bf16(c[f][i]); an odd last row is paired with zeros. `panel` points at the first of
+  // these depths in a panel of panel_depth.
+  void (*interleave)(bf16* panel, int64_t panel_depth, int width, const float* c, int64_t ldc, int features);
   // dst[i][f] = c[f][i] for i < tokens, f < features, as bf16 or as fp32.
   void (*store_rows_bf16)(bf16* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens);
   void (*store_rows_f32)(float* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens);

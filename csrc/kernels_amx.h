@@ -3,9 +3,9 @@
 
 // RowTiles x ColumnTiles accumulators in tiles 0..3, A in 4..5, B in 6..7.
 template <class Tiles, int RowTiles, int ColumnTiles>
-inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int depth,
+inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* group, int64_t group_size, int depth,
                        bool accumulate) {
-  const int64_t c_stride = ldc * int64_t(sizeof(float)), a_stride = lda * 2, b_stride = int64_t(width) * 4;
+  const int64_t c_stride = ldc * int64_t(sizeof(float)), a_stride = lda * 2, b_stride = 2 * kColumns * int64_t(sizeof(bf16));
   float* c1 = c + 16 * ldc;
   if (accumulate) {
     Tiles::template load<0>(c, c_stride);
@@ -19,12 +19,12 @@ inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const 
     Tiles::template zero<3>();
   }
   for (int d = 0; d < depth; d += kDepthUnit) {
-    const bf16* b = panel + int64_t(d) * width;
+    const bf16* b = group + d * kColumns;
     Tiles::template load<4>(a + d, a_stride);
     Tiles::template load<6>(b, b_stride);
     Tiles::template dot<0, 4, 6>();
     if constexpr (ColumnTiles > 1) {
-      Tiles::template load<7>(b + 32, b_stride);
+      Tiles::template load<7>(b + group_size, b_stride);
       Tiles::template dot<1, 4, 7>();
     }
     if constexpr (RowTiles > 1) {
@@ -45,6 +45,7 @@ constexpr int kDepthStep = 256;
 template <class Tiles>
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
               bool accumulate) {
+  const int64_t group_size = int64_t(kColumns) * depth;
   for (int d = 0; d < depth; d += kDepthStep) {
     const int step = depth - d < kDepthStep ? depth - d : kDepthStep;
     const bool add = accumulate || d > 0;
@@ -52,15 +53,15 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
       const bf16* rows_a = a + r * lda + d;
       float* rows_c = c + r * ldc;
       for (int j = 0; j < width; j += 32) {
-        const bf16* b = panel + int64_t(d) * width + 2 * j;
+        const bf16* b = panel + int64_t(j) * depth + d * kColumns;
         if (r + 16 < rows && j + 16 < width)
-          tile_block<Tiles, 2, 2>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+          tile_block<Tiles, 2, 2>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
         else if (r + 16 < rows)
-          tile_block<Tiles, 2, 1>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+          tile_block<Tiles, 2, 1>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
         else if (j + 16 < width)
-          tile_block<Tiles, 1, 2>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+          tile_block<Tiles, 1, 2>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
         else
-          tile_block<Tiles, 1, 1>(rows_c + j, ldc, rows_a, lda, b, width, step, add);
+          tile_block<Tiles, 1, 1>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
       }
     }
   }

@@ -19,15 +19,14 @@ inline __m256 odd_half(__m256i pairs) {
 
 // Rows x 16 accumulators: 4 rows take 8 of the 16 registers, the widened operands 6.
 template <int Rows>
-inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int depth,
-                 bool accumulate) {
+inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* group, int depth, bool accumulate) {
   __m256 sum[Rows][2];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) sum[r][v] = accumulate ? _mm256_loadu_ps(c + r * ldc + 8 * v) : _mm256_setzero_ps();
   for (int d = 0; d < depth; d += 2) {
-    const bf16* pairs = panel + int64_t(d) * width;
+    const bf16* pairs = group + d * kColumns;
     __m256 even[2], odd[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) {
@@ -53,12 +52,11 @@ inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* 
 }
 
 template <int Rows>
-void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-           bool accumulate) {
+void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* group, int rows, int depth, bool accumulate) {
   for (; rows >= Rows; rows -= Rows, c += Rows * ldc, a += Rows * lda)
-    tile<Rows>(c, ldc, a, lda, panel, width, depth, accumulate);
+    tile<Rows>(c, ldc, a, lda, group, depth, accumulate);
   if constexpr (Rows > 1)
-    if (rows > 0) tiles<Rows - 1>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    if (rows > 0) tiles<Rows - 1>(c, ldc, a, lda, group, rows, depth, accumulate);
 }
 
 // Depth in steps: sixteen columns of a panel step stay in L1 while all rows meet them.
@@ -68,7 +66,7 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
               bool accumulate) {
   for (int d = 0; d < depth; d += kDepthStep)
     for (int j = 0; j < width; j += kColumns)
-      tiles<4>(c + j, ldc, a + d, lda, panel + int64_t(d) * width + 2 * j, width, rows,
+      tiles<4>(c + j, ldc, a + d, lda, panel + int64_t(j) * depth + d * kColumns, rows,
                depth - d < kDepthStep ? depth - d : kDepthStep, accumulate || d > 0);
 }
 

@@ -52,41 +52,43 @@ inline void transpose16(__m512i (&v)[16]) {
 }
 
 void pack_rows(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int count, int depth) {
+  const int64_t padded = round_up(depth, kDepthUnit);
   for (int i = 0; i < width; i += 16) {
     const bf16* row[16];
     for (int k = 0; k < 16; k++) row[k] = i + k < count ? src + (rows ? rows[i + k] : i + k) * ld : nullptr;
-    for (int d = 0; d < round_up(depth, kDepthUnit); d += 32) {
+    for (int d = 0; d < padded; d += 32) {
       const __mmask32 valid = first32(depth - d);
       __m512i block[16];
 #pragma GCC unroll 16
       for (int k = 0; k < 16; k++)
         block[k] = row[k] ? _mm512_maskz_loadu_epi16(valid, row[k] + d) : _mm512_setzero_si512();
       transpose16(block);
-      const int pairs = int(round_up(depth, kDepthUnit) - d) / 2;
+      const int pairs = int(padded - d) / 2;
 #pragma GCC unroll 16
       for (int k = 0; k < 16; k++)
-        if (k < pairs) _mm512_storeu_si512(panel + int64_t(d + 2 * k) * width + 2 * i, block[k]);
+        if (k < pairs) _mm512_storeu_si512(panel + i * padded + (d + 2 * k) * kColumns, block[k]);
     }
   }
 }
 
-void pack_pairs(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int depth, int columns) {
+void pack_pairs(bf16* panel, int64_t panel_depth, int width, const bf16* src, int64_t ld, const int32_t* rows, int depth,
+                int columns) {
   const int padded = int(round_up(depth, kDepthUnit));
   for (int d = 0; d < padded; d += 2) {
     const bf16* even = d < depth ? src + (rows ? rows[d] : d) * ld : nullptr;
     const bf16* odd = d + 1 < depth ? src + (rows ? rows[d + 1] : d + 1) * ld : nullptr;
-    bf16* pairs = panel + int64_t(d) * width;
     for (int j = 0; j < width; j += 32) {
+      bf16* group = panel + j * panel_depth + d * kColumns;
       const __mmask32 valid = first32(columns - j);
       const __m512i a = even ? _mm512_maskz_loadu_epi16(valid, even + j) : _mm512_setzero_si512();
       const __m512i b = odd ? _mm512_maskz_loadu_epi16(valid, odd + j) : _mm512_setzero_si512();
       const __m512i lo = _mm512_unpacklo_epi16(a, b), hi = _mm512_unpackhi_epi16(a, b);
       if (j + 32 <= width) {  // column order within the group: see unpermute
-        _mm512_storeu_si512(pairs + 2 * j, lo);
-        _mm512_storeu_si512(pairs + 2 * j + 32, hi);
+        _mm512_storeu_si512(group, lo);
+        _mm512_storeu_si512(group + kColumns * panel_depth, hi);
       } else {  // the last sixteen columns keep their order
         const __m512i order = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-        _mm512_storeu_si512(pairs + 2 * j, _mm512_permutex2var_epi64(lo, order, hi));
+        _mm512_storeu_si512(group, _mm512_permutex2var_epi64(lo, order, hi));
       }
     }
   }
@@ -105,12 +107,12 @@ void unpermute(float* c, int64_t ldc, int rows, int width) {
     }
 }
 
-void interleave(bf16* panel, int width, const float* c, int64_t ldc, int features) {
+void interleave(bf16* panel, int64_t panel_depth, int width, const float* c, int64_t ldc, int features) {
   for (int f = 0; f < features; f += 2)
     for (int i = 0; i < width; i += 16) {
       const __m512 even = _mm512_loadu_ps(c + f * ldc + i);
       const __m512 odd = f + 1 < features ? _mm512_loadu_ps(c + (f + 1) * ldc + i) : _mm512_setzero_ps();
-      _mm512_storeu_si512(panel + int64_t(f) * width + 2 * i, round_pairs(even, odd));
+      _mm512_storeu_si512(panel + i * panel_depth + f * kColumns, round_pairs(even, odd));
     }
 }
 
@@ -180,8 +182,7 @@ inline __m512 dot(__m512 sum, Pairs a, Pairs b) {
 
 // Rows x 16 * Vectors accumulators live in registers for the whole depth.
 template <int Rows, int Vectors>
-inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int depth,
-                 bool accumulate) {
+inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int depth, bool accumulate) {
   __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
@@ -191,7 +192,7 @@ inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* 
   for (int d = 0; d < depth; d += 2) {
     Pairs b[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; v++) b[v] = load_pairs(panel + int64_t(d) * width + 32 * v);
+    for (int v = 0; v < Vectors; v++) b[v] = load_pairs(panel + (int64_t(v) * depth + d) * kColumns);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
       const Pairs pair = broadcast_pair(a + r * lda + d);
@@ -207,21 +208,20 @@ inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* 
 
 // Full tiles first, then one tile of exactly the rows that are left (a loop over single rows costs 13 %).
 template <int Rows, int Vectors>
-void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-           bool accumulate) {
+void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int rows, int depth, bool accumulate) {
   for (; rows >= Rows; rows -= Rows, c += Rows * ldc, a += Rows * lda)
-    tile<Rows, Vectors>(c, ldc, a, lda, panel, width, depth, accumulate);
+    tile<Rows, Vectors>(c, ldc, a, lda, panel, depth, accumulate);
   if constexpr (Rows > 1)
-    if (rows > 0) tiles<Rows - 1, Vectors>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    if (rows > 0) tiles<Rows - 1, Vectors>(c, ldc, a, lda, panel, rows, depth, accumulate);
 }
 
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
               bool accumulate) {
   switch (width / 16) {
-    case 4: return tiles<kTileRows[4], 4>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 3: return tiles<kTileRows[3], 3>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 2: return tiles<kTileRows[2], 2>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
-    case 1: return tiles<kTileRows[1], 1>(c, ldc, a, lda, panel, width, rows, depth, accumulate);
+    case 4: return tiles<kTileRows[4], 4>(c, ldc, a, lda, panel, rows, depth, accumulate);
+    case 3: return tiles<kTileRows[3], 3>(c, ldc, a, lda, panel, rows, depth, accumulate);
+    case 2: return tiles<kTileRows[2], 2>(c, ldc, a, lda, panel, rows, depth, accumulate);
+    case 1: return tiles<kTileRows[1], 1>(c, ldc, a, lda, panel, rows, depth, accumulate);
   }
 }
 

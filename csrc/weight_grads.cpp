@@ -28,7 +28,7 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
   const int64_t tokens = plan.depth[experts];  // each expert's padded with zeros
   const int64_t ld = row_stride<bf16>(tokens), columns = round_up(right.size, kColumns);
   const Buffer<bf16> turned((left.size + k.row_unit) * ld);  // [left.size][tokens]
-  const Buffer<bf16> panels(tokens * columns);               // by expert, then by kMaxWidth columns: [tokens][width]
+  const Buffer<bf16> panels(tokens * columns);               // by expert
   const ThreadBuffer<float> c_scratch(threads, std::max(kTokenBlock * kMaxWidth, (kRows + k.row_unit) * kMaxWidth));
 
   const std::vector<Task> turns = block_tasks(plan, kTokenBlock, left.size, kMaxWidth);
@@ -54,9 +54,10 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
     const bf16* src = right.data + task.first + (right.index ? 0 : task.row * right.ld);
     const int width = int(round_up(task.count, kColumns)), count = plan.count(task.expert);
     bf16* dst = panel(task.expert, task.first);
-    k.pack_pairs(dst, width, src, right.ld, right.index ? right.index + task.row : nullptr, count, task.count);
     const int64_t filled = round_up(count, k.depth_unit), depth = plan.depth[task.expert + 1] - plan.depth[task.expert];
-    std::memset(dst + filled * width, 0, size_t((depth - filled) * width) * sizeof(bf16));
+    k.pack_pairs(dst, depth, width, src, right.ld, right.index ? right.index + task.row : nullptr, count, task.count);
+    for (int i = 0; i < width; i += kColumns)
+      std::memset(dst + i * depth + filled * kColumns, 0, size_t((depth - filled) * kColumns) * sizeof(bf16));
   });
 
   const int64_t row_blocks = (left.size + kRows - 1) / kRows, column_blocks = (right.size + kColumnsOut - 1) / kColumnsOut;

@@ -83,7 +83,7 @@ def test_pack_pairs_and_multiply(isa, columns, depth):
         padded = round_up(depth, _kernels.table(isa)[2])
         panel, buffer = guarded(padded, width, dtype=torch.bfloat16)
         _kernels.pack_pairs(
-            isa, panel.data_ptr(), width, source.data_ptr(), columns + 5,
+            isa, panel.data_ptr(), padded, width, source.data_ptr(), columns + 5,
             0 if rows_index is None else index.data_ptr(), depth, columns,
         )  # fmt: skip
         assert_guard(buffer)
@@ -114,11 +114,13 @@ def test_transposing_stores(isa, features, tokens):
 def test_interleave_is_a_panel(isa, features):
     width = 48
     c = normal(features, width)
-    panel, buffer = guarded(round_up(features, 2) // 2, width, 2, dtype=torch.bfloat16)
-    _kernels.interleave(isa, panel.data_ptr(), width, c.data_ptr(), width, features)
-    expected = torch.zeros(round_up(features, 2), width, dtype=torch.bfloat16)
-    expected[:features] = c.bfloat16()
-    assert torch.equal(panel.transpose(1, 2).reshape(-1, width), expected)
+    depth, first = round_up(features, 2) + 6, 4  # features in the midst of a deeper panel
+    panel, buffer = guarded(width // 16, depth // 2, 16, 2, dtype=torch.bfloat16)
+    _kernels.interleave(isa, panel.data_ptr() + first * 16 * 2, depth, width, c.data_ptr(), width, features)
+    expected = torch.full((depth, width), GUARD, dtype=torch.bfloat16)
+    expected[first : first + round_up(features, 2)] = 0
+    expected[first : first + features] = c.bfloat16()
+    assert torch.equal(panel.permute(1, 3, 0, 2).reshape(depth, width), expected)
     assert_guard(buffer)
 
 
