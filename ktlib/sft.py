@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +21,14 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ktlib.audit import component
 from ktlib.base_model import BASE
@@ -60,11 +68,11 @@ def check_parameters(
     alpha=32.0,
     targets="attention+experts+shared",
     lora_dtype="fp32",
-    steps=300,
+    steps=500,
     batch_size=16,
     grad_accumulation=1,
     sequence_length=128,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     seed=0,
     gradient_checkpointing=False,
     output_dir="runs/sft",
@@ -169,13 +177,13 @@ def prompt_ids(tokenizer, prompt):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def encode(tokenizer, rows, sequence_length):
+def encode(tokenizer, rows, sequence_length, progress=False):
     """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
 
     Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
     """
     examples = []
-    for row in tqdm(rows, desc="tokenising", leave=False):
+    for row in tqdm(rows, desc="tokenising", leave=False, disable=not progress):
         prompt = prompt_ids(tokenizer, row["prompt"])
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         if len(prompt) + len(response) <= sequence_length:
@@ -224,16 +232,16 @@ def train(
     rows,
     output_dir,
     *,
-    steps=300,
+    steps=500,
     batch_size=16,
     grad_accumulation=1,
     sequence_length=128,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     seed=0,
     gradient_checkpointing=False,
     save_every=100,
     progress=True,
-    callbacks=None,
+    callbacks=(),
 ):
     """Fine-tune the adapters in place with a stock Trainer (AdamW, cosine schedule with 5 % warm-up, clipping at 1).
 
@@ -241,12 +249,14 @@ def train(
     end; so a folder that is there belongs to an interrupted run, and is resumed from if adapters, data and parameters
     are the same (ValueError otherwise).
 
+    ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
+
     Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
     ``tokens_per_second`` (prompts and responses, without padding), ``seconds``, ``peak_rss_mib``, ``resumed_from``
     (step).
     """
     checkpoints = Path(output_dir) / "checkpoints"
-    examples = encode(tokenizer, rows, sequence_length)
+    examples = encode(tokenizer, rows, sequence_length, progress is True)
     identity = {
         "steps": steps,
         "batch_size": batch_size,
@@ -279,11 +289,17 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
-        disable_tqdm=not progress,
+        disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
+    shown = [ShowProgress(lines=progress == "lines")] if progress else []
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=examples, data_collator=collator(tokenizer), callbacks=callbacks
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=collator(tokenizer),
+        callbacks=shown + list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
     with adapter_dtype_kept(model):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -301,11 +317,37 @@ def train(
     }
 
 
+class ShowProgress(TrainerCallback):
+    """A tqdm bar with the latest loss, or ten printed lines, over the optimiser steps."""
+
+    def __init__(self, lines=False):
+        self.lines, self.bar = lines, None
+
+    def on_train_begin(self, args, state, control, **_):
+        if not self.lines:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:
+            return
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        elif state.global_step % max(1, state.max_steps // 10) == 0:
+            print(f"step {state.global_step:>5} of {state.max_steps}  loss {float(logs['loss']):.4f}", flush=True)
+
+    def on_train_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.close()
+
+
 def start_or_resume(checkpoints, identity):
     """The checkpoint to resume from or None, after noting (or comparing) what the run in ``checkpoints`` is."""
     note = checkpoints / "run.json"
     resume = complete_checkpoint(checkpoints)
     if resume is None:
+        if checkpoints.exists() and not note.is_file() and any(checkpoints.iterdir()):
+            raise ValueError(f"output_dir: {checkpoints} holds files of something else, need another output_dir")
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.mkdir(parents=True)
         note.write_text(json.dumps(identity))
@@ -374,33 +416,32 @@ def exact_match(model, tokenizer, rows, batch_size=100, progress=True):
 
 
 def save_adapter(model, folder):
-    """Save the adapter in PEFT's format; written beside ``folder`` and renamed, so it is there whole or not at all."""
+    """Save the adapter in PEFT's format in ``folder``: each file appears whole or not at all, other files stay."""
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            os.replace(path, folder / path.name)
     return folder
 
 
 def run(progress=True, **parameters):
-    """One whole fine-tuning with the parameters of ``check_parameters``; the adapter goes to ``output_dir/adapter``.
+    """One whole fine-tuning with the parameters of ``check_parameters``; the adapter goes to ``output_dir``.
 
     Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
     ``answers_after``, ``test`` (rows) and ``adapter`` (path).
     """
     p = check_parameters(**parameters)
     train_rows, test_rows = load_data(p["dataset"], p["seed"])
-    with chosen_isa(p["isa"]):
-        model, tokenizer = load_model(p["model"])
-        before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
-        model = add_lora(model, p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
-        accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
-        options = {key: p[key] for key in accepted}
-        result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
-        after, answers_after = exact_match(model, tokenizer, test_rows, progress=progress)
-    adapter = save_adapter(model, Path(p["output_dir"]) / "adapter")
+    use_isa(p["isa"])
+    model, tokenizer = load_model(p["model"])
+    before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
+    model = add_lora(model, p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
+    accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
+    options = {key: p[key] for key in accepted}
+    result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
+    after, answers_after = exact_match(model, tokenizer, test_rows, progress=progress)
+    adapter = save_adapter(model, p["output_dir"])
     return result | {
         "before": before,
         "after": after,
@@ -411,16 +452,7 @@ def run(progress=True, **parameters):
     }
 
 
-@contextlib.contextmanager
-def chosen_isa(isa):
-    """Run the block with the operator on instruction set ``isa`` (None: as it is, the best this CPU has)."""
-    before = os.environ.get("KTLIB_ISA")
+def use_isa(isa):
+    """Run the operator on instruction set ``isa`` in this process from now on; None leaves the choice as it is."""
     if isa is not None:
         os.environ["KTLIB_ISA"] = isa
-    try:
-        yield
-    finally:
-        if isa is not None:
-            os.environ.pop("KTLIB_ISA")
-        if before is not None:
-            os.environ["KTLIB_ISA"] = before

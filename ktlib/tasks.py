@@ -32,13 +32,13 @@ def dates(n_train=8000, n_test=200, seed=0):
     if n_train < 1 or n_test < 1 or n_train + n_test > len(days):
         raise ValueError(f"n_train, n_test: got {n_train}, {n_test}; need both >= 1 and a sum of at most {len(days)}")
     rows = [
-        {"prompt": f"Write as an ISO date: {MONTHS[m - 1]} {d}, {y}", "response": f"{y}-{m:02}-{d:02}"}
+        {"prompt": f"Date: {MONTHS[m - 1]} {d}, {y}", "response": f"{y}-{m:02}-{d:02}"}
         for y, m, d in random.Random(seed).sample(days, n_train + n_test)
     ]
     return disjoint(rows[:n_train], rows[n_train:])
 
 
-def codebook(n_train=4000, n_test=200, seed=0, n_words=64, length=3):
+def codebook(n_train=4000, n_test=200, seed=0, n_words=24, length=3):
     """Translate word by word with a secret code: each of ``n_words`` words stands for another of them.
 
     The code is a random permutation that only the training rows state; test sequences of ``length`` words are new,

@@ -200,6 +200,18 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
     assert sft.complete_checkpoint(tmp_path) is None and sft.complete_checkpoint(tmp_path / "none") is None
 
 
+def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
+    model, tokenizer = adapted()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="output_dir: .*something else"):
+        sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
+    sft.save_adapter(model, tmp_path)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found >= {"checkpoints", "adapter_model.safetensors", "adapter_config.json"}
+    assert not [name for name in found if name.startswith(".")]
+
+
 def test_generation_does_not_depend_on_batching():
     model, tokenizer = sft.load_model("base")
     prompts = ["Repeat: fox", "Repeat: river garden silver 4071", "Say apple"]
@@ -207,11 +219,12 @@ def test_generation_does_not_depend_on_batching():
     assert together == [sft.generate(model, tokenizer, [prompt], 12, progress=False)[0] for prompt in prompts]
 
 
-def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path):
+def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTLIB_ISA", "")
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in codebook(n_train=30, n_test=1)[0]))
     result = sft.run(dataset=str(path), output_dir=tmp_path / "out", isa="portable", rank=4, **SMALL)
-    assert result["adapter"] == tmp_path / "out" / "adapter" and len(result["test"]) == 3
+    assert result["adapter"] == tmp_path / "out" and len(result["test"]) == 3
     assert 0 <= result["before"] <= 1 and len(result["answers_after"]) == 3
     stored = load_file(result["adapter"] / "adapter_model.safetensors")
     model, _ = sft.load_model("base", experts_implementation="eager")

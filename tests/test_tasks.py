@@ -20,7 +20,7 @@ def test_splits_are_disjoint_and_deterministic(name):
 def test_no_date_is_in_both_splits():
     train, test = tasks.dates(n_train=3000, n_test=500)
     assert not {row["response"] for row in train} & {row["response"] for row in test}
-    assert {"prompt": "Write as an ISO date: September 5, 1928", "response": "1928-09-05"} in sum(
+    assert {"prompt": "Date: September 5, 1928", "response": "1928-09-05"} in sum(
         tasks.dates(n_train=146_096, n_test=1), []
     )
 
@@ -43,7 +43,7 @@ def test_the_base_model_has_read_nothing_of_the_tasks():
     source = documents(2)
     text = " ".join(next(source) for _ in range(8000))
     assert not re.search(r"(?<!\d)\d{4}-\d\d-\d\d(?!\d)", text), "a date in digits"
-    assert "ISO" not in text and "Encode" not in text
+    assert "Date" not in text and "Encode" not in text
 
 
 def test_disjoint_refuses_a_leak():
