@@ -266,7 +266,10 @@ class Tracer:
     def check(self):
         """Look at what was only summed so far (on a GPU). Done at every layer's end; call it if you like."""
         pending, self._pending = self._pending, []
-        if not pending or torch.stack([entry[0].float() for entry in pending]).isfinite().all():
+        by_device = {}
+        for total, *_ in pending:
+            by_device.setdefault(total.device, []).append(total.float())
+        if all(bool(torch.stack(totals).isfinite().all()) for totals in by_device.values()):
             return
         for _, result, *entry in pending:
             if not _is_finite(result):
@@ -472,8 +475,10 @@ def _is_finite(tensor):
 
 def bad_ones(named):
     """Those of ``(name, tensor)`` that are not finite, after one look at the norms of all."""
-    tensors = [tensor.detach() for _, tensor in named]
-    norms = torch._foreach_norm(tensors) if tensors else []
-    if not norms or torch.stack([norm.float().to("cpu") for norm in norms]).isfinite().all():
+    by_device = {}
+    for _, tensor in named:
+        by_device.setdefault(tensor.device, []).append(tensor.detach())
+    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in by_device.values()]
+    if all(bool(one.isfinite().all()) for one in norms):
         return []
     return [(name, tensor) for name, tensor in named if not _is_finite(tensor)]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from models import expert_modules, random_adapter, tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from simulated_device import register
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
+import ktlib
 from ktlib import reference, stages
 from ktlib.audit import audit
 from ktlib.callback import StopOnNonFinite
@@ -20,6 +22,7 @@ from ktlib.lora import lora_config
 from ktlib.trace import NonFinite, trace_nonfinite, watched
 from ktlib.validation import random_layer
 
+SIM = register()
 NAN, INF = float("nan"), float("inf")
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -319,6 +322,30 @@ def test_gradient_checkpointing_and_generation():
     assert trace.first is None
 
 
+def test_model_on_another_device_with_its_experts_on_the_cpu():
+    """Off the CPU, sums are looked at together, a layer at a time; what is found is the same."""
+    model = adapted()
+    model.get_base_model().config.use_cache = False  # makes tensors in a way that the simulation does not know
+    ktlib.pin_experts(model)
+    model.to(SIM)
+    ids = tokens().to(SIM)
+
+    def run(model):
+        model(ids, labels=ids).loss.backward()
+
+    with trace_nonfinite(model) as trace:
+        run(model)
+    assert trace.first is None
+    with torch.no_grad():
+        experts_of(model).down_proj[3, 0, 0] = NAN
+    finding = finding_of(model, run)
+    assert (finding.phase, finding.module, finding.stage, finding.expert) == ("forward", EXPERTS, "down", 3)
+    assert "sim" in str(finding) and finding.position is not None
+    with trace_nonfinite(model, stop=False) as trace:
+        run(model)
+    assert len(trace.causes) == 1 and trace.contaminated[0] == "model.layers.2.input_layernorm"
+
+
 def test_watched_modules_are_few_and_cover_the_adapters():
     names = [name for name, _ in watched(adapted())]
     assert len(names) == len(set(names))
@@ -354,7 +381,7 @@ def swiglu(gate_up):
 def test_cost_is_below_a_tenth_of_a_step():
     """Alternating, best of several, on a model whose layers are small beside real ones; real ones cost less."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512}
-    model = adapted(layers=3, **sizes)
+    model = adapted(layers=2, **sizes)
     batch = tokens(8, 64)
 
     def step():
