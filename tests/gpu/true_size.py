@@ -10,6 +10,7 @@ fails or does not fit into the budget says so in the file, and the next one runs
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -29,6 +30,7 @@ import ktlib
 from ktlib import _kernels, hybrid, measure, stamp, synthetic
 from ktlib.audit import audit
 from ktlib.estimate import available_memory, estimate
+from ktlib.experts import is_experts
 from ktlib.placement import placement
 
 TINY = {
@@ -226,8 +228,27 @@ def step_timeline(state):
     line = hybrid.timeline(lambda: hybrid.one_step(model, next(stream), optimizer, parameters, state["device"]))
     found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
     found |= {f"share {name}": round(seconds / line["seconds"], 4) for name, seconds in found["shares"].items()}
+    found["operator_forward_seconds"] = mapped_and_copied(model, options.tokens)
     if state["device"].type == "cuda":
         found["shared_experts_seconds"] = shared_experts_seconds(model, options.tokens)
+    return found
+
+
+@torch.no_grad()
+def mapped_and_copied(model, tokens):
+    """Seconds of one layer's routed experts on random tokens, with the weights as they lie and with a copy of them."""
+    experts = next(module for module in model.modules() if is_experts(module))
+    count, hidden, _ = experts.down_proj.shape
+    top_k = model.config.num_experts_per_tok
+    x = torch.randn(tokens, hidden).bfloat16()
+    index = torch.rand(tokens, count).topk(top_k).indices
+    routing = torch.full((tokens, top_k), 1 / top_k)
+    found = {}
+    for name, weights in (
+        ("as loaded", (experts.gate_up_proj, experts.down_proj)),
+        ("copied", (experts.gate_up_proj.clone(), experts.down_proj.clone())),
+    ):
+        found[name] = measure.best_seconds(functools.partial(ktlib.moe_experts, x, index, routing, *weights))
     return found
 
 
