@@ -13,7 +13,7 @@
 namespace ktlib {
 namespace {
 
-constexpr int kFeatures = 64;  // gate rows (and as many up rows) of one task
+constexpr int kFeatures = 32;  // gate rows (and as many up rows) of one task
 constexpr int kOutputs = 128;  // down rows of one task
 
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
@@ -56,8 +56,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
-  const int64_t staged_features = staged_size(k, kFeatures, hidden);
-  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * staged_features, staged_size(k, kOutputs, inter)));
+  const int64_t padded_features = padded_size(k, kFeatures, hidden);
+  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
 
   // 1. tokens -> panels; t of gate_up
   const std::vector<Task> panels = row_tasks(plan, k.panel_width);
@@ -78,9 +78,9 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
     const Task& task = features[index];
     const int64_t gate_row = int64_t(task.expert) * 2 * inter + task.first;
     bf16* scratch = w_scratch[thread];
-    const Rows w_gate = staged_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
-    const Rows w_up = staged_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
-                                  scratch + staged_features);
+    const Rows w_gate = padded_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
+    const Rows w_up = padded_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
+                                  scratch + padded_features);
     const bool last = task.first + task.count == inter;
     for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       const bf16* panel = x_panels + column * hidden_depth;
@@ -129,7 +129,7 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
     parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
       const Task& task = outputs[index];
       const int64_t feature = first + task.first;
-      const Rows w = staged_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
+      const Rows w = padded_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
                                  inter, w_scratch[thread]);
       for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
         float* c = c_scratch[thread];  // [count][width]

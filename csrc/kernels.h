@@ -43,8 +43,6 @@ struct Kernels {
   // `multiply` may read `a` (and write `c`) up to the next multiple of row_unit rows; its depth is a multiple of
   // depth_unit, to which the packers pad panels with zeros. Callers keep the memory readable and finite.
   int row_unit, depth_unit;
-  // Weights that are the row operand are copied, a block at a time, into scratch whose rows do not share cache sets.
-  bool stage_rows;
 
   // Around the work of one thread in a parallel region (AMX: tile configuration); either may be null.
   void (*thread_begin)();

@@ -90,7 +90,7 @@ int64_t burn(int64_t iterations) {
 
 const Kernels& kernels_avx2() {
   static const Kernels table = {
-      "avx2",          32,       1,          kDepthUnit,      false,          nullptr,       nullptr,
+      "avx2",          32,       1,          kDepthUnit,      nullptr,       nullptr,
       pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
       store_rows_f32,  round_to_bf16, widen, gate_backward, combine, burn,
   };

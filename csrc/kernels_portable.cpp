@@ -39,7 +39,7 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
 
 const Kernels& kernels_portable() {
   static const Kernels table = {
-      "portable",      32,       1,          kDepthUnit,      false,          nullptr,       nullptr,
+      "portable",      32,       1,          kDepthUnit,      nullptr,       nullptr,
       pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
       store_rows_f32,  round_to_bf16, widen, gate_backward, combine, nullptr,
   };
