@@ -35,7 +35,7 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 	$(timed) $(PY) -m ruff format --check .
 	$(timed) $(PY) -m pytest tests
 	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-cell-timeout 300 --durations 10 notebooks
+		--nbval-cell-timeout 900 --durations 10 notebooks
 
 # The compiler's sanitizer runtimes must be in the process before Python is.
 CXX_LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
