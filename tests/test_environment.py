@@ -1,5 +1,6 @@
 """The set-up says one thing in one place: pins, ranges, Makefile, CI and README agree."""
 
+import json
 import os
 import re
 import subprocess
@@ -118,3 +119,21 @@ def test_set_up_says_what_is_missing(tmp_path, python, message):
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(["make", ".venv/.python", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stdout
+
+
+def test_readme_numbers_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "notebooks" / "recorded" / "layer_xeon_amx_16cpu.json").read_text())
+    rows, avx512 = recorded["shapes"]["deepseek_v2_lite"], recorded["avx512_run"]
+    sources = {
+        "ktlib, AMX": (rows, "ktlib amx_bf16"),
+        "kt-kernel 0.7.2 (KTransformers), AMX": (rows, "kt-kernel amx"),
+        "ktlib, AVX-512 without AMX": (avx512, "ktlib avx512f"),
+        "kt-kernel 0.7.2, AVX512-BF16": (avx512, "kt-kernel avx512_bf16"),
+        "stock PEFT on grouped_mm experts": (rows, "grouped_mm + PEFT"),
+    }
+    for label, (table, name) in sources.items():
+        numbers = [round(row["tokens_per_s"]) for row in table if row["name"] == name]
+        assert f"| {label} | " + " | ".join(map(str, numbers)) + " |" in README
+    rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
+    shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
+    assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README
