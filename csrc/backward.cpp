@@ -287,6 +287,8 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
               const bf16* grad_output, const Grads& grads, bool whole) {
   const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
   threads = useful_threads(shape, threads);
+  if (grads.hidden_states)
+    prefer_huge_pages(grads.hidden_states.data, shape.tokens * shape.hidden * grads.hidden_states.element_size());
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,

@@ -155,6 +155,7 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   if (saved.gate_up) prefer_huge_pages(saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
+  prefer_huge_pages(output.data, shape.tokens * shape.hidden * output.element_size());
   for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;

@@ -116,7 +116,9 @@ void interleave(bf16* panel, int64_t panel_depth, int width, const float* c, int
     }
 }
 
+// Whole lines go past the caches: what is saved for backward is not read again before all of the layer has passed.
 void store_rows_bf16(bf16* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens) {
+  const bool lines = reinterpret_cast<uintptr_t>(dst) % 64 == 0 && ld % 32 == 0;
   for (int f = 0; f < features; f += 32)
     for (int i = 0; i < tokens; i += 16) {
       __m512i block[16];
@@ -130,8 +132,15 @@ void store_rows_bf16(bf16* dst, int64_t ld, const float* c, int64_t ldc, int fea
       const __mmask32 valid = first32(features - f);
 #pragma GCC unroll 16
       for (int k = 0; k < 16; k++)
-        if (i + k < tokens) _mm512_mask_storeu_epi16(dst + (i + k) * ld + f, valid, block[k]);
+        if (i + k < tokens) {
+          bf16* row = dst + (i + k) * ld + f;
+          if (lines && f + 32 <= features)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(row), block[k]);
+          else
+            _mm512_mask_storeu_epi16(row, valid, block[k]);
+        }
     }
+  if (lines) _mm_sfence();  // streaming stores are not ordered with those that tell other threads of them
 }
 
 void store_rows_f32(float* dst, int64_t ld, const float* c, int64_t ldc, int features, int tokens) {

@@ -30,9 +30,10 @@ struct Matrix {
   void* data = nullptr;
   bool fp32 = false;
   explicit operator bool() const { return data != nullptr; }
+  int64_t element_size() const { return fp32 ? sizeof(float) : sizeof(bf16); }
   Matrix from(int64_t offset) const {
     if (!data) return *this;
-    return {static_cast<char*>(data) + offset * int64_t(fp32 ? sizeof(float) : sizeof(bf16)), fp32};
+    return {static_cast<char*>(data) + offset * element_size(), fp32};
   }
 };
 

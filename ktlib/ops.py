@@ -11,6 +11,7 @@ import os
 import torch
 
 from ktlib import _kernels
+from ktlib.transfer import to_device, to_host
 
 GATES = ("silu",)  # in the order of csrc/kernels.h, enum Gate
 
@@ -73,9 +74,9 @@ def moe_experts(
         raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
 
     device = hidden_states.device
-    moved = [hidden_states, top_k_index, top_k_weights, gate_up_A, gate_up_B, down_A, down_B]
-    moved = [t if t is None or t.device.type == "cpu" else t.to("cpu") for t in moved]
-    hidden_states, top_k_index, top_k_weights, *lora = moved
+    hidden_states, top_k_index, top_k_weights, *lora = to_host(
+        hidden_states, top_k_index, top_k_weights, gate_up_A, gate_up_B, down_A, down_B
+    )
     grad = torch.is_grad_enabled()
     whole = grad and (gate_up_proj.requires_grad or down_proj.requires_grad)
     save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *lora)))
@@ -83,7 +84,7 @@ def moe_experts(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *lora, gate_up_scaling, down_scaling,
         gate, isa or os.environ.get("KTLIB_ISA", ""), whole, save,
     )  # fmt: skip
-    return output if device.type == "cpu" else output.to(device)
+    return to_device(output, device)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -207,6 +208,11 @@ def _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save
     return (slots, 2 * intermediate), (2 * ranks[0], slots), (2 * ranks[1], slots)
 
 
+def _empty_like(tensor):
+    """Contiguous; in pinned memory if ``tensor`` is, because what becomes of the one becomes of the other."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+
+
 def _forward(
     hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_A, gate_up_B, down_A, down_B,
     gate_up_scaling, down_scaling, gate, isa, whole, save,
@@ -215,7 +221,7 @@ def _forward(
     sizes, inputs, tensors = _arguments(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, (gate_up_scaling, down_scaling), gate
     )
-    output = torch.empty(hidden_states.shape, dtype=hidden_states.dtype)
+    output = _empty_like(hidden_states)
     shapes = _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save)
     saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     addresses = tuple(t.data_ptr() if save else 0 for t in saved)
@@ -233,7 +239,7 @@ def _backward(
     )
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     wrt = (hidden_states, top_k_weights, gate_up_proj, down_proj, *lora)
-    grads = [torch.empty(t.shape, dtype=t.dtype) if w else None for t, w in zip(wrt, wanted, strict=True)]
+    grads = [_empty_like(t) if w else None for t, w in zip(wrt, wanted, strict=True)]
     grad_weights = None if grads[1] is None else torch.empty(top_k_weights.shape, dtype=torch.float32)
     _kernels.backward(
         isa, torch.get_num_threads(), sizes, inputs,
