@@ -2,7 +2,7 @@
 // fly into a panel small enough for L1 and meet every token of the expert there, so weights are read once.
 //
 //     dh = grad_output . W_down                        (the routing weight is applied to dh in fp32)
-//     d(weight) = <dh, h>                              (so the expert's output need not be saved)
+//     d(weight) = <dh, h> + <grad_output, down_bias>   (so the expert's output need not be saved)
 //     dgate, dup = act'(gate, up, weight * dh)
 //     dx = [dgate dup] . W_gate_up
 //
@@ -10,6 +10,7 @@
 // products over the tokens of an expert, taken block by block where the other factor is at hand.
 #include <cstring>
 
+#include "bias.h"
 #include "combine.h"
 #include "lora.h"
 #include "moe.h"
@@ -158,7 +159,9 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride);      // [row][2 * inter]
   const int range = output_range(slots, hidden);
   const Buffer<float> dx(want_x ? slots * range : 0);                      // [row][range]
-  const Buffer<float> d_weight(slots * inter_blocks);                      // [row][block]: partial <dh, h>
+  const bool bias_matters = in.down_bias && grads.top_k_weights;
+  const int partials = inter_blocks + (bias_matters ? 1 : 0);
+  const Buffer<float> d_weight(slots * partials);                          // [row][block]: partial <dh, h>; <dy, bias>
   const Buffer<float> weight(slots);                                       // [row]
   const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
@@ -176,6 +179,9 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
                   size_t(hidden) * sizeof(bf16));
       std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
       std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0, size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
+      if (bias_matters)
+        d_weight[row * partials + inter_blocks] =
+            dot_bias(in.down_bias, task.expert * shape.hidden, dy + row * hidden_stride, hidden);
     }
     if (gate_up_grads.B)
       inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
@@ -197,12 +203,14 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       product(k, dh, down_inner.rows + task.row * down_lora.depth, down_lora.depth, task.rows,
               down_lora.a(task.expert) + task.first, down_lora.in_depth, 2 * down_lora.rank, task.count, true, panel);
     unpermute(k, dh, task.rows, task.count);
+    const GateUp block(in, inter, task.first, task.count);
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
-      const bf16* gate = saved.gate_up + row * 2 * inter + task.first;
-      bf16* dgate = d_gate_up + row * gate_up_stride + task.first;
-      d_weight[row * inter_blocks + task.first / kColumnsOut] = k.gate_backward(
-          in.gate, dh + i * kLdc, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
+      const bf16* gate_up = saved.gate_up + row * 2 * inter;
+      bf16* d_row = d_gate_up + row * gate_up_stride;
+      d_weight[row * partials + task.first / kColumnsOut] =
+          k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
+                          d_row + block.gate, d_row + block.up, task.count);
     }
     const int64_t column = token_column(plan, task);
     if (down_grads.A) {  // gate_backward left h in dh; as for LoRA's inner values, its low part counts too
@@ -215,11 +223,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       }
     }
     if (gate_up_grads.B)
-      for (int half = 0; half < 2; half++)  // gate, up
-        lora_grad(k, gate_up_grads.bt(task.part) + half * inter + task.first, 2 * inter, gate_up_lora.rank,
-                  gate_up_inner.for_B + column, gate_up_inner.ld,
-                  d_gate_up + task.row * gate_up_stride + half * inter + task.first, gate_up_stride, nullptr, task.rows,
-                  task.count, false, panel, r_scratch[thread]);
+      for (const GateUp::Range& range : block)
+        lora_grad(k, gate_up_grads.bt(task.part) + range.first, 2 * inter, gate_up_lora.rank,
+                  gate_up_inner.for_B + column, gate_up_inner.ld, d_gate_up + task.row * gate_up_stride + range.first,
+                  gate_up_stride, nullptr, task.rows, range.count, false, panel, r_scratch[thread]);
   });
 
   // 3. inner values of gate_up
@@ -268,15 +275,16 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
 
   // 6. sums over blocks, in order
   for (int64_t slot = 0; grads.top_k_weights && slot < slots; slot++) {
-    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * inter_blocks;
+    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * partials;
     float sum = 0.0f;
-    for (int b = 0; b < inter_blocks; b++) sum += partial[b];
+    for (int b = 0; b < partials; b++) sum += partial[b];
     grads.top_k_weights[slot] = sum;
   }
   gate_up_grads.add(k, threads, blocks);
   down_grads.add(k, threads, blocks);
 
-  // 7. gradients of the weights
+  // 7. gradients of the biases and of the weights
+  bias_grads(k, threads, plan, shape, dy.get(), hidden_stride, weight.get(), d_gate_up.get(), gate_up_stride, grads);
   weight_grads(k, threads, plan, shape, in, saved.gate_up, dy.get(), hidden_stride, weight.get(), d_gate_up.get(),
                gate_up_stride, grads);
 }

@@ -96,14 +96,14 @@ void weight_grads(const Kernels& k, int threads, const Plan& plan, const Shape& 
                    {in.hidden_states, hidden, hidden, plan.token_of_row.data()}, grads.gate_up_proj);
   if (grads.down_proj) {
     const Buffer<bf16> h(shape.slots() * inter);  // [row][inter], from gate and up as saved
+    const GateUp all(in, inter, 0, inter);
     const ThreadBuffer<float> scratch(threads, 3 * int64_t(inter));
     const std::vector<Task> blocks = row_tasks(plan, kTokenBlock);
     parallel_tasks(k, threads, int64_t(blocks.size()), [&](int64_t index, int thread) {
-      float *gate = scratch[thread], *up = gate + inter, *act = up + inter;
+      float *gate_up = scratch[thread], *act = gate_up + 2 * inter;
       for (int64_t row = blocks[index].row; row < blocks[index].row + blocks[index].rows; row++) {
-        k.widen(gate, saved_gate_up + row * 2 * inter, 1.0f, inter);
-        k.widen(up, saved_gate_up + row * 2 * inter + inter, 1.0f, inter);
-        k.activate(in.gate, act, gate, up, inter);
+        k.widen(gate_up, saved_gate_up + row * 2 * inter, 1.0f, 2 * inter);
+        k.activate(in.gate, act, gate_up + all.gate, gate_up + all.up, all.step, inter);
         k.round(h + row * inter, act, 1.0f, inter);
       }
     });
