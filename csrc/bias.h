@@ -14,6 +14,18 @@ inline void add_bias_to_rows(float* c, int64_t ldc, const Matrix& bias, int64_t 
   }
 }
 
+// c[r][i] += bias[first + i]: results by tokens.
+inline void add_bias_to_columns(float* c, int64_t ldc, const Matrix& bias, int64_t first, int rows, int columns) {
+  constexpr int kBlock = 64;
+  for (int j = 0; j < columns; j += kBlock) {
+    const int count = columns - j < kBlock ? columns - j : kBlock;
+    float values[kBlock];
+    for (int i = 0; i < count; i++) values[i] = bias[first + j + i];
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < count; i++) c[r * ldc + j + i] += values[i];
+  }
+}
+
 // sum_i bias[first + i] * row[i]: a token's gradient against the bias of its expert. One partial sum per lane.
 float dot_bias(const Matrix& bias, int64_t first, const bf16* row, int count);
 

@@ -5,6 +5,7 @@
 
 #include "bias.h"
 #include "combine.h"
+#include "forward_transposed.h"
 #include "limit.h"
 #include "lora.h"
 #include "moe.h"
@@ -169,8 +170,9 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;
-    forward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
-                 output.from(first * shape.hidden), saved.from_slot(shape, first * shape.topk), shape.slots());
+    const auto run = in.transposed ? forward_part_transposed : forward_part;
+    run(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora, output.from(first * shape.hidden),
+        saved.from_slot(shape, first * shape.topk), shape.slots());
   });
 }
 
