@@ -112,7 +112,7 @@ def table():
         key = (gate is None, gate or f"not served: {words}", words if gate else "")
         rows.setdefault(key, set()).add(family)
     lines = ["| Gate | Weights | Families |", "|---|---|---|"]
-    for (unserved, gate, weights), families in sorted(rows.items(), key=lambda row: (row[0][0], -len(row[1]), row[0])):
+    for (_unserved, gate, weights), families in sorted(rows.items(), key=lambda row: (row[0][0], -len(row[1]), row[0])):
         lines.append(f"| {gate} | {weights} | {len(families)}: {', '.join(sorted(families))} |")
     return "\n".join(lines)
 

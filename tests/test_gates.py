@@ -7,7 +7,7 @@ import torch
 from test_moe_experts import BOUNDS, FAST, ISAS
 
 import ktlib
-from ktlib import reference
+from ktlib import reference, stages
 from ktlib.validation import random_layer, relative_error
 
 GATES = {
@@ -202,6 +202,25 @@ def test_reference_gradients_are_those_of_its_output():
             return reference.moe_experts(**(layer | lora | dict(zip(names, values, strict=True))), **options)
 
         assert torch.autograd.gradcheck(function, [layer[name].double().requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stages_end_in_the_reference(layout):
+    """The tracer's computation stage by stage (ktlib.stages) knows biases and layouts too."""
+    gate = GATES["gpt-oss"]
+    layer = in_layout(layer_of(9, 4, 2, 16, 8, 2), **LAYOUTS[layout]) | LAYOUTS[layout]
+
+    def apply_gate(both):
+        halves = (both[:, 0::2], both[:, 1::2]) if layer.get("interleaved") else both.chunk(2, dim=-1)
+        return reference.apply_gate(*halves, **gate)
+
+    output, gradient = torch.zeros(9, 16, dtype=torch.float64), torch.ones(9, 16)
+    for expert in range(4):
+        token, _, values = stages.stages(layer, expert, apply_gate, gradient)
+        output.index_add_(0, token, values["output"])
+        assert values["up"].shape == values["gradient of gate"].shape == (len(token), 8)
+    torch.testing.assert_close(output, reference.moe_experts(**layer, **gate), rtol=1e-6, atol=1e-6)
+    assert stages.locate(layer, apply_gate) is None and stages.locate(layer, apply_gate, gradient) is None
 
 
 def test_unknown_gate_in_the_reference():
