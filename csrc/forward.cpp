@@ -91,16 +91,17 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
       float* gate = c_scratch[thread];                 // [count][width], or with up [2 * count][width] alternating
       float* up = gate + kFeatures * width;            // [count][width]
       float* h = up + kFeatures * width;
+      float* const parts[2] = {gate, up};
+      for (int p = 0; p < block.size; p++)
+        k.multiply(parts[p], width, w[p].data, w[p].ld, panel, width, block.ranges[p].count, int(hidden_depth), false);
       for (int p = 0; p < block.size; p++) {
         const GateUp::Range range = block.ranges[p];
-        float* c = p == 0 ? gate : up;
-        k.multiply(c, width, w[p].data, w[p].ld, panel, width, range.count, int(hidden_depth), false);
         if (gate_up_lora)
-          k.multiply(c, width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
+          k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
                      gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, width, range.count,
                      gate_up_lora.depth, true);
         if (in.gate_up_bias)
-          add_bias_to_rows(c, width, in.gate_up_bias, first_row + range.first, range.count, width);
+          add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
       }
       const int run = in.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
       for (int64_t i = 0; i < int64_t(task.count) * width; i += run) {
@@ -110,7 +111,7 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
         if (saved.gate_up && in.gate.has_limit()) keep_sides(in.gate, gates, ups, 1, run);
       }
       for (int p = 0; saved.gate_up && p < block.size; p++)
-        k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, p == 0 ? gate : up, width,
+        k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, parts[p], width,
                           block.ranges[p].count, tokens);
       k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
       for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
