@@ -2,7 +2,7 @@
 // fly into a panel small enough for L1 and meet every token of the expert there, so weights are read once.
 //
 //     dh = grad_output . W_down                        (the routing weight is applied to dh in fp32)
-//     d(weight) = <dh, h>                              (so the expert's output need not be saved)
+//     d(weight) = <dh, h> + <grad_output, down_bias>   (so the expert's output need not be saved)
 //     dgate, dup = act'(gate, up, weight * dh)
 //     dx = [dgate dup] . W_gate_up
 //
@@ -10,44 +10,19 @@
 // products over the tokens of an expert, taken block by block where the other factor is at hand.
 #include <cstring>
 
+#include "bias.h"
 #include "combine.h"
 #include "lora.h"
 #include "moe.h"
 #include "parallel.h"
 #include "plan.h"
+#include "row_products.h"
 #include "weight_grads.h"
 
 namespace ktlib {
 namespace {
 
-constexpr int kRows = 256;         // tokens of one task: its fp32 result stays in L2
-constexpr int kColumnsOut = 512;   // columns of one task: runs of 1 KB of each weight row
-constexpr int kDepth = 256;        // weight rows interleaved at a time: a panel of 64 columns is 32 KB, half of L1
-constexpr int kDepthRun = 32;       // weight rows read side by side
-constexpr int kRowsSmall = 128;    // rows of one task of the products with lora_B
-constexpr int64_t kLdc = row_stride<float>(kColumnsOut);
-
-// c[rows][columns] (+)= a[rows][depth] . w[depth][columns], w interleaved on the fly into panels of kMaxWidth columns
-// (kDepth * columns elements). c has ld kLdc.
-void product(const Kernels& k, float* c, const bf16* a, int64_t lda, int rows, const bf16* w, int64_t ldw, int depth,
-             int columns, bool accumulate, bf16* panels) {
-  auto width = [&](int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); };
-  for (int d = 0; d < depth; d += kDepth) {
-    const int count = std::min(kDepth, depth - d);
-    const int64_t padded = round_up(count, k.depth_unit);
-    for (int run = 0; run < count; run += kDepthRun)  // long runs of each weight row, for the prefetcher
-      for (int j = 0; j < columns; j += kMaxWidth)
-        k.pack_pairs(panels + j * padded + run * kColumns, padded, width(j), w + (d + run) * ldw + j, ldw, nullptr,
-                     std::min(kDepthRun, count - run), std::min(kMaxWidth, columns - j));
-    for (int j = 0; j < columns; j += kMaxWidth)
-      k.multiply(c + j, kLdc, a + d, lda, panels + j * padded, width(j), rows, int(padded), accumulate || d > 0);
-  }
-}
-
-void unpermute(const Kernels& k, float* c, int rows, int columns) {
-  for (int j = 0; j < columns; j += kMaxWidth)
-    k.unpermute(c + j, kLdc, rows, int(round_up(std::min(kMaxWidth, columns - j), kColumns)));
-}
+constexpr int kRowsSmall = 128;  // rows of one task of the products with lora_B
 
 // grad[rank][columns] (+)= t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
 // and low.
@@ -110,32 +85,15 @@ void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const
 // inner.rows and inner.for_A of one block of rows, from d_out [rows][out] (the block's first row at d_out).
 void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const Task& task, const bf16* d_out,
                  int64_t ld, const float* weights, const Inner& inner, bf16* panel, float* c) {
-  static_assert(kColumnsOut >= 2 * kMaxWidth, "the low part lies beside the high part");
-  float* low = c + kMaxWidth;
-  for (int r0 = 0; r0 < lora.rank; r0 += kMaxWidth) {
-    const int n = std::min(kMaxWidth, lora.rank - r0);
-    product(k, c, d_out, ld, task.rows, lora.b(task.expert) + r0, lora.depth, int(lora.out), n, false, panel);
-    unpermute(k, c, task.rows, n);
-    for (int i = 0; i < task.rows; i++)
-      for (int r = 0; r < n; r++) c[i * kLdc + r] *= lora.scaling;
-    low_part(low, c, kLdc, task.rows, n);
-    for (int i = 0; i < task.rows; i++) {
-      bf16* row = inner.rows + (task.row + i) * lora.depth + r0;
-      k.round(row, c + i * kLdc, 1.0f, n);
-      k.round(row + lora.rank, low + i * kLdc, 1.0f, n);
-    }
-    if (weights) {
-      for (int i = 0; i < task.rows; i++)
-        for (int r = 0; r < n; r++) c[i * kLdc + r] *= weights[i];
-      low_part(low, c, kLdc, task.rows, n);
-    }
-    bf16* dst = inner.for_A + r0 * inner.ld + token_column(plan, task);
-    k.store_rows_bf16(dst, inner.ld, c, kLdc, task.rows, n);
-    k.store_rows_bf16(dst + lora.rank * inner.ld, inner.ld, low, kLdc, task.rows, n);
-  }
-  const int padding = lora.depth - 2 * lora.rank;
-  for (int i = 0; i < task.rows; i++)
-    std::memset(inner.rows + (task.row + i) * lora.depth + 2 * lora.rank, 0, size_t(padding) * sizeof(bf16));
+  lora_inner(k, lora, {d_out, ld, lora.b(task.expert), lora.depth, int(lora.out), false}, task.rows, weights,
+             inner.rows + task.row * lora.depth, inner.for_A + token_column(plan, task), inner.ld, panel, c);
+}
+
+// The term of one LoRA pair in the gradient of its input, columns [first, ...).
+Term lora_term(const LoraForm& lora, const Task& task, const Inner& inner, int64_t first) {
+  if (!lora) return {};
+  return {inner.rows + task.row * lora.depth, lora.depth, lora.a(task.expert) + first, lora.in_depth, 2 * lora.rank,
+          false};
 }
 
 // One part of the batch. saved_ld: slots of the whole batch.
@@ -158,12 +116,14 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride);      // [row][2 * inter]
   const int range = output_range(slots, hidden);
   const Buffer<float> dx(want_x ? slots * range : 0);                      // [row][range]
-  const Buffer<float> d_weight(slots * inter_blocks);                      // [row][block]: partial <dh, h>
+  const bool bias_matters = in.down_bias && grads.top_k_weights;
+  const int partials = inter_blocks + (bias_matters ? 1 : 0);
+  const Buffer<float> d_weight(slots * partials);                          // [row][block]: partial <dh, h>; <dy, bias>
   const Buffer<float> weight(slots);                                       // [row]
   const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> r_scratch(threads, rank_rows * kMaxWidth);
-  const ThreadBuffer<bf16> panel_scratch(threads, std::max(kDepth * kColumnsOut, kRows * kMaxWidth));
+  const ThreadBuffer<bf16> panel_scratch(threads, std::max<int64_t>(kPanels, kRows * kMaxWidth));
   const ThreadBuffer<bf16> h_scratch(threads, down_lora ? int64_t(kRows) * kColumnsOut : 0);
 
   // 1. sort grad_output and the routing weights; inner values of down
@@ -176,6 +136,9 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
                   size_t(hidden) * sizeof(bf16));
       std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
       std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0, size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
+      if (bias_matters)
+        d_weight[row * partials + inter_blocks] =
+            dot_bias(in.down_bias, task.expert * shape.hidden, dy + row * hidden_stride, hidden);
     }
     if (gate_up_grads.B)
       inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
@@ -191,18 +154,19 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
     const Task& task = inter_tasks[index];
     bf16* panel = panel_scratch[thread];
     float* dh = c_scratch[thread];  // [rows][kLdc]
-    const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter + task.first;
-    product(k, dh, dy + task.row * hidden_stride, hidden_stride, task.rows, w, inter, hidden, task.count, false, panel);
-    if (down_lora)
-      product(k, dh, down_inner.rows + task.row * down_lora.depth, down_lora.depth, task.rows,
-              down_lora.a(task.expert) + task.first, down_lora.in_depth, 2 * down_lora.rank, task.count, true, panel);
-    unpermute(k, dh, task.rows, task.count);
+    const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter;
+    sum_of_products(k, dh, task.rows, task.count,
+                    {term(dy + task.row * hidden_stride, hidden_stride, w, hidden, inter, task.first, in.transposed),
+                     lora_term(down_lora, task, down_inner, task.first)},
+                    panel);
+    const GateUp block(in, inter, task.first, task.count);
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
-      const bf16* gate = saved.gate_up + row * 2 * inter + task.first;
-      bf16* dgate = d_gate_up + row * gate_up_stride + task.first;
-      d_weight[row * inter_blocks + task.first / kColumnsOut] = k.gate_backward(
-          in.gate, dh + i * kLdc, gate, gate + inter, weight[row], dgate, dgate + inter, task.count);
+      const bf16* gate_up = saved.gate_up + row * 2 * inter;
+      bf16* d_row = d_gate_up + row * gate_up_stride;
+      d_weight[row * partials + task.first / kColumnsOut] =
+          k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
+                          d_row + block.gate, d_row + block.up, task.count);
     }
     const int64_t column = token_column(plan, task);
     if (down_grads.A) {  // gate_backward left h in dh; as for LoRA's inner values, its low part counts too
@@ -215,11 +179,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       }
     }
     if (gate_up_grads.B)
-      for (int half = 0; half < 2; half++)  // gate, up
-        lora_grad(k, gate_up_grads.bt(task.part) + half * inter + task.first, 2 * inter, gate_up_lora.rank,
-                  gate_up_inner.for_B + column, gate_up_inner.ld,
-                  d_gate_up + task.row * gate_up_stride + half * inter + task.first, gate_up_stride, nullptr, task.rows,
-                  task.count, false, panel, r_scratch[thread]);
+      for (const GateUp::Range& range : block)
+        lora_grad(k, gate_up_grads.bt(task.part) + range.first, 2 * inter, gate_up_lora.rank,
+                  gate_up_inner.for_B + column, gate_up_inner.ld, d_gate_up + task.row * gate_up_stride + range.first,
+                  gate_up_stride, nullptr, task.rows, range.count, false, panel, r_scratch[thread]);
   });
 
   // 3. inner values of gate_up
@@ -240,14 +203,12 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       bf16* panel = panel_scratch[thread];
       if (want_x) {
         float* c = c_scratch[thread];
-        const bf16* w = in.gate_up_proj + task.expert * 2 * shape.inter * hidden + feature;
-        product(k, c, d_gate_up + task.row * gate_up_stride, gate_up_stride, task.rows, w, hidden, 2 * inter, task.count,
-                false, panel);
-        if (gate_up_lora)
-          product(k, c, gate_up_inner.rows + task.row * gate_up_lora.depth, gate_up_lora.depth, task.rows,
-                  gate_up_lora.a(task.expert) + feature, gate_up_lora.in_depth, 2 * gate_up_lora.rank, task.count, true,
-                  panel);
-        unpermute(k, c, task.rows, task.count);
+        const bf16* w = in.gate_up_proj + task.expert * 2 * shape.inter * hidden;
+        sum_of_products(k, c, task.rows, task.count,
+                        {term(d_gate_up + task.row * gate_up_stride, gate_up_stride, w, 2 * inter, hidden, feature,
+                              in.transposed),
+                         lora_term(gate_up_lora, task, gate_up_inner, feature)},
+                        panel);
         for (int i = 0; i < task.rows; i++)
           std::memcpy(dx + (task.row + i) * range + task.first, c + i * kLdc, size_t(task.count) * sizeof(float));
       }
@@ -268,15 +229,16 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
 
   // 6. sums over blocks, in order
   for (int64_t slot = 0; grads.top_k_weights && slot < slots; slot++) {
-    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * inter_blocks;
+    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * partials;
     float sum = 0.0f;
-    for (int b = 0; b < inter_blocks; b++) sum += partial[b];
+    for (int b = 0; b < partials; b++) sum += partial[b];
     grads.top_k_weights[slot] = sum;
   }
   gate_up_grads.add(k, threads, blocks);
   down_grads.add(k, threads, blocks);
 
-  // 7. gradients of the weights
+  // 7. gradients of the biases and of the weights
+  bias_grads(k, threads, plan, shape, dy.get(), hidden_stride, weight.get(), d_gate_up.get(), gate_up_stride, grads);
   weight_grads(k, threads, plan, shape, in, saved.gate_up, dy.get(), hidden_stride, weight.get(), d_gate_up.get(),
                gate_up_stride, grads);
 }

@@ -24,7 +24,9 @@ T* at(uintptr_t address) {
 using MatrixArgs = std::tuple<uintptr_t, bool>;                            // address (0: absent), fp32
 using LoraArgs = std::tuple<uintptr_t, uintptr_t, bool, int, float>;       // A, B, fp32, rank (0: absent), scaling
 using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, hidden, inter, experts, topk
-using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, LoraArgs, LoraArgs, int>;
+using GateArgs = std::tuple<int, float, float>;                            // activation, limit, alpha
+using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixArgs, MatrixArgs, LoraArgs,
+                             LoraArgs, GateArgs, bool, bool>;  // ... biases, LoRA, gate, transposed, interleaved
 
 Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
 
@@ -38,10 +40,17 @@ Shape shape(const SizeArgs& args) {
   return {tokens, hidden, inter, experts, topk};
 }
 
+Gate gate(const GateArgs& args) {
+  const auto& [kind, limit, alpha] = args;
+  return {Activation(kind), limit, alpha};
+}
+
 Inputs inputs(const InputArgs& args) {
-  const auto& [hidden_states, index, weights, gate_up, down, gate_up_lora, down_lora, gate] = args;
+  const auto& [hidden_states, index, weights, gate_up, down, gate_up_bias, down_bias, gate_up_lora, down_lora, kind,
+               transposed, interleaved] = args;
   return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
-          at<const bf16>(down), lora(gate_up_lora), lora(down_lora), Gate(gate)};
+          at<const bf16>(down), matrix(gate_up_bias), matrix(down_bias), lora(gate_up_lora), lora(down_lora),
+          gate(kind), transposed, interleaved};
 }
 
 using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
@@ -68,7 +77,8 @@ NB_MODULE(_kernels, m) {
                        const SavedArgs& save, uintptr_t grad_output, const MatrixArgs& grad_hidden_states,
                        uintptr_t grad_top_k_weights, const std::tuple<MatrixArgs, MatrixArgs>& gate_up_lora,
                        const std::tuple<MatrixArgs, MatrixArgs>& down_lora,
-                       const std::tuple<uintptr_t, uintptr_t>& weights, bool whole) {
+                       const std::tuple<uintptr_t, uintptr_t>& weights,
+                       const std::tuple<MatrixArgs, MatrixArgs>& biases, bool whole) {
     const Kernels& k = select_isa(isa);
     nb::gil_scoped_release release;
     Grads grads;
@@ -80,6 +90,8 @@ NB_MODULE(_kernels, m) {
     grads.down_B = matrix(std::get<1>(down_lora));
     grads.gate_up_proj = at<bf16>(std::get<0>(weights));
     grads.down_proj = at<bf16>(std::get<1>(weights));
+    grads.gate_up_bias = matrix(std::get<0>(biases));
+    grads.down_bias = matrix(std::get<1>(biases));
     backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
   });
   m.def("peak_rate", [](const std::string& isa, int threads) {
@@ -115,8 +127,9 @@ NB_MODULE(_kernels, m) {
   m.def("unpermute", [](const std::string& isa, uintptr_t c, int64_t ldc, int rows, int width) {
     select_isa(isa).unpermute(at<float>(c), ldc, rows, width);
   });
-  m.def("activate", [](const std::string& isa, int gate, uintptr_t h, uintptr_t g, uintptr_t up, int64_t count) {
-    select_isa(isa).activate(Gate(gate), at<float>(h), at<const float>(g), at<const float>(up), count);
+  m.def("activate", [](const std::string& isa, const GateArgs& kind, uintptr_t h, uintptr_t g, uintptr_t up, int step,
+                       int64_t count) {
+    select_isa(isa).activate(gate(kind), at<float>(h), at<const float>(g), at<const float>(up), step, count);
   });
   m.def("interleave", [](const std::string& isa, uintptr_t panel, int64_t panel_depth, int width, uintptr_t c,
                          int64_t ldc, int features) {
@@ -136,9 +149,9 @@ NB_MODULE(_kernels, m) {
   m.def("widen", [](const std::string& isa, uintptr_t dst, uintptr_t src, float scale, int64_t count) {
     select_isa(isa).widen(at<float>(dst), at<const bf16>(src), scale, count);
   });
-  m.def("gate_backward", [](const std::string& isa, int gate, uintptr_t dh, uintptr_t g, uintptr_t up, float weight,
-                            uintptr_t dgate, uintptr_t dup, int features) {
-    return select_isa(isa).gate_backward(Gate(gate), at<float>(dh), at<const bf16>(g), at<const bf16>(up), weight,
+  m.def("gate_backward", [](const std::string& isa, const GateArgs& kind, uintptr_t dh, uintptr_t g, uintptr_t up,
+                            int step, float weight, uintptr_t dgate, uintptr_t dup, int features) {
+    return select_isa(isa).gate_backward(gate(kind), at<float>(dh), at<const bf16>(g), at<const bf16>(up), step, weight,
                                          at<bf16>(dgate), at<bf16>(dup), features);
   });
   m.def("combine", [](const std::string& isa, uintptr_t out, bool fp32, const std::vector<uintptr_t>& rows,

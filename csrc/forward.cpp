@@ -3,7 +3,10 @@
 // into the panel of the down projection: there is no transpose between the two products.
 #include <cstring>
 
+#include "bias.h"
 #include "combine.h"
+#include "forward_transposed.h"
+#include "limit.h"
 #include "lora.h"
 #include "moe.h"
 #include "parallel.h"
@@ -76,37 +79,45 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
   parallel_tasks(k, threads, int64_t(features.size()), [&](int64_t index, int thread) {
     const Task& task = features[index];
-    const int64_t gate_row = int64_t(task.expert) * 2 * inter + task.first;
-    bf16* scratch = w_scratch[thread];
-    const Rows w_gate = padded_rows(k, in.gate_up_proj + gate_row * hidden, hidden, task.count, hidden, scratch);
-    const Rows w_up = padded_rows(k, in.gate_up_proj + (gate_row + inter) * hidden, hidden, task.count, hidden,
-                                  scratch + padded_features);
+    const GateUp block(in, inter, task.first, task.count);
+    const int64_t first_row = int64_t(task.expert) * 2 * inter;
+    Rows w[2];
+    for (int p = 0; p < block.size; p++)
+      w[p] = padded_rows(k, in.gate_up_proj + (first_row + block.ranges[p].first) * hidden, hidden,
+                         block.ranges[p].count, hidden, w_scratch[thread] + p * padded_features);
     const bool last = task.first + task.count == inter;
     for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       const bf16* panel = x_panels + column * hidden_depth;
-      float* gate = c_scratch[thread];  // [count][width]
-      float* up = gate + kFeatures * width;
+      float* gate = c_scratch[thread];                 // [count][width], or with up [2 * count][width] alternating
+      float* up = gate + kFeatures * width;            // [count][width]
       float* h = up + kFeatures * width;
-      k.multiply(gate, width, w_gate.data, w_gate.ld, panel, width, task.count, int(hidden_depth), false);
-      k.multiply(up, width, w_up.data, w_up.ld, panel, width, task.count, int(hidden_depth), false);
-      if (gate_up_lora) {
-        const bf16* b = gate_up_lora.b(task.expert) + int64_t(task.first) * gate_up_lora.depth;
-        const bf16* t = gate_up_t + column * gate_up_lora.depth;
-        k.multiply(gate, width, b, gate_up_lora.depth, t, width, task.count, gate_up_lora.depth, true);
-        k.multiply(up, width, b + int64_t(inter) * gate_up_lora.depth, gate_up_lora.depth, t, width, task.count,
-                   gate_up_lora.depth, true);
+      float* const parts[2] = {gate, up};
+      for (int p = 0; p < block.size; p++)
+        k.multiply(parts[p], width, w[p].data, w[p].ld, panel, width, block.ranges[p].count, int(hidden_depth), false);
+      for (int p = 0; p < block.size; p++) {
+        const GateUp::Range range = block.ranges[p];
+        if (gate_up_lora)
+          k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
+                     gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, width, range.count,
+                     gate_up_lora.depth, true);
+        if (in.gate_up_bias)
+          add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
       }
-      k.activate(in.gate, h, gate, up, int64_t(task.count) * width);
+      const int run = in.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
+      for (int64_t i = 0; i < int64_t(task.count) * width; i += run) {
+        float* gates = in.interleaved ? gate + 2 * i : gate;
+        float* ups = in.interleaved ? gates + width : up;
+        k.activate(in.gate, h + i, gates, ups, 1, run);
+        if (saved.gate_up && in.gate.has_limit()) keep_sides(in.gate, gates, ups, 1, run);
+      }
+      for (int p = 0; saved.gate_up && p < block.size; p++)
+        k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, parts[p], width,
+                          block.ranges[p].count, tokens);
       k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
       for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
         const int64_t filled = round_up(inter, 2);
         std::memset(h_panels + (column + i) * inter_depth + filled * kColumns, 0,
                     size_t((inter_depth - filled) * kColumns) * sizeof(bf16));
-      }
-      if (saved.gate_up) {
-        bf16* dst = saved.gate_up + row * 2 * inter + task.first;
-        k.store_rows_bf16(dst, 2 * inter, gate, width, task.count, tokens);
-        k.store_rows_bf16(dst + inter, 2 * inter, up, width, task.count, tokens);
       }
     });
   });
@@ -137,6 +148,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
         if (down_lora)
           k.multiply(c, width, down_lora.b(task.expert) + feature * down_lora.depth, down_lora.depth,
                      down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
+        if (in.down_bias)
+          add_bias_to_rows(c, width, in.down_bias, task.expert * shape.hidden + feature, task.count, width);
         k.store_rows_f32(y + row * range + task.first, range, c, width, task.count, tokens);
       });
     });
@@ -159,8 +172,9 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;
-    forward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
-                 output.from(first * shape.hidden), saved.from_slot(shape, first * shape.topk), shape.slots());
+    const auto run = in.transposed ? forward_part_transposed : forward_part;
+    run(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora, output.from(first * shape.hidden),
+        saved.from_slot(shape, first * shape.topk), shape.slots());
   });
 }
 

@@ -24,7 +24,15 @@ constexpr int kColumns = 16;
 // The widest panel that `multiply` takes.
 constexpr int kMaxWidth = 64;
 
-enum class Gate : int { silu = 0 };
+enum class Activation : int { silu = 0, gelu, gelu_tanh, swiglu_oai };
+
+// gate, up -> act(gate) * up. Before that the gate is clamped from above, and up from both sides, to `limit` (infinity:
+// not at all). gelu is the one with erf. swiglu_oai: gate * sigmoid(alpha * gate) * (up + 1).
+struct Gate {
+  Activation kind;
+  float limit, alpha;
+  bool has_limit() const { return limit < __builtin_inff(); }
+};
 
 static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -63,8 +71,8 @@ struct Kernels {
   void (*unpermute)(float* c, int64_t ldc, int rows, int width);
 
   // [feature][token] results of the forward pass.
-  // h[i] = act(gate[i]) * up[i], elementwise.
-  void (*activate)(Gate kind, float* h, const float* gate, const float* up, int64_t count);
+  // h[i] = act(gate[step * i]) * up[step * i], elementwise; step 2 where gates and ups alternate, else 1.
+  void (*activate)(const Gate& kind, float* h, const float* gate, const float* up, int step, int64_t count);
   // Column i, depth f of the panel = bf16(c[f][i]); an odd last row is paired with zeros. `panel` points at the first of
   // these depths in a panel of panel_depth.
   void (*interleave)(bf16* panel, int64_t panel_depth, int width, const float* c, int64_t ldc, int features);
@@ -78,9 +86,10 @@ struct Kernels {
   void (*widen)(float* dst, const bf16* src, float scale, int64_t count);
 
   // One token of the backward pass: dh is d(loss)/d(h) before the routing weight. Overwrites dh with fp32 h,
-  // writes dgate, dup (bf16, routing weight applied) and returns <dh, h>, the gradient of the routing weight.
-  float (*gate_backward)(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
-                         int features);
+  // writes dgate, dup (bf16, routing weight applied) and returns <dh, h>, the gradient of the routing weight. step: from
+  // one element of gate, up, dgate, dup to the next, as in `activate`.
+  float (*gate_backward)(const Gate& kind, float* dh, const bf16* gate, const bf16* up, int step, float weight,
+                         bf16* dgate, bf16* dup, int features);
 
   // out[i] = sum_j weights[j] * rows[j][i] in the order of j; weights null = ones. Exactly one of out_bf16, out_f32.
   void (*combine)(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count,

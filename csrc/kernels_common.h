@@ -13,14 +13,15 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// exp(x) to about 1 ulp by Cody-Waite reduction and a degree-6 Taylor polynomial on [-ln2/2, ln2/2]; saturates instead
-// of overflowing, keeps NaN.
-inline float fast_exp(float x) {
+// exp(x + tail), tail being small, to about 1 ulp by Cody-Waite reduction and a degree-6 Taylor polynomial on
+// [-ln2/2, ln2/2]; saturates instead of overflowing, keeps NaN.
+template <class... Tail>
+inline float fast_exp(float x, Tail... tail) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / ln2 in the low bits
   const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const float r = (((x - n * 0.693145752f) - n * 1.42860677e-6f) + ... + tail);
   float p = 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
@@ -37,47 +38,61 @@ void round_to_bf16(bf16* __restrict dst, const float* __restrict src, float scal
   for (int64_t i = 0; i < count; i++) dst[i] = to_bf16(scale * src[i]);
 }
 
-void activate(Gate kind, float* __restrict h, const float* __restrict gate, const float* __restrict up, int64_t count) {
-  switch (kind) {
-    case Gate::silu:
-      for (int64_t i = 0; i < count; i++) h[i] = gate[i] * sigmoid(gate[i]) * up[i];
-  }
-}
-
-// d(loss)/d(gate, up) and h of elements that are already fp32; d is d(loss)/d(h) times the routing weight.
-// d(silu)/dg = sigma(g) * (1 + g * (1 - sigma(g))).
-void activate_backward(Gate kind, float* __restrict h, float* __restrict dgate, float* __restrict dup,
-                       const float* __restrict gate, const float* __restrict up, const float* __restrict d, int count) {
-  switch (kind) {
-    case Gate::silu:
-      for (int i = 0; i < count; i++) {
-        const float g = gate[i], s = sigmoid(g), act = g * s;
-        h[i] = act * up[i];
-        dgate[i] = d[i] * up[i] * s * (1.0f + g * (1.0f - s));
-        dup[i] = d[i] * act;
-      }
-  }
-}
+#include "kernels_gates.h"
 
 void widen(float* __restrict dst, const bf16* __restrict src, float scale, int64_t count) {
   for (int64_t i = 0; i < count; i++) dst[i] = scale * to_float(src[i]);
 }
 
-// In blocks through small arrays; the sum keeps one partial sum per lane, in a fixed order.
-float gate_backward(Gate kind, float* dh, const bf16* gate, const bf16* up, float weight, bf16* dgate, bf16* dup,
-                    int features) {
+// Gates, or ups, out of a row where they alternate.
+void every_second(float* __restrict dst, const float* __restrict src, int count) {
+  for (int i = 0; i < count; i++) dst[i] = src[2 * i];
+}
+
+void every_second(float* __restrict dst, const bf16* __restrict src, int count) {
+  for (int i = 0; i < count; i++) dst[i] = to_float(src[2 * i]);
+}
+
+void activate(const Gate& gate, float* h, const float* g, const float* u, int step, int64_t count) {
+  const GateForward forward = kGateForward[int(gate.kind)][gate.has_limit()];
+  if (step == 1) return forward(gate, h, g, u, count);
   constexpr int kBlock = 64;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    float every_g[kBlock], every_u[kBlock];
+    const int n = count - first < kBlock ? int(count - first) : kBlock;
+    every_second(every_g, g + 2 * first, n);
+    every_second(every_u, u + 2 * first, n);
+    forward(gate, h + first, every_g, every_u, n);
+  }
+}
+
+// In blocks through small arrays; the sum keeps one partial sum per lane, in a fixed order.
+float gate_backward(const Gate& gate, float* dh, const bf16* g, const bf16* u, int step, float weight, bf16* dgate,
+                    bf16* dup, int features) {
+  constexpr int kBlock = 64;
+  const GateBackward backward = kGateBackward[int(gate.kind)][gate.has_limit()];
   float sums[kBlock] = {};
   for (int first = 0; first < features; first += kBlock) {
-    float g[kBlock], u[kBlock], d[kBlock], h[kBlock], dg[kBlock], du[kBlock];
+    float gates[kBlock], ups[kBlock], d[kBlock], h[kBlock], dg[kBlock], du[kBlock];
     const int count = features - first < kBlock ? features - first : kBlock;
-    widen(g, gate + first, 1.0f, count);
-    widen(u, up + first, 1.0f, count);
+    const int64_t at = int64_t(first) * step;
+    if (step == 1) {
+      widen(gates, g + at, 1.0f, count);
+      widen(ups, u + at, 1.0f, count);
+    } else {
+      every_second(gates, g + at, count);
+      every_second(ups, u + at, count);
+    }
     for (int i = 0; i < count; i++) d[i] = weight * dh[first + i];
-    activate_backward(kind, h, dg, du, g, u, d, count);
+    backward(gate, h, dg, du, gates, ups, d, count);
     for (int i = 0; i < count; i++) sums[i] += dh[first + i] * h[i];
-    round_to_bf16(dgate + first, dg, 1.0f, count);
-    round_to_bf16(dup + first, du, 1.0f, count);
+    if (step == 1) {
+      round_to_bf16(dgate + at, dg, 1.0f, count);
+      round_to_bf16(dup + at, du, 1.0f, count);
+    } else {
+      for (int i = 0; i < count; i++) dgate[at + 2 * i] = to_bf16(dg[i]);
+      for (int i = 0; i < count; i++) dup[at + 2 * i] = to_bf16(du[i]);
+    }
     for (int i = 0; i < count; i++) dh[first + i] = h[i];
   }
   for (int half = kBlock / 2; half > 0; half /= 2)

@@ -3,6 +3,8 @@
 //     d(down_proj)[e]    = (weight * grad_output)^T . h        [hidden][inter]
 //     d(gate_up_proj)[e] = d_gate_up^T . x                     [2 * inter][hidden]
 //
+// and where the weights are stored transposed, these transposed: the factors change places.
+//
 // Each is one product with the tokens as its depth: the left factor is transposed once, the right one packed once.
 #include "weight_grads.h"
 
@@ -20,6 +22,8 @@ struct Factor {
   int64_t ld;
   int size;
   const int32_t* index;  // row of `data` for each sorted row, or null
+
+  const bf16* row(int64_t sorted) const { return data + (index ? index[sorted] : sorted) * ld; }
 };
 
 // dst[e][left.size][right.size] = sum over the rows of e of scale[row] * left[row] (x) right[row], bf16.
@@ -39,8 +43,7 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
     const int64_t offset = task.row - plan.begin[task.expert];
     const int padded = last ? int(plan.depth[task.expert + 1] - plan.depth[task.expert] - offset) : task.rows;
     for (int i = 0; i < task.rows; i++)
-      k.widen(c + i * kMaxWidth, left.data + (task.row + i) * left.ld + task.first, scale ? scale[task.row + i] : 1.0f,
-              task.count);
+      k.widen(c + i * kMaxWidth, left.row(task.row + i) + task.first, scale ? scale[task.row + i] : 1.0f, task.count);
     std::memset(c + task.rows * kMaxWidth, 0, size_t(padded - task.rows) * kMaxWidth * sizeof(float));
     k.store_rows_bf16(turned + task.first * ld + plan.depth[task.expert] + offset, ld, c, kMaxWidth, padded, task.count);
   });
@@ -91,24 +94,26 @@ void weight_grads(const Kernels& k, int threads, const Plan& plan, const Shape& 
                   const bf16* saved_gate_up, const bf16* dy, int64_t dy_ld, const float* weight, const bf16* d_gate_up,
                   int64_t d_gate_up_ld, const Grads& grads) {
   const int hidden = int(shape.hidden), inter = int(shape.inter);
+  auto outer = [&](const Factor& out, const Factor& input, const float* scale, bf16* dst) {
+    outer_products(k, threads, plan, shape.experts, in.transposed ? input : out, scale, in.transposed ? out : input, dst);
+  };
   if (grads.gate_up_proj)
-    outer_products(k, threads, plan, shape.experts, {d_gate_up, d_gate_up_ld, 2 * inter, nullptr}, nullptr,
-                   {in.hidden_states, hidden, hidden, plan.token_of_row.data()}, grads.gate_up_proj);
+    outer({d_gate_up, d_gate_up_ld, 2 * inter, nullptr}, {in.hidden_states, hidden, hidden, plan.token_of_row.data()},
+          nullptr, grads.gate_up_proj);
   if (grads.down_proj) {
     const Buffer<bf16> h(shape.slots() * inter);  // [row][inter], from gate and up as saved
+    const GateUp all(in, inter, 0, inter);
     const ThreadBuffer<float> scratch(threads, 3 * int64_t(inter));
     const std::vector<Task> blocks = row_tasks(plan, kTokenBlock);
     parallel_tasks(k, threads, int64_t(blocks.size()), [&](int64_t index, int thread) {
-      float *gate = scratch[thread], *up = gate + inter, *act = up + inter;
+      float *gate_up = scratch[thread], *act = gate_up + 2 * inter;
       for (int64_t row = blocks[index].row; row < blocks[index].row + blocks[index].rows; row++) {
-        k.widen(gate, saved_gate_up + row * 2 * inter, 1.0f, inter);
-        k.widen(up, saved_gate_up + row * 2 * inter + inter, 1.0f, inter);
-        k.activate(in.gate, act, gate, up, inter);
+        k.widen(gate_up, saved_gate_up + row * 2 * inter, 1.0f, 2 * inter);
+        k.activate(in.gate, act, gate_up + all.gate, gate_up + all.up, all.step, inter);
         k.round(h + row * inter, act, 1.0f, inter);
       }
     });
-    outer_products(k, threads, plan, shape.experts, {dy, dy_ld, hidden, nullptr}, weight, {h.get(), inter, inter, nullptr},
-                   grads.down_proj);
+    outer({dy, dy_ld, hidden, nullptr}, {h.get(), inter, inter, nullptr}, weight, grads.down_proj);
   }
 }
 

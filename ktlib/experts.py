@@ -2,27 +2,29 @@
 
 transformers 5 keeps the routed experts of a layer as two 3-D parameters and dispatches their forward through
 ``transformers.integrations.moe.ExpertsInterface``. Registering one function there is the whole integration: no module
-is replaced, wrapped or emptied, and the same function serves every model family whose experts look like
+is replaced, wrapped or emptied, and the same function serves every model family whose experts hold
 
-    gate_up_proj (E, 2I, H) bf16, down_proj (E, H, I) bf16, silu(gate) * up
+    gate_up_proj (E, 2I, H) and down_proj (E, H, I) in bf16, or both transposed; biases or none;
+    gates and ups one after the other or alternating; a gate that the operator has (found by its values)
 
 Anything else runs a stock implementation, with one warning per class and reason.
 """
 
 import functools
 import importlib.machinery
+import math
 import sys
 import warnings
 
 import torch
-import torch.nn.functional as F
 
+from . import ops, reference
 from .ops import moe_experts
 
 IMPLEMENTATION = "ktlib"
 _INTERFACE = "transformers.integrations.moe"
 WEIGHTS = ("gate_up_proj", "down_proj")
-GATES = {"silu": lambda gate, up: F.silu(gate) * up}
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 def is_experts(module):
@@ -65,20 +67,26 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lor
         self.down_proj,
         gate_up_lora,
         down_lora,
-        gate=gate_name(self),
+        **layout(self),
+        **gate_of(self),
     )
+
+
+def layout(experts):
+    """How a stock experts module stores its parameters, as keyword arguments of the operator: biases and flags."""
+    biases = [getattr(experts, name) if experts.has_bias else None for name in BIASES]
+    return {
+        "gate_up_bias": biases[0],
+        "down_bias": biases[1],
+        "transposed": experts.is_transposed,
+        "interleaved": not getattr(experts, "is_concatenated", True),
+    }
 
 
 def unserved(experts, hidden_states):
     """Why the operator cannot compute this call, in words; None if it can."""
     if not experts.has_gate:
         return "its experts have no gate"
-    if experts.is_transposed:
-        return "its expert weights are stored transposed"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up projections are interleaved"
-    if experts.has_bias:
-        return "its experts have biases"
     if getattr(experts, "has_post_expert_norm", False):
         return "its experts end in a norm"
     if getattr(experts, "_is_expert_parallel", False):
@@ -93,12 +101,15 @@ def unserved(experts, hidden_states):
             return f"{name} is on {weight.device}, the operator takes CPU weights"
         if not weight.is_contiguous():
             return f"{name} is not contiguous"
+    for name in BIASES if experts.has_bias else ():
+        if getattr(experts, name).dtype not in (torch.bfloat16, torch.float32):
+            return f"{name} is {getattr(experts, name).dtype}, the operator takes torch.bfloat16 or torch.float32"
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):
         return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
     if parametrized:
         return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
-    if gate_name(experts) is None:
-        return f"its gate is none of {', '.join(GATES)}"
+    if gate_of(experts) is None:
+        return f"its gate is none of {', '.join(ops.GATES)}"
     return None
 
 
@@ -111,8 +122,9 @@ def stock_forward(experts):
     return "eager", type(experts).forward.__wrapped__
 
 
-def gate_name(experts):
-    """The key of :data:`GATES` that ``experts._apply_gate`` computes, found by calling it; None if it is none of them.
+def gate_of(experts):
+    """What ``experts._apply_gate`` computes, found by calling it: keyword arguments of the operator, None if it has no
+    such gate.
 
     The answer is kept per gate function, activation and their plain settings, so that replacing the activation of a
     model is noticed at its next forward.
@@ -140,14 +152,23 @@ def _gate_key(experts):
 
 @torch.no_grad()
 def _probe_gate(experts):
-    width = experts.down_proj.shape[-1]
-    gate = torch.linspace(-20, 20, width, device="cpu", dtype=torch.float32).expand(2, width)
-    up = torch.stack([gate[0].roll(1) + 0.5, gate[0].flip(0)])
-    got = experts._apply_gate(torch.cat([gate, up], dim=-1))
-    for name, candidate in GATES.items():
-        want = candidate(gate, up)
-        if got.shape == want.shape and torch.allclose(got.float(), want, rtol=1e-5, atol=1e-5):
-            return name
+    """Numbers that the module itself holds, such as its ``limit``, are tried as limit and alpha: they are exact."""
+    values = torch.linspace(-20, 20, 401, device="cpu", dtype=torch.float64)
+    powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
+    values = torch.cat([values, powers, -powers])
+    gate, up = values.repeat(3), torch.cat([values.roll(1), values.flip(0), values])
+    width = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    rows = torch.arange(-(-gate.numel() // width) * width, device="cpu").reshape(-1, width) % gate.numel()
+    gate, up = gate[rows], up[rows]
+    alternate = not getattr(experts, "is_concatenated", True)
+    got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
+    numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
+    for name in ops.GATES:
+        for limit in (None, *numbers):
+            for alpha in (None, *numbers) if name == "swiglu_oai" else (None,):
+                want = reference.apply_gate(gate, up, name, limit, alpha)
+                if got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5):
+                    return {"gate": name, "limit": limit, "alpha": alpha}
     return None
 
 

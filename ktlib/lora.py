@@ -72,8 +72,11 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
             yield lora_A, lora_B, self.scaling[adapter]
 
     def _parameter_shape(self):
+        """``(experts, out, in)``, however the parameter is stored."""
         shape = self.get_param().shape
-        return shape if len(shape) == 3 else (1, *shape)
+        if len(shape) < 3:
+            return 1, *shape
+        return (shape[0], shape[2], shape[1]) if self.get_base_layer().is_transposed else shape
 
     def _factors_are_usable(self, x):
         base = self.get_base_layer()

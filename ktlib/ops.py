@@ -7,24 +7,36 @@ keeps alive during the call; it stores nothing.
 
 import math
 import os
+from collections import namedtuple
 
 import torch
 
 from ktlib import _kernels
 from ktlib.transfer import to_device, to_host
 
-GATES = ("silu",)  # in the order of csrc/kernels.h, enum Gate
+GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels.h, enum Activation
+ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
 
 _library = torch.library.Library("ktlib", "DEF")
-_INPUTS = (
+_TENSORS = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B, "
-    "float gate_up_scaling, float down_scaling, str gate, str isa, bool whole"
+    "Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B"
 )
-_library.define(f"moe_experts({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
+_SETTINGS = (
+    "float gate_up_scaling, float down_scaling, str gate, float limit, float alpha, bool transposed, "
+    "bool interleaved, str isa, bool whole"
+)
+_Tensors, _Settings = (
+    namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
+    for name, schema in (("_Tensors", _TENSORS), ("_Settings", _SETTINGS))
+)
+_DIFFERENTIABLE = [name for name in _Tensors._fields if name != "top_k_index"]
+_library.define(f"moe_experts({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
-    f"{_INPUTS}, bool[8] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_TENSORS}, {_SETTINGS}, bool[{len(_DIFFERENTIABLE)}] wanted) "
+    f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
 )
 
 
@@ -37,12 +49,19 @@ def moe_experts(
     gate_up_lora=None,
     down_lora=None,
     *,
+    gate_up_bias=None,
+    down_bias=None,
     gate="silu",
+    limit=None,
+    alpha=None,
+    transposed=False,
+    interleaved=False,
     isa=None,
 ):
     """Routed experts: ``out[t] = sum_j top_k_weights[t, j] * E_{top_k_index[t, j]}(hidden_states[t])``.
 
-    ``E_e(x) = down_e(act(gate_e(x)) * up_e(x))``, where each projection is ``W_e + scaling * B_e A_e`` if it has LoRA.
+    ``E_e(x) = down_e(act(gate_e(x)) * up_e(x))``, where each projection is ``W_e + scaling * B_e A_e`` if it has LoRA,
+    and has a bias if one is given.
 
     Args:
         hidden_states: (tokens, hidden), bf16 or fp32 (rounded to bf16 on entry).
@@ -53,36 +72,49 @@ def moe_experts(
         gate_up_lora, down_lora: ``None`` or ``(lora_A, lora_B, scaling)`` in PEFT's layout: lora_A
             (experts * rank, in) expert-major, lora_B (out, rank * experts) with the expert as the fastest index; both
             bf16 or both fp32 (rounded to bf16 for the products; gradients come in their dtype). Any rank >= 1.
-        gate: activation of the gate, one of ``"silu"``.
+        gate_up_bias, down_bias: ``None`` or (experts, 2 * intermediate) and (experts, hidden), bf16 or fp32.
+        gate: what becomes of gate and up: ``"silu"``, ``"gelu"`` (erf) or ``"gelu_tanh"`` of the gate, times up; or
+            ``"swiglu_oai"``, ``gate * sigmoid(alpha * gate) * (up + 1)``.
+        limit: ``None`` or a positive number: before that the gate is clamped to at most ``limit``, and up to
+            ``[-limit, limit]`` (gradients as torch.clamp's: zero beyond).
+        alpha: of ``"swiglu_oai"`` only, default 1.702.
+        transposed: the weights are stored as (experts, in, out): gate_up_proj (experts, hidden, 2 * intermediate),
+            down_proj (experts, intermediate, hidden). LoRA keeps its shapes, as in PEFT.
+        interleaved: the outputs of gate_up alternate, gate 0, up 0, gate 1, ...: in gate_up_proj, gate_up_bias and
+            the rows of gate_up's lora_B.
         isa: instruction set, one of ``ktlib.cpu_info()["isas"]``; default: ``KTLIB_ISA`` or the fastest here.
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,
-        top_k_weights, lora_A, lora_B, gate_up_proj and down_proj. ``hidden_states``, the routing and LoRA may live on
-        another device: they are copied to the CPU, and the result and the gradients back.
+        top_k_weights, lora_A, lora_B, the weights and the biases. ``hidden_states``, the routing, biases and LoRA may
+        live on another device: they are copied to the CPU, and the result and the gradients back.
 
     Raises:
         TypeError: an argument is not a tensor (or not such a tuple), or has the wrong dtype.
-        ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa.
+        ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
+            not positive and finite, an alpha that is not finite or not the gate's.
         RuntimeError: ``isa`` cannot run on this machine.
     """
-    _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    experts, hidden, intermediate = down_proj.shape
+    experts, hidden, intermediate = _check_inputs(
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed
+    )
     gate_up_A, gate_up_B, gate_up_scaling = _check_lora("gate_up_lora", gate_up_lora, experts, hidden, 2 * intermediate)
     down_A, down_B, down_scaling = _check_lora("down_lora", down_lora, experts, intermediate, hidden)
-    if gate not in GATES:
-        raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
+    _check_bias("gate_up_bias", gate_up_bias, (experts, 2 * intermediate), "(experts, 2 * intermediate)")
+    _check_bias("down_bias", down_bias, (experts, hidden), "(experts, hidden)")
+    limit, alpha = _check_gate(gate, limit, alpha)
 
     device = hidden_states.device
-    hidden_states, top_k_index, top_k_weights, *lora = to_host(
-        hidden_states, top_k_index, top_k_weights, gate_up_A, gate_up_B, down_A, down_B
+    hidden_states, top_k_index, top_k_weights, *others = to_host(
+        hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, gate_up_A, gate_up_B, down_A, down_B
     )
     grad = torch.is_grad_enabled()
-    whole = grad and (gate_up_proj.requires_grad or down_proj.requires_grad)
-    save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *lora)))
+    base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    whole = grad and any(t is not None and t.requires_grad for t in base)
+    save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
     output, *_ = torch.ops.ktlib.moe_experts(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *lora, gate_up_scaling, down_scaling,
-        gate, isa or os.environ.get("KTLIB_ISA", ""), whole, save,
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, gate_up_scaling, down_scaling,
+        gate, limit, alpha, bool(transposed), bool(interleaved), isa or os.environ.get("KTLIB_ISA", ""), whole, save,
     )  # fmt: skip
     return to_device(output, device)
 
@@ -113,7 +145,14 @@ def _check_shape(name, value, shape, why):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {why}")
 
 
-def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj):
+def _sizes(down_proj, transposed):
+    """``(experts, hidden, intermediate)``."""
+    experts, first, second = down_proj.shape
+    return (experts, second, first) if transposed else (experts, first, second)
+
+
+def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed):
+    """``(experts, hidden, intermediate)``, as the weights have them."""
     floats = (torch.bfloat16, torch.float32)
     _check_tensor("hidden_states", hidden_states, floats, 2)
     _check_tensor("top_k_index", top_k_index, (torch.int64,), 2)
@@ -127,8 +166,11 @@ def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
             raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
         if 0 in weight.shape:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs at least one of each dimension")
-    experts, hidden, intermediate = down_proj.shape
-    _check_shape("gate_up_proj", gate_up_proj, (experts, 2 * intermediate, hidden), "to match down_proj")
+    experts, hidden, intermediate = _sizes(down_proj, transposed)
+    if transposed:
+        _check_shape("gate_up_proj", gate_up_proj, (experts, hidden, 2 * intermediate), "to match down_proj transposed")
+    else:
+        _check_shape("gate_up_proj", gate_up_proj, (experts, 2 * intermediate, hidden), "to match down_proj")
     tokens = hidden_states.shape[0]
     _check_shape("hidden_states", hidden_states, (tokens, hidden), "to match down_proj")
     _check_shape("top_k_index", top_k_index, (tokens, top_k_index.shape[1]), "to match hidden_states")
@@ -139,6 +181,29 @@ def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         raise ValueError(
             f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots"
         )
+    return experts, hidden, intermediate
+
+
+def _check_bias(name, bias, shape, why):
+    if bias is not None:
+        _check_tensor(name, bias, (torch.bfloat16, torch.float32), 2)
+        _check_shape(name, bias, shape, why)
+
+
+def _check_gate(gate, limit, alpha):
+    """``(limit, alpha)`` as the registered op takes them: infinity is no limit."""
+    if gate not in GATES:
+        raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
+    for name, value in (("limit", limit), ("alpha", alpha)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs None or a number")
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}, needs None or a finite number")
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit: got {limit}, needs None or a positive number")
+    if alpha is not None and gate != "swiglu_oai":
+        raise ValueError(f"alpha: got {alpha} with gate {gate!r}, needs None: only 'swiglu_oai' has it")
+    return (math.inf if limit is None else float(limit)), (ALPHA if alpha is None else float(alpha))
 
 
 def _check_lora(name, lora, experts, in_features, out_features):
@@ -177,112 +242,118 @@ def _lora_arguments(lora_A, lora_B, experts, scaling):
     return (lora_A.data_ptr(), lora_B.data_ptr(), lora_A.dtype == torch.float32, lora_A.shape[0] // experts, scaling)
 
 
-def _arguments(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, scalings, gate):
+def _arguments(tensors, settings):
     """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call."""
-    experts, hidden, intermediate = down_proj.shape
-    tensors = [
-        hidden_states.to(torch.bfloat16).contiguous(),
-        top_k_index.contiguous(),
-        top_k_weights.float().contiguous(),
-        gate_up_proj,
-        down_proj,
-        *(None if t is None else t.contiguous() for t in lora),
-    ]
-    sizes = (hidden_states.shape[0], hidden, intermediate, experts, top_k_index.shape[1])
-    inputs = (
-        *(t.data_ptr() for t in tensors[:5]),
-        _lora_arguments(tensors[5], tensors[6], experts, scalings[0]),
-        _lora_arguments(tensors[7], tensors[8], experts, scalings[1]),
-        GATES.index(gate),
+    experts, hidden, intermediate = _sizes(tensors.down_proj, settings.transposed)
+    sizes = (tensors.hidden_states.shape[0], hidden, intermediate, experts, tensors.top_k_index.shape[1])
+    held = _Tensors(
+        tensors.hidden_states.to(torch.bfloat16).contiguous(),
+        tensors.top_k_index.contiguous(),
+        tensors.top_k_weights.float().contiguous(),
+        *(None if t is None else t.contiguous() for t in tensors[3:]),
     )
-    return sizes, inputs, tensors
+    inputs = (
+        *(t.data_ptr() for t in held[:5]),
+        _address(held.gate_up_bias),
+        _address(held.down_bias),
+        _lora_arguments(held.gate_up_lora_A, held.gate_up_lora_B, experts, settings.gate_up_scaling),
+        _lora_arguments(held.down_lora_A, held.down_lora_B, experts, settings.down_scaling),
+        (GATES.index(settings.gate), settings.limit, settings.alpha),
+        settings.transposed,
+        settings.interleaved,
+    )
+    return sizes, inputs, held
 
 
-def _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save):
+def _saved_shapes(tensors, settings, save):
     """Shapes of what backward needs: gate and up before the activation, the inner values of both LoRA pairs (twice:
     csrc/lora.h keeps them as sums of two bf16)."""
-    slots, (experts, _, intermediate) = top_k_index.numel(), down_proj.shape
+    slots, (experts, _, intermediate) = tensors.top_k_index.numel(), _sizes(tensors.down_proj, settings.transposed)
     if not save:
         return (0,), (0,), (0,)
-    ranks = [0 if a is None else a.shape[0] // experts for a in (gate_up_A, down_A)]
+    lora = (tensors.gate_up_lora_A, tensors.down_lora_A)
+    ranks = [0 if a is None else a.shape[0] // experts for a in lora]
     return (slots, 2 * intermediate), (2 * ranks[0], slots), (2 * ranks[1], slots)
 
 
-def _empty_like(tensor):
+def _split(arguments):
+    """The registered ops' arguments as ``(_Tensors, _Settings, the one after them)``."""
+    count = len(_Tensors._fields)
+    return _Tensors(*arguments[:count]), _Settings(*arguments[count:-1]), arguments[-1]
+
+
+def _empty_like(tensor, dtype=None):
     """Contiguous; in pinned memory if ``tensor`` is, because what becomes of the one becomes of the other."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_pinned())
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=tensor.is_pinned())
 
 
-def _forward(
-    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_A, gate_up_B, down_A, down_B,
-    gate_up_scaling, down_scaling, gate, isa, whole, save,
-):  # fmt: skip
-    lora = (gate_up_A, gate_up_B, down_A, down_B)
-    sizes, inputs, tensors = _arguments(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, (gate_up_scaling, down_scaling), gate
-    )
-    output = _empty_like(hidden_states)
-    shapes = _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, save)
-    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+def _forward(*arguments):
+    tensors, settings, save = _split(arguments)
+    sizes, inputs, held = _arguments(tensors, settings)
+    output = _empty_like(tensors.hidden_states)
+    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _saved_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save else 0 for t in saved)
-    _kernels.forward(isa, torch.get_num_threads(), sizes, inputs, _address(output), addresses, whole)
+    threads = torch.get_num_threads()
+    _kernels.forward(settings.isa, threads, sizes, inputs, _address(output), addresses, settings.whole)
+    del held
     return output, *saved
 
 
-def _backward(
-    grad_output, saved_gate_up, saved_t_gate_up, saved_t_down, hidden_states, top_k_index, top_k_weights, gate_up_proj,
-    down_proj, gate_up_A, gate_up_B, down_A, down_B, gate_up_scaling, down_scaling, gate, isa, whole, wanted,
-):  # fmt: skip
-    lora = (gate_up_A, gate_up_B, down_A, down_B)
-    sizes, inputs, tensors = _arguments(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, (gate_up_scaling, down_scaling), gate
-    )
+def _backward(grad_output, saved_gate_up, saved_t_gate_up, saved_t_down, *arguments):
+    tensors, settings, wanted = _split(arguments)
+    sizes, inputs, held = _arguments(tensors, settings)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
-    wrt = (hidden_states, top_k_weights, gate_up_proj, down_proj, *lora)
-    grads = [_empty_like(t) if w else None for t, w in zip(wrt, wanted, strict=True)]
-    grad_weights = None if grads[1] is None else torch.empty(top_k_weights.shape, dtype=torch.float32)
+    grads = dict.fromkeys(_DIFFERENTIABLE)
+    for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
+        if want:
+            grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
+    to = {name: _address(grad) for name, grad in grads.items()}
     _kernels.backward(
-        isa, torch.get_num_threads(), sizes, inputs,
+        settings.isa, torch.get_num_threads(), sizes, inputs,
         (saved_gate_up.data_ptr(), saved_t_gate_up.data_ptr(), saved_t_down.data_ptr()), grad_output.data_ptr(),
-        _address(grads[0]), _address(grad_weights)[0],
-        (_address(grads[4]), _address(grads[5])), (_address(grads[6]), _address(grads[7])),
-        (_address(grads[2])[0], _address(grads[3])[0]), whole,
+        to["hidden_states"], to["top_k_weights"][0],
+        (to["gate_up_lora_A"], to["gate_up_lora_B"]), (to["down_lora_A"], to["down_lora_B"]),
+        (to["gate_up_proj"][0], to["down_proj"][0]), (to["gate_up_bias"], to["down_bias"]), settings.whole,
     )  # fmt: skip
-    if grad_weights is not None:
-        grads[1] = grad_weights.to(top_k_weights.dtype)
-    return tuple(torch.empty(0) if g is None else g for g in grads)
+    del held
+    if grads["top_k_weights"] is not None:
+        grads["top_k_weights"] = grads["top_k_weights"].to(tensors.top_k_weights.dtype)
+    return tuple(torch.empty(0) if grad is None else grad for grad in grads.values())
 
 
-def _forward_fake(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *rest):
-    shapes = _saved_shapes(hidden_states, top_k_index, down_proj, rest[0], rest[2], rest[-1])
-    saved = (hidden_states.new_empty(shape, dtype=torch.bfloat16) for shape in shapes)
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format), *saved
+def _forward_fake(*arguments):
+    tensors, settings, save = _split(arguments)
+    shapes = _saved_shapes(tensors, settings, save)
+    saved = (tensors.hidden_states.new_empty(shape, dtype=torch.bfloat16) for shape in shapes)
+    return torch.empty_like(tensors.hidden_states, memory_format=torch.contiguous_format), *saved
 
 
-def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *rest):
-    wrt = (rest[0], rest[2], *rest[3:9])
+def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
+    tensors, _, wanted = _split(arguments)
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else grad_output.new_empty(0)
-        for t, wanted in zip(wrt, rest[-1], strict=True)
+        torch.empty_like(getattr(tensors, name), memory_format=torch.contiguous_format)
+        if want
+        else grad_output.new_empty(0)
+        for name, want in zip(_DIFFERENTIABLE, wanted, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
+    tensors, settings, _ = _split(inputs)
+    ctx.settings = tuple(settings)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *inputs[:9])
-    ctx.settings = inputs[9:14]
+    ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _autograd_backward(ctx, grad_output, *_):
-    wrt = (0, 2, 3, 4, 5, 6, 7, 8)  # all tensors but top_k_index
-    result = [None] * 15
+    result = dict.fromkeys(_Tensors._fields)
     if grad_output is not None:
-        wanted = [ctx.needs_input_grad[i] for i in wrt]
+        needs = dict(zip(_Tensors._fields, ctx.needs_input_grad, strict=False))
+        wanted = [needs[name] for name in _DIFFERENTIABLE]
         grads = torch.ops.ktlib.moe_experts_backward(grad_output, *ctx.saved_tensors, *ctx.settings, wanted)
-        for i, grad, want in zip(wrt, grads, wanted, strict=True):
-            result[i] = grad if want else None
-    return tuple(result)
+        result |= {name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if needs[name]}
+    return *result.values(), *[None] * (len(ctx.settings) + 1)
 
 
 _library.impl("moe_experts", _forward, "CPU")

@@ -3,6 +3,8 @@
 Nothing here is fast and nothing is rounded. It is differentiable, so that its gradients are the reference too.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +24,24 @@ def lora_delta(lora, expert, num_experts):
     return scaling * (b @ a)
 
 
+def apply_gate(gate_proj, up_proj, gate="silu", limit=None, alpha=None):
+    """The gate of :func:`ktlib.moe_experts` (see there), elementwise, in the dtype of its arguments.
+
+    Both GELUs are written without the sum 1 + erf or 1 + tanh, which loses the lower tail even in float64.
+    """
+    if limit is not None:
+        gate_proj, up_proj = gate_proj.clamp(max=limit), up_proj.clamp(min=-limit, max=limit)
+    if gate == "silu":
+        return F.silu(gate_proj) * up_proj
+    if gate == "gelu":
+        return gate_proj * torch.special.erfc(-gate_proj / math.sqrt(2)) / 2 * up_proj
+    if gate == "gelu_tanh":
+        return gate_proj * torch.sigmoid(math.sqrt(8 / math.pi) * (gate_proj + 0.044715 * gate_proj**3)) * up_proj
+    if gate == "swiglu_oai":
+        return gate_proj * torch.sigmoid((1.702 if alpha is None else alpha) * gate_proj) * (up_proj + 1)
+    raise ValueError(f"gate: got {gate!r}, the reference knows 'silu', 'gelu', 'gelu_tanh' and 'swiglu_oai'")
+
+
 def moe_experts(
     hidden_states,
     top_k_index,
@@ -31,22 +51,32 @@ def moe_experts(
     gate_up_lora=None,
     down_lora=None,
     *,
+    gate_up_bias=None,
+    down_bias=None,
     gate="silu",
+    limit=None,
+    alpha=None,
+    transposed=False,
+    interleaved=False,
 ):
     """``sum_j top_k_weights[t, j] * expert(top_k_index[t, j])(hidden_states[t])`` in float64, (tokens, hidden).
 
     Same arguments as :func:`ktlib.moe_experts`; any device, any dtype.
     """
-    if gate != "silu":
-        raise ValueError(f"gate: got {gate!r}, the reference knows 'silu'")
     hidden_states, top_k_weights = hidden_states.double(), top_k_weights.double()
     num_experts = gate_up_proj.shape[0]
+
+    def project(x, weight, lora, bias, expert):
+        dense = weight[expert].double()
+        dense = (dense.T if transposed else dense) + lora_delta(lora, expert, num_experts)
+        return F.linear(x, dense, None if bias is None else bias[expert].double())
+
     output = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         token, slot = torch.where(top_k_index == expert)
-        gate_up = gate_up_proj[expert].double() + lora_delta(gate_up_lora, expert, num_experts)
-        down = down_proj[expert].double() + lora_delta(down_lora, expert, num_experts)
-        gate_proj, up_proj = F.linear(hidden_states[token], gate_up).chunk(2, dim=-1)
-        expert_output = F.linear(F.silu(gate_proj) * up_proj, down)
+        gate_up = project(hidden_states[token], gate_up_proj, gate_up_lora, gate_up_bias, expert)
+        halves = (gate_up[:, 0::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+        activated = apply_gate(*halves, gate, limit, alpha)
+        expert_output = project(activated, down_proj, down_lora, down_bias, expert)
         output = output.index_add(0, token, expert_output * top_k_weights[token, slot, None])
     return output

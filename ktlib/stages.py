@@ -34,7 +34,7 @@ def stages(layer, expert, apply_gate, grad_output=None):
     """``(token, slot, {stage: values})`` of one expert: ``token``, ``slot`` (n,), values (n, width) in float64.
 
     Args:
-        layer: arguments of ``moe_experts`` as a dict; LoRA may be missing or None.
+        layer: arguments of ``moe_experts`` as a dict; those with a default may be missing.
         expert: its id.
         apply_gate: function of the (n, 2 * intermediate) gate and up values, such as ``experts._apply_gate``.
         grad_output: (tokens, hidden) or None; with it the stages of backward follow those of forward.
@@ -49,7 +49,7 @@ def stages(layer, expert, apply_gate, grad_output=None):
         activation = apply_gate(gate_up)
         down = _project(activation, layer, "down", expert)
         output = down * weight
-    gate, up = gate_up.detach().chunk(2, dim=-1)
+    gate, up = _gate_and_up(gate_up.detach(), layer, -1)
     values = {"input": x, "routing weight": weight, "gate": gate, "up": up, "activation": activation, "down": down}
     values["output"] = output
     if grad_output is not None:
@@ -60,13 +60,27 @@ def stages(layer, expert, apply_gate, grad_output=None):
         names = ("down", "routing weight", "activation", "gate", "input")
         values |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
         both = values["gradient of gate"]
-        values["gradient of gate"], values["gradient of up"] = both.chunk(2, dim=-1)
+        values["gradient of gate"], values["gradient of up"] = _gate_and_up(both, layer, -1)
     return token, slot, {name: value.detach() for name, value in values.items()}
 
 
+def _gate_and_up(both, layer, dim):
+    """The two halves of gate_up's outputs along ``dim``."""
+    if layer.get("interleaved"):
+        return both.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    return both.chunk(2, dim=dim)
+
+
+def _weight(layer, name, expert):
+    """One expert's (out, in)."""
+    weight = layer[f"{name}_proj"][expert].detach()
+    return weight.T if layer.get("transposed") else weight
+
+
 def _project(x, layer, name, expert):
-    weight = layer[f"{name}_proj"][expert].detach().double()
-    y = F.linear(x, weight)
+    bias = layer.get(f"{name}_bias")
+    bias = None if bias is None else bias[expert].detach().double()
+    y = F.linear(x, _weight(layer, name, expert).double(), bias)
     lora = layer.get(f"{name}_lora")
     if lora is not None:
         a, b = _expert_lora(lora, expert, layer[f"{name}_proj"].shape[0])
@@ -139,11 +153,14 @@ def _blame(layer, place):
     name = _OPERANDS.get(place.stage)
     lora = layer.get(f"{name}_lora")
     if name is not None:
-        weight = layer[f"{name}_proj"][place.expert]
-        if name == "gate_up":
-            weight = weight.chunk(2, dim=0)[place.stage == "up"]
-        if not weight.isfinite().all():
-            return f"{name}_proj[{place.expert}] of the base model holds {_count(weight)}"
+        parts = {"proj": _weight(layer, name, place.expert)}
+        if layer.get(f"{name}_bias") is not None:
+            parts["bias"] = layer[f"{name}_bias"][place.expert].detach()
+        for part, values in parts.items():
+            if name == "gate_up":
+                values = _gate_and_up(values, layer, 0)[place.stage == "up"]
+            if not values.isfinite().all():
+                return f"{name}_{part}[{place.expert}] of the base model holds {_count(values)}"
         factors = () if lora is None else _expert_lora(lora, place.expert, len(layer[f"{name}_proj"]))
         for letter, matrix in zip("AB", factors, strict=False):
             if not matrix.isfinite().all():

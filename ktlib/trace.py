@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ktlib import stages
-from ktlib.experts import is_experts
+from ktlib.experts import is_experts, layout
 
 MAX_NAMES = 1000  # of contaminated modules kept
 
@@ -390,15 +390,16 @@ def _blocks(model):
 
 
 def experts_arguments(module, args, kwargs):
-    """Arguments of ``moe_experts`` (on the CPU) of one call of an experts module; None if its layout is another."""
-    plain = module.has_gate and not (module.has_bias or module.is_transposed)
-    if not plain or not getattr(module, "is_concatenated", True) or len(args) < 3:
+    """Arguments of ``moe_experts`` (on the CPU) of one call of an experts module, without those that say what its gate
+    is; None if its experts have no gate, or a norm behind them."""
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or len(args) < 3:
         return None
     device = module.down_proj.device
     names = ("hidden_states", "top_k_index", "top_k_weights")
     layer = {name: value.detach().to(device) for name, value in zip(names, args, strict=False)}
     layer["hidden_states"] = layer["hidden_states"].flatten(0, -2)
     layer |= {"gate_up_proj": module.gate_up_proj.detach(), "down_proj": module.down_proj.detach()}
+    layer |= {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in layout(module).items()}
     for name in ("gate_up_lora", "down_lora"):
         lora = kwargs.get(name)
         layer[name] = lora and (lora[0].detach().to(device), lora[1].detach().to(device), lora[2])
@@ -433,6 +434,9 @@ def _operands(layer):
         if layer[name] is not None:
             yield f"{name} A", layer[name][0]
             yield f"{name} B", layer[name][1]
+    for name in ("gate_up_bias", "down_bias"):
+        if layer[name] is not None:
+            yield name, layer[name]
 
 
 def _describe_all(name, tensors):

@@ -43,6 +43,7 @@ FAMILIES = {
         "Glm4MoeConfig",
         {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     ),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "intermediate_size": 48, "head_dim": 16}),
 }
 
 
@@ -66,8 +67,10 @@ def tiny_model(family, experts="eager", dtype=torch.float32, experts_dtype=None,
     experts_dtype = experts_dtype or (torch.bfloat16 if experts == "ktlib" else dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                 parameter.normal_(std=0.3)  # routers that are sure of their choice
+            if name.endswith("_proj_bias"):
+                parameter.normal_(std=0.3)  # transformers starts them at zero
             parameter.copy_(parameter.bfloat16())
             parameter.data = parameter.data.to(experts_dtype if ".experts." in name else dtype)
             parameter.requires_grad_(experts != "ktlib" or ".experts." not in name)

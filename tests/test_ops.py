@@ -122,7 +122,38 @@ WRONG = {
         ValueError,
         "down_lora scaling: got nan",
     ),
-    "gate unknown": (lambda a: {"gate": "relu"}, ValueError, "gate: got 'relu', needs one of 'silu'"),
+    "gate unknown": (lambda a: {"gate": "relu"}, ValueError, "gate: got 'relu', needs one of 'silu', 'gelu', 'gelu_"),
+    "limit infinite": (lambda a: {"limit": float("inf")}, ValueError, "limit: got inf, needs None or a finite number"),
+    "limit nan": (lambda a: {"limit": float("nan")}, ValueError, "limit: got nan"),
+    "limit zero": (lambda a: {"limit": 0.0}, ValueError, "limit: got 0.0, needs None or a positive number"),
+    "limit a string": (lambda a: {"limit": "7"}, TypeError, "limit: got str"),
+    "alpha without its gate": (lambda a: {"alpha": 1.7}, ValueError, "alpha: got 1.7 with gate 'silu'"),
+    "alpha infinite": (
+        lambda a: {"gate": "swiglu_oai", "alpha": float("-inf")},
+        ValueError,
+        "alpha: got -inf, needs None or a finite number",
+    ),
+    "bias a list": (lambda a: {"down_bias": [0.0]}, TypeError, "down_bias: got list"),
+    "bias fp16": (
+        lambda a: {"down_bias": torch.zeros(EXPERTS, HIDDEN).half()},
+        TypeError,
+        "down_bias: got float16",
+    ),
+    "bias of one expert": (
+        lambda a: {"gate_up_bias": torch.zeros(2 * INTERMEDIATE)},
+        ValueError,
+        r"gate_up_bias: got float32 \(192,\) .* needs a 2-d tensor",
+    ),
+    "bias of other size": (
+        lambda a: {"gate_up_bias": torch.zeros(EXPERTS, INTERMEDIATE)},
+        ValueError,
+        r"gate_up_bias: got shape \(4, 96\), needs \(4, 192\)",
+    ),
+    "weights not transposed": (
+        lambda a: {"transposed": True},
+        ValueError,
+        r"gate_up_proj: got shape \(4, 192, 64\), needs \(4, 96, 128\) to match down_proj transposed",
+    ),
     "isa unknown": (lambda a: {"isa": "neon"}, ValueError, "isa: got 'neon', known are 'amx_bf16'"),
 }
 
@@ -134,13 +165,20 @@ def test_wrong_arguments(layer, case):
         ktlib.moe_experts(**(layer | change(layer)))
 
 
+def arguments_of_the_op(layer, gate="silu", limit=float("inf"), transposed=False, interleaved=False, save=True):
+    """``layer`` as torch.ops.ktlib.moe_experts takes it."""
+    lora = [t for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
+    names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
+    biases = (layer.get("gate_up_bias"), layer.get("down_bias"))
+    settings = (2.0, 2.0, gate, limit, 1.702, transposed, interleaved, "", save and biases[0] is not None, save)
+    return (*(layer[name] for name in names), *biases, *lora, *settings)
+
+
 def test_a_wrong_id_writes_nothing(layer):
     """The C++ side checks ids itself, before any output: also when it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
-    lora = [t for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
-    tensors = [layer[n] for n in ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")]
-    sizes, inputs, keep = ops._arguments(*tensors, lora, (1.0, 1.0), "silu")
+    sizes, inputs, keep = ops._arguments(*ops._split(arguments_of_the_op(layer))[:2])
     with pytest.raises(ValueError, match="1000000000000"):
         ops._kernels.forward("", 2, sizes, inputs, (output.data_ptr(), False), (0, 0, 0), False)
     assert (output == 7.0).all() and keep
@@ -177,17 +215,24 @@ def test_other_devices_are_moved_not_dereferenced(layer):
 
 
 def test_opcheck(layer):
-    lora = [t.clone().requires_grad_() for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
-    arguments = (
-        layer["hidden_states"].clone().requires_grad_(), layer["top_k_index"],
-        layer["top_k_weights"].clone().requires_grad_(), layer["gate_up_proj"], layer["down_proj"],
-        *lora, 2.0, 2.0, "silu", "", False, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments)
-    torch.library.opcheck(
-        torch.ops.ktlib.moe_experts.default,
-        (*(a.detach() for a in arguments[:5]), *[None] * 4, *arguments[9:14], False),
+    wide = dict(layer)
+    for name in ("hidden_states", "top_k_weights"):
+        wide[name] = layer[name].clone().requires_grad_()
+    for name in ("gate_up_lora", "down_lora"):
+        wide[name] = (*(t.clone().requires_grad_() for t in layer[name][:2]), layer[name][2])
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments_of_the_op(wide))
+    arguments = arguments_of_the_op(layer, save=False)
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, (*arguments[:5], *[None] * 6, *arguments[11:]))
+
+
+def test_opcheck_of_transposed_interleaved_experts_with_biases(layer):
+    layer["gate_up_proj"], layer["down_proj"] = (
+        layer[name].transpose(1, 2).contiguous().requires_grad_() for name in ("gate_up_proj", "down_proj")
     )
+    layer["gate_up_bias"] = torch.randn(EXPERTS, 2 * INTERMEDIATE).requires_grad_()
+    layer["down_bias"] = torch.randn(EXPERTS, HIDDEN).bfloat16().requires_grad_()
+    arguments = arguments_of_the_op(layer, "swiglu_oai", 7.0, transposed=True, interleaved=True)
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments)
 
 
 def test_compiles_without_a_graph_break(layer):

@@ -378,6 +378,27 @@ def swiglu(gate_up):
     return torch.nn.functional.silu(gate) * up
 
 
+# transposed, interleaved and with biases: gates are the even outputs
+GPT_OSS_POISONS = {
+    "gate": (lambda e, x: e.gate_up_proj_bias[x, 2::4].fill_(NAN), "gate_up_bias[{}] of the base model holds 24 NaN"),
+    "up": (lambda e, x: e.gate_up_proj[x, 9, 7].fill_(NAN), "gate_up_proj[{}] of the base model holds 1 NaN"),
+    "down": (lambda e, x: e.down_proj_bias[x, 5].fill_(INF), "down_bias[{}] of the base model holds 1 Inf"),
+}
+
+
+@pytest.mark.parametrize("stage", GPT_OSS_POISONS)
+def test_names_stage_and_expert_of_gpt_oss(stage):
+    model = tiny_model("gpt_oss", "ktlib", dtype=torch.bfloat16, num_hidden_layers=3)
+    expert = int(routing(model)[4, 0])
+    poison, reason = GPT_OSS_POISONS[stage]
+    with torch.no_grad():
+        poison(experts_of(model), expert)
+    finding = finding_of(model)
+    assert (finding.phase, finding.module, finding.stage, finding.expert) == ("forward", EXPERTS, stage, expert)
+    assert reason.format(expert) in finding.reason
+    assert "gate_up_bias" in str(finding)
+
+
 def test_cost_is_below_a_tenth_of_a_step():
     """Alternating, best of several, on a model whose layers are small beside real ones; real ones cost less."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512}
