@@ -1,12 +1,19 @@
 // Threads and scratch. OpenMP, because an extension loaded after torch shares torch's runtime and thread pool.
 #pragma once
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <utility>
+
+#ifdef KTLIB_STD_THREADS
+#include <atomic>
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
 
 #include "kernels.h"
 
@@ -17,6 +24,20 @@ namespace ktlib {
 template <class Body>
 void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& body) {
   if (count == 0) return;
+#ifdef KTLIB_STD_THREADS
+  // For ThreadSanitizer, which cannot see the fork and join of GNU OpenMP, an uninstrumented library, and so reports
+  // every region as a race. The counter is relaxed: it hands out tasks and orders nothing, as OpenMP's own.
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int thread) {
+    if (k.thread_begin) k.thread_begin();
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task, thread);
+    if (k.thread_end) k.thread_end();
+  };
+  std::vector<std::thread> team;
+  for (int thread = 1; thread < std::min<int64_t>(threads, count); thread++) team.emplace_back(work, thread);
+  work(0);
+  for (std::thread& member : team) member.join();
+#else
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, count)))
   {
     if (k.thread_begin) k.thread_begin();
@@ -24,6 +45,7 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
     for (int64_t task = 0; task < count; task++) body(task, omp_get_thread_num());
     if (k.thread_end) k.thread_end();
   }
+#endif
 }
 
 // Asks for huge pages where [memory, memory + bytes) spans them: 512 times fewer page faults on first touch, which

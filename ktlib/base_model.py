@@ -292,6 +292,8 @@ def make(out_dir, steps=3000, seed=0):
     device, experts = ("cuda", "batched_mm") if torch.cuda.is_available() else ("cpu", "eager")
     model = DeepseekV2ForCausalLM._from_config(config(tokenizer), experts_implementation=experts).to(device)
     losses = pretrain(model, tokenizer, steps)
+    for rubbish in out_dir.parent.glob(f".{out_dir.name}.*"):  # of one that was killed here
+        shutil.rmtree(rubbish)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         model.to(torch.bfloat16).save_pretrained(temporary)

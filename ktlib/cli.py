@@ -1,6 +1,6 @@
 """The ``ktlib`` command: ``ktlib info``, ``ktlib audit DIR``, ``ktlib sft [PARAMS.yaml] [--param NAME=VALUE]``.
 
-Exit codes: 0 good, 1 a finding or a failed run, 2 a wrong argument or unreadable input.
+Exit codes: 0 good, 1 a finding, a failed run or a repetition that differs, 2 a wrong argument or unreadable input.
 """
 
 import argparse
@@ -43,6 +43,9 @@ def parser():
         "--param", action="append", default=[], metavar="NAME=VALUE", help="set one; wins over the file"
     )
     command.add_argument("--name", help="name of the run, default: the file's name, or sft")
+    command.add_argument(
+        "--repeat", type=Path, metavar="RUN.ipynb", help="do again what this executed notebook did, and compare"
+    )
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
     command.add_argument("--notebook", type=Path, default=SFT, help=argparse.SUPPRESS)
     command.set_defaults(run=sft)
@@ -89,6 +92,8 @@ def sft(arguments):
     if not notebook.is_file():
         raise ValueError(f"{notebook.name} not found: the SFT notebook is run from a clone of the repository")
     known = runs.notebook_parameters(notebook)
+    if arguments.repeat:
+        return repeat(arguments, read_pairs(arguments.param, known))
     parameters = (read_yaml(arguments.params) if arguments.params else {}) | read_pairs(arguments.param, known)
     folder = arguments.out / (arguments.name or (arguments.params.stem if arguments.params else "sft"))
     if "output_dir" in known:
@@ -101,6 +106,25 @@ def sft(arguments):
     if "output_dir" in known and not result["error"]:
         print(f"adapter   {parameters['output_dir']}")
     return 1 if result["error"] else 0
+
+
+def repeat(arguments, changes):
+    """Repeat the run of an executed notebook and say what differs."""
+    from ktlib.repeat import repeat
+
+    if arguments.params:
+        raise ValueError(f"--repeat takes its parameters from {arguments.repeat}, got {arguments.params} as well")
+    folder = arguments.out / (arguments.name or f"{arguments.repeat.stem}-repeat")
+    result = repeat(arguments.repeat, arguments.notebook, folder, changes)
+    if result["error"]:
+        print(f"\nFAILED in {result['error']}", file=sys.stderr)
+    print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
+    for title, lines in (("setting", result["circumstances"]), ("DIFFERS", result["results"])):
+        for line in lines or []:
+            print(f"{title:<8}  {line}")
+    if result["results"] == []:
+        print("same      adapter, bit for bit")
+    return 0 if result["results"] == [] else 1
 
 
 def read_yaml(path):

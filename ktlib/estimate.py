@@ -121,7 +121,7 @@ def estimate(
     rest = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     rest_lora = sum(lora.values())
-    saved = moe_layers * tokens * (top_k * (2 * inner + 4 * rank) + 2 * hidden) * 2
+    saved = moe_layers * saved_bytes(tokens, top_k, hidden, inner, rank)
     per_layer = tokens * hidden * (2 if checkpointing else 60)
     one_layer = tokens * hidden * 60 if checkpointing else 0
     host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
@@ -153,6 +153,12 @@ def estimate(
     if gpu:
         seconds["copies"] = moe_layers * 4 * tokens * hidden * 2 / 12e9
     return Estimate(host, device, seconds, tokens)
+
+
+def saved_bytes(tokens, top_k, hidden, intermediate, rank):
+    """Bytes that one layer's experts keep from forward for backward: for each token ``hidden_states`` in and out, and
+    for each of its experts gate and up and the inner values of LoRA (to 16 bits of mantissa, so twice), all in bf16."""
+    return 2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)
 
 
 def meta_model(config):

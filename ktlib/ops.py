@@ -89,6 +89,10 @@ def moe_experts(
         top_k_weights, lora_A, lora_B, the weights and the biases. ``hidden_states``, the routing, biases and LoRA may
         live on another device: they are copied to the CPU, and the result and the gradients back.
 
+    Memory: no copy of the weights. Resident after a step on a layer are at most ``weights * 1.05`` plus
+    ``2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)`` bytes that backward needs, plus outputs and
+    gradients, plus scratch that a process has once whatever the number of layers, of which at most 512 MiB are kept.
+
     Raises:
         TypeError: an argument is not a tensor (or not such a tuple), or has the wrong dtype.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 MIME = "application/vnd.ktlib.record+json"
+PARTIAL = "partial.ipynb"  # what a run writes to until it ends
 
 
 def record(**values):
@@ -30,18 +31,30 @@ def load_runs(folder):
 
     rows = []
     for path in sorted(Path(folder).glob("**/*.ipynb")):
-        if ".ipynb_checkpoints" in path.parts:
+        if ".ipynb_checkpoints" in path.parts or path.name == PARTIAL:
             continue
         notebook = nbformat.read(path, as_version=4)
         papermill = notebook.metadata.get("papermill", {})
         row = {"run": path.relative_to(folder).with_suffix("").as_posix()}
         row |= {"seconds": papermill.get("duration"), "failed": bool(papermill.get("exception"))}
         row |= papermill.get("parameters", {})
-        for cell in notebook.cells:
-            for output in cell.get("outputs", []):
-                row |= output.get("data", {}).get(MIME, {})
-        rows.append(row)
+        rows.append(row | _records(notebook))
     return rows
+
+
+def records(notebook):
+    """Everything that one executed notebook recorded, by name."""
+    import nbformat
+
+    return _records(nbformat.read(notebook, as_version=4))
+
+
+def _records(notebook):
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            found |= output.get("data", {}).get(MIME, {})
+    return found
 
 
 def notebook_parameters(notebook):
@@ -87,7 +100,7 @@ def run(notebook, folder, parameters=None, *, progress=None):
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(notebook, parameters or {})
     folder.mkdir(parents=True, exist_ok=True)
-    partial, error = folder / "partial.ipynb", None
+    partial, error = folder / PARTIAL, None
     try:
         papermill.execute_notebook(
             notebook,

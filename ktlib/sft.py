@@ -7,13 +7,9 @@ The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for
 
 import contextlib
 import functools
-import hashlib
 import inspect
-import json
 import os
 import resource
-import shutil
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -27,11 +23,22 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
 from ktlib.audit import component
 from ktlib.base_model import BASE
+from ktlib.checkpoints import (
+    CHECKPOINTS,
+    KeepWhole,
+    check_space,
+    locked,
+    place_adapter,
+    run_identity,
+    start_or_resume,
+    writing,
+)
 from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
 from ktlib.lora import lora_config
@@ -40,14 +47,6 @@ from ktlib.tasks import TASKS, load_data
 TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
 PARTS = tuple(TARGETS.values())
 LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CHECKPOINT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "rng_state.pth",
-    "scheduler.pt",
-    "trainer_state.json",
-)
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
@@ -115,6 +114,12 @@ def check_parameters(
     is_data = str(dataset) in TASKS or Path(dataset).is_file()
     need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
     need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
+    above = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
+    need(
+        os.access(above, os.W_OK | os.X_OK, effective_ids=True),
+        "output_dir",
+        f"one that can be written to: {above} cannot",
+    )
     usable = [name for name, missing in cpu_info()["isas"].items() if not missing]
     need(isa is None or isa in usable, "isa", f"none or what runs on this CPU: {', '.join(usable)}")
     return given
@@ -217,15 +222,6 @@ def collator(tokenizer):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def complete_checkpoint(folder):
-    """Newest ``checkpoint-N`` in ``folder`` to which every file was written, or None."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        if all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES):
-            return path
-    return None
-
-
 def train(
     model,
     tokenizer,
@@ -245,29 +241,28 @@ def train(
 ):
     """Fine-tune the adapters in place with a stock Trainer (AdamW, cosine schedule with 5 % warm-up, clipping at 1).
 
-    A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and the folder is removed at the
-    end; so a folder that is there belongs to an interrupted run, and is resumed from if adapters, data and parameters
-    are the same (ValueError otherwise).
+    A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
+    ``save_adapter`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
+    model, adapters, data and parameters are the same (ValueError otherwise). OSError if nothing can be written there.
 
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 
     Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
     ``tokens_per_second`` (prompts and responses, without padding), ``seconds``, ``peak_rss_mib``, ``resumed_from``
-    (step).
+    (step), ``identity`` (of ``checkpoints.run_identity``).
     """
-    checkpoints = Path(output_dir) / "checkpoints"
     examples = encode(tokenizer, rows, sequence_length, progress is True)
-    identity = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "grad_accumulation": grad_accumulation,
-        "sequence_length": sequence_length,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "adapters": fingerprint([(n, p.shape, str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]),
-        "data": fingerprint(examples),
-    }
-    resume = start_or_resume(checkpoints, identity)
+    identity = run_identity(
+        model,
+        examples,
+        steps=steps,
+        batch_size=batch_size,
+        grad_accumulation=grad_accumulation,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    checkpoints = Path(output_dir) / CHECKPOINTS
     names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     arguments = TrainingArguments(
@@ -285,28 +280,31 @@ def train(
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
         save_steps=save_every,
-        save_total_limit=1,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        data_collator=collator(tokenizer),
-        callbacks=shown + list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
-    with adapter_dtype_kept(model):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with writing(output_dir), locked(output_dir), adapter_dtype_kept(model):
+        check_space(output_dir, model)
+        resume, first_step = start_or_resume(checkpoints, identity) or (None, 0)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=collator(tokenizer),
+            callbacks=[KeepWhole(), *shown, *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if first_step == steps:  # a Trainer would make one step more
+            model.load_adapter(resume, model.active_adapter, is_trainable=True)
+            trainer.state = TrainerState.load_from_json(resume / "trainer_state.json")
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - began
-    shutil.rmtree(checkpoints)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    first_step = int(resume.name.split("-")[1]) if resume else 0
     share = (steps - first_step) / steps
     return {
         "log": log,
@@ -314,6 +312,7 @@ def train(
         "tokens_per_second": trainer.state.num_input_tokens_seen * share / seconds,
         "peak_rss_mib": peak_rss_mib(),
         "resumed_from": first_step,
+        "identity": identity,
     }
 
 
@@ -341,27 +340,6 @@ class ShowProgress(TrainerCallback):
             self.bar.close()
 
 
-def start_or_resume(checkpoints, identity):
-    """The checkpoint to resume from or None, after noting (or comparing) what the run in ``checkpoints`` is."""
-    note = checkpoints / "run.json"
-    resume = complete_checkpoint(checkpoints)
-    if resume is None:
-        if checkpoints.exists() and not note.is_file() and any(checkpoints.iterdir()):
-            raise ValueError(f"output_dir: {checkpoints} holds files of something else, need another output_dir")
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        checkpoints.mkdir(parents=True)
-        note.write_text(json.dumps(identity))
-        return None
-    before = json.loads(note.read_text()) if note.is_file() else {}
-    if changed := [key for key, now in identity.items() if before.get(key) != now]:
-        key = changed[0]
-        raise ValueError(
-            f"output_dir: {checkpoints.parent} holds an interrupted run with another {key} ({before.get(key)}, now "
-            f"{identity[key]}); finish that run, delete {checkpoints}, or choose another output_dir"
-        )
-    return resume
-
-
 @contextlib.contextmanager
 def adapter_dtype_kept(model):
     """Let a Trainer that resumes load bf16 adapters as bf16: PEFT's ``load_adapter`` makes them fp32 by default."""
@@ -370,10 +348,6 @@ def adapter_dtype_kept(model):
         yield
     finally:
         del model.load_adapter
-
-
-def fingerprint(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def peak_rss_mib():
@@ -416,12 +390,9 @@ def exact_match(model, tokenizer, rows, batch_size=100, progress=True):
 
 
 def save_adapter(model, folder):
-    """Save the adapter in PEFT's format in ``folder``: each file appears whole or not at all, other files stay."""
-    folder = Path(folder)
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
-        model.save_pretrained(temporary)
-        for path in sorted(Path(temporary).iterdir()):
-            os.replace(path, folder / path.name)
+    """Save the adapter in PEFT's format in ``folder``, whole or not at all; its checkpoints there are removed."""
+    with writing(folder), locked(folder) as folder:
+        place_adapter(model, folder)
     return folder
 
 

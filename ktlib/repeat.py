@@ -1,0 +1,97 @@
+"""What a fine-tuning run was made of and came to, in its notebook; and the same run once more, compared.
+
+Same seed and parameters, same instruction set, same versions: the same adapter, bit for bit.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from ktlib import runs
+from ktlib.cpu import cpu_info
+from ktlib.stamp import facts
+
+RECORD = "repeat"  # the name under which a notebook records it
+
+
+def provenance(parameters, result, folder):
+    """Everything needed to repeat a run, and the digest of its adapter: a dict for ``record(repeat=...)``.
+
+    ``parameters``: of ``sft.check_parameters``; ``result``: of ``sft.train``; ``folder``: of the saved adapter. Where
+    results went is left out: it changes nothing.
+    """
+    return {
+        "parameters": {name: value for name, value in parameters.items() if name != "output_dir"},
+        "identity": result["identity"],
+        "isa": cpu_info()["isa"],
+        "threads": torch.get_num_threads(),
+        "environment": facts(),
+        "adapter": digest(folder),
+    }
+
+
+def digest(folder):
+    """SHA-256 of the names, types, shapes and bits of the tensors saved in a folder."""
+    from safetensors import safe_open
+
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def recorded(notebook):
+    """What an executed notebook recorded with ``provenance``. ValueError if it cannot be read or recorded nothing."""
+    from nbformat.reader import NotJSONError
+
+    try:
+        records = runs.records(notebook)
+    except (NotJSONError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{notebook}: not a notebook ({type(error).__name__})") from None
+    if RECORD not in records:
+        raise ValueError(f"{notebook}: has no record of a run, needs an SFT notebook that ran to its end")
+    return records[RECORD]
+
+
+def differences(before, now):
+    """``(results, circumstances)``: lines that say what differs between two provenances."""
+    results, circumstances = [], []
+    if before["adapter"] != now["adapter"]:
+        results.append(f"adapter: {before['adapter'][:16]}, now {now['adapter'][:16]}")
+    for part, lines in (("identity", results), ("parameters", circumstances), ("environment", circumstances)):
+        names = [*before[part], *(name for name in now[part] if name not in before[part])]
+        for name in names:
+            old, new = before[part].get(name), now[part].get(name)
+            if old != new:
+                lines.append(f"{name}: {old}, now {new}")
+    return results, circumstances
+
+
+def repeat(run, notebook, folder, changes=None):
+    """Execute ``notebook`` as the executed notebook ``run`` was, results in ``folder``.
+
+    ``changes``: parameters to set otherwise. The ablation, which is other runs, is left out. Returns the dict of
+    ``runs.run`` with ``results`` and ``circumstances`` (``differences``); both are None if the run failed.
+    """
+    before = recorded(run)
+    if missing := cpu_info()["isas"].get(before["isa"], "is unknown here"):
+        raise ValueError(f"{run}: ran on {before['isa']}, which cannot run here: {missing}")
+    parameters = before["parameters"] | {"isa": before["isa"], "output_dir": str(Path(folder) / "adapter")}
+    if "ablation_steps" in runs.notebook_parameters(notebook):
+        parameters["ablation_steps"] = 0
+    os.environ["OMP_NUM_THREADS"] = str(before["threads"])  # of the notebook's kernel; this process has its own by now
+    result = runs.run(notebook, folder, parameters | (changes or {}))
+    if result["error"]:
+        return result | {"results": None, "circumstances": None}
+    now = recorded(result["notebook"])
+    now["parameters"]["isa"] = before["parameters"][
+        "isa"
+    ]  # named above, chosen there: the environment says if it differs
+    results, circumstances = differences(before, now)
+    return result | {"results": results, "circumstances": circumstances}
