@@ -93,8 +93,8 @@ def test_logits_and_every_gradient_agree_with_stock(family):
     assert errors.keys() == expected.keys()
     assert sum(".experts." in name and ".lora_" in name for name in errors) == 4 * len(routed)
     assert any(name.endswith(("mlp.gate.weight", "mlp.router.weight")) for name in errors)
-    few = {name for name, p in ours.named_parameters() if p.numel() <= 8}  # sums over all tokens that nearly cancel
-    beyond = {name: e for name, e in errors.items() if e >= GRADIENT_BOUND * (4 if name in few else 1)}
+    # Biases and sinks (gpt-oss): sums over all tokens, in which most of the gradient cancels.
+    beyond = {n: e for n, e in errors.items() if e >= GRADIENT_BOUND * (4 if n.endswith(("bias", "sinks")) else 1)}
     assert beyond == {}
 
 

@@ -208,6 +208,9 @@ def test_other_devices_are_moved_not_dereferenced(layer):
     for name in ("hidden_states", "top_k_index", "top_k_weights"):
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
             ktlib.moe_experts(**(layer | {name: layer[name].to("meta")}))
+    for name, size in (("gate_up_bias", 2 * INTERMEDIATE), ("down_bias", HIDDEN)):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            ktlib.moe_experts(**layer, **{name: torch.zeros(EXPERTS, size, device="meta")})
     for which in ("gate_up_lora", "down_lora"):
         lora_A, lora_B, scaling = layer[which]
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
