@@ -9,6 +9,7 @@
 
 #include "cpu.h"
 #include "moe.h"
+#include "parallel.h"
 #include "probe.h"
 
 namespace nb = nanobind;
@@ -26,7 +27,7 @@ using LoraArgs = std::tuple<uintptr_t, uintptr_t, bool, int, float>;       // A,
 using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, hidden, inter, experts, topk
 using GateArgs = std::tuple<int, float, float>;                            // activation, limit, alpha
 using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixArgs, MatrixArgs, LoraArgs,
-                             LoraArgs, GateArgs, bool, bool>;  // ... biases, LoRA, gate, transposed, interleaved
+                             LoraArgs, GateArgs, bool, bool, int>;  // ... biases, LoRA, gate, transposed, interleaved, parts
 
 Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
 
@@ -47,10 +48,10 @@ Gate gate(const GateArgs& args) {
 
 Inputs inputs(const InputArgs& args) {
   const auto& [hidden_states, index, weights, gate_up, down, gate_up_bias, down_bias, gate_up_lora, down_lora, kind,
-               transposed, interleaved] = args;
+               transposed, interleaved, parts] = args;
   return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
           at<const bf16>(down), matrix(gate_up_bias), matrix(down_bias), lora(gate_up_lora), lora(down_lora),
-          gate(kind), transposed, interleaved};
+          gate(kind), transposed, interleaved, parts};
 }
 
 using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
@@ -94,6 +95,7 @@ NB_MODULE(_kernels, m) {
     grads.down_bias = matrix(std::get<1>(biases));
     backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
   });
+  m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
   m.def("peak_rate", [](const std::string& isa, int threads) {
     const Kernels& k = select_isa(isa);
     nb::gil_scoped_release release;

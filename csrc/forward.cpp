@@ -55,7 +55,7 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
   const Buffer<bf16> down_t(columns * down_lora.depth);
   const int range = output_range(slots, hidden);
-  const Buffer<float> y(slots * range);                               // [row][range]: each expert's output
+  const Buffer<float> y(output ? slots * range : 0);                               // [row][range]: each expert's output
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
@@ -77,7 +77,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
-  parallel_tasks(k, threads, int64_t(features.size()), [&](int64_t index, int thread) {
+  const auto part_of_features = [&](int64_t index) { return int(int64_t(features[index].first) * in.parts / inter); };
+  parallel_tasks(k, threads, int64_t(features.size()), in.parts, part_of_features, [&](int64_t index, int thread) {
     const Task& task = features[index];
     const GateUp block(in, inter, task.first, task.count);
     const int64_t first_row = int64_t(task.expert) * 2 * inter;
@@ -132,12 +133,13 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
       });
     });
 
-  for (int first = 0; first < hidden; first += range) {
+  for (int first = 0; output && first < hidden; first += range) {
     const int count = std::min(range, hidden - first);
 
     // 4. y = down . h
     const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
-    parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
+    const auto part_of_outputs = [&](int64_t index) { return int((first + outputs[index].first) * int64_t(in.parts) / hidden); };
+    parallel_tasks(k, threads, int64_t(outputs.size()), in.parts, part_of_outputs, [&](int64_t index, int thread) {
       const Task& task = outputs[index];
       const int64_t feature = first + task.first;
       const Rows w = padded_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,

@@ -42,7 +42,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
   const Buffer<bf16> gate_up_t((slots + k.row_unit) * gate_up_lora.depth);  // [row][depth]
   const Buffer<bf16> down_t((slots + k.row_unit) * down_lora.depth);
   const int range = output_range(slots, hidden);
-  const Buffer<float> y(slots * range);  // [row][range]: each expert's output
+  const Buffer<float> y(output ? slots * range : 0);  // [row][range]: each expert's output
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> h_scratch(threads, kFeatures);
   const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
@@ -109,7 +109,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
       project(down_lora, row_blocks[index], h, down_t, saved.t_down, thread);
     });
 
-  for (int first = 0; first < hidden; first += range) {
+  for (int first = 0; output && first < hidden; first += range) {
     const int count = std::min(range, hidden - first);
 
     // 4. y = down . h

@@ -1,6 +1,12 @@
+#include <linux/mempolicy.h>
+
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "parallel.h"
@@ -39,6 +45,17 @@ Block allocate(int64_t bytes, int64_t align) {
 }
 
 }  // namespace
+
+void place_pages(void* memory, int64_t bytes, int node) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (uintptr_t(memory) + kPage / 2) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes) + kPage / 2) / kPage * kPage;
+  constexpr int kBits = 8 * sizeof(unsigned long), kNodes = 1024;
+  unsigned long mask[kNodes / kBits] = {};
+  mask[node / kBits] = 1ul << node % kBits;
+  if (begin < end && syscall(SYS_mbind, begin, end - begin, MPOL_PREFERRED, mask, kNodes, MPOL_MF_MOVE) != 0)
+    throw std::runtime_error("NUMA node " + std::to_string(node) + ": " + std::strerror(errno));
+}
 
 Block take_block(int64_t bytes) {
   if (bytes < kPooled) return allocate(bytes, 64);

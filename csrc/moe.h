@@ -63,6 +63,7 @@ struct Inputs {
   Lora down_lora;              // in = inter, out = hidden
   Gate gate;
   bool transposed, interleaved;
+  int parts;                   // of the weights' rows, by NUMA node: a preference of threads for tasks (parallel.h)
 
   Inputs from_token(const Shape& shape, int64_t token) const {
     Inputs part = *this;
@@ -116,7 +117,8 @@ struct Grads {
 };
 
 // Throws std::invalid_argument, with nothing written, if an expert id is out of range. whole: the batch is one part, as
-// backward needs it for gradients of expert weights and biases; the same in both.
+// backward needs it for gradients of expert weights and biases; the same in both. Without an output, forward computes
+// only what it saves.
 void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
              const Saved& saved, bool whole);
 void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,

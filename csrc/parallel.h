@@ -2,15 +2,17 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #ifdef KTLIB_STD_THREADS
-#include <atomic>
 #include <thread>
-#include <vector>
 #else
 #include <omp.h>
 #endif
@@ -48,6 +50,31 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
 #endif
 }
 
+// The NUMA node of the CPU that the calling thread is on.
+inline int numa_node() {
+  unsigned node = 0;
+  syscall(SYS_getcpu, nullptr, &node, nullptr);
+  return int(node);
+}
+
+// The same where task i reads mostly part part_of(i) of weights whose parts lie on different NUMA nodes (memory.cpp,
+// place_pages): threads take the tasks of their own node first and then help out with the others'.
+template <class PartOf, class Body>
+void parallel_tasks(const Kernels& k, int threads, int64_t count, int parts, const PartOf& part_of, const Body& body) {
+  if (parts == 1) return parallel_tasks(k, threads, count, body);
+  std::vector<std::vector<int64_t>> tasks(parts);
+  for (int64_t task = 0; task < count; task++) tasks[part_of(task)].push_back(task);
+  std::vector<std::atomic<int64_t>> next(parts);
+  for (std::atomic<int64_t>& n : next) n = 0;
+  parallel_tasks(k, threads, std::min<int64_t>(threads, count), [&](int64_t, int thread) {
+    for (int i = 0; i < parts; i++) {
+      const int part = (numa_node() + i) % parts;
+      const int64_t size = int64_t(tasks[part].size());
+      for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;) body(tasks[part][n], thread);
+    }
+  });
+}
+
 // Asks for huge pages where [memory, memory + bytes) spans them: 512 times fewer page faults on first touch, which
 // otherwise cost more than the arithmetic that fills the memory. Only a hint; changes no contents.
 inline void prefer_huge_pages(void* memory, int64_t bytes) {
@@ -64,6 +91,10 @@ struct Block {
   void* memory = nullptr;
   int64_t bytes = 0;
 };
+// Moves the pages of [memory, memory + bytes) to a NUMA node and lets later ones come from there where it has room; pages
+// at the edges go where most of them lies. Throws std::runtime_error if the operating system refuses.
+void place_pages(void* memory, int64_t bytes, int node);
+
 Block take_block(int64_t bytes);
 void give_block(const Block& block);
 

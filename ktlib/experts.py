@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from . import ops, reference
+from . import checks, reference
 from .ops import moe_experts
 
 IMPLEMENTATION = "ktlib"
@@ -109,7 +109,7 @@ def unserved(experts, hidden_states):
     if parametrized:
         return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
     if gate_of(experts) is None:
-        return f"its gate is none of {', '.join(ops.GATES)}"
+        return f"its gate is none of {', '.join(checks.GATES)}"
     return None
 
 
@@ -163,7 +163,7 @@ def _probe_gate(experts):
     alternate = not getattr(experts, "is_concatenated", True)
     got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
     numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
-    for name in ops.GATES:
+    for name in checks.GATES:
         for limit in (None, *numbers):
             for alpha in (None, *numbers) if name == "swiglu_oai" else (None,):
                 want = reference.apply_gate(gate, up, name, limit, alpha)

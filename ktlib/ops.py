@@ -1,21 +1,28 @@
 """The operator: routed experts with LoRA, forward and backward, as a pure function of the tensors of one call.
 
 ``torch.ops.ktlib.moe_experts`` is registered with schema, fake kernel and autograd; :func:`moe_experts` is the
-function to call. All checks live here. The C++ side (csrc/) sees addresses of tensors that this module has checked and
-keeps alive during the call; it stores nothing.
+function to call. The C++ side (csrc/) sees addresses of tensors that this module has checked (checks.py) and keeps alive
+during the call; it stores nothing.
 """
 
-import math
 import os
 from collections import namedtuple
 
 import torch
 
 from ktlib import _kernels
+from ktlib.checks import (
+    GATES,
+    check_all,
+    check_count,
+    check_gate,
+    check_memory,
+    check_shape,
+    check_tensor,
+    describe,
+    sizes,
+)
 from ktlib.transfer import to_device, to_host
-
-GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels.h, enum Activation
-ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
 
 _library = torch.library.Library("ktlib", "DEF")
 _TENSORS = (
@@ -25,7 +32,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "float gate_up_scaling, float down_scaling, str gate, float limit, float alpha, bool transposed, "
-    "bool interleaved, str isa, bool whole"
+    "bool interleaved, str isa, bool recompute, int parts, bool whole"
 )
 _Tensors, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
@@ -57,6 +64,8 @@ def moe_experts(
     transposed=False,
     interleaved=False,
     isa=None,
+    recompute=False,
+    parts=1,
 ):
     """Routed experts: ``out[t] = sum_j top_k_weights[t, j] * E_{top_k_index[t, j]}(hidden_states[t])``.
 
@@ -83,6 +92,10 @@ def moe_experts(
         interleaved: the outputs of gate_up alternate, gate 0, up 0, gate 1, ...: in gate_up_proj, gate_up_bias and
             the rows of gate_up's lora_B.
         isa: instruction set, one of ``ktlib.cpu_info()["isas"]``; default: ``KTLIB_ISA`` or the fastest here.
+        recompute: keep nothing but the arguments for backward, which then computes gate and up again: half a forward
+            more, the same bits.
+        parts: into how many runs of consecutive rows each weight matrix is split for machines with several NUMA nodes,
+            see :func:`ktlib.place_experts`. Says which thread computes what, never a result.
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,
@@ -92,6 +105,7 @@ def moe_experts(
     Memory: no copy of the weights. Resident after a step on a layer are at most ``weights * 1.05`` plus
     ``2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)`` bytes that backward needs, plus outputs and
     gradients, plus scratch that a process has once whatever the number of layers, of which at most 512 MiB are kept.
+    With ``recompute`` the term in ``intermediate`` and ``rank`` is gone.
 
     Raises:
         TypeError: an argument is not a tensor (or not such a tuple), or has the wrong dtype.
@@ -99,138 +113,25 @@ def moe_experts(
             not positive and finite, an alpha that is not finite or not the gate's.
         RuntimeError: ``isa`` cannot run on this machine.
     """
-    experts, hidden, intermediate = _check_inputs(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed
-    )
-    gate_up_A, gate_up_B, gate_up_scaling = _check_lora("gate_up_lora", gate_up_lora, experts, hidden, 2 * intermediate)
-    down_A, down_B, down_scaling = _check_lora("down_lora", down_lora, experts, intermediate, hidden)
-    _check_bias("gate_up_bias", gate_up_bias, (experts, 2 * intermediate), "(experts, 2 * intermediate)")
-    _check_bias("down_bias", down_bias, (experts, hidden), "(experts, hidden)")
-    limit, alpha = _check_gate(gate, limit, alpha)
+    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    _, gate_up_lora, down_lora = check_all(tensors, (gate_up_lora, down_lora), transposed)
+    limit, alpha = check_gate(gate, limit, alpha)
+    check_count("parts", parts)
 
     device = hidden_states.device
     hidden_states, top_k_index, top_k_weights, *others = to_host(
-        hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, gate_up_A, gate_up_B, down_A, down_B
+        hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, *gate_up_lora[:2], *down_lora[:2]
     )
     grad = torch.is_grad_enabled()
     base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     whole = grad and any(t is not None and t.requires_grad for t in base)
     save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
     output, *_ = torch.ops.ktlib.moe_experts(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, gate_up_scaling, down_scaling,
-        gate, limit, alpha, bool(transposed), bool(interleaved), isa or os.environ.get("KTLIB_ISA", ""), whole, save,
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, gate_up_lora[2], down_lora[2],
+        gate, limit, alpha, bool(transposed), bool(interleaved), isa or os.environ.get("KTLIB_ISA", ""),
+        bool(recompute), parts, whole, save,
     )  # fmt: skip
     return to_device(output, device)
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
-
-
-def _describe(value):
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-
-
-def _check_tensor(name, value, dtypes, ndim):
-    needs = f"a {ndim}-d tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {_describe(value)}, needs {needs}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: got {_describe(value)}, needs {needs}")
-    if value.dim() != ndim:
-        raise ValueError(f"{name}: got {_describe(value)}, needs {needs}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name}: got a tensor of layout {value.layout}, needs a dense (strided) one")
-
-
-def _check_shape(name, value, shape, why):
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {why}")
-
-
-def _sizes(down_proj, transposed):
-    """``(experts, hidden, intermediate)``."""
-    experts, first, second = down_proj.shape
-    return (experts, second, first) if transposed else (experts, first, second)
-
-
-def _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed):
-    """``(experts, hidden, intermediate)``, as the weights have them."""
-    floats = (torch.bfloat16, torch.float32)
-    _check_tensor("hidden_states", hidden_states, floats, 2)
-    _check_tensor("top_k_index", top_k_index, (torch.int64,), 2)
-    _check_tensor("top_k_weights", top_k_weights, floats, 2)
-    _check_tensor("gate_up_proj", gate_up_proj, (torch.bfloat16,), 3)
-    _check_tensor("down_proj", down_proj, (torch.bfloat16,), 3)
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if weight.device.type != "cpu":
-            raise ValueError(f"{name}: got a tensor on {weight.device}, needs expert weights on the CPU")
-        if not weight.is_contiguous():
-            raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
-        if 0 in weight.shape:
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs at least one of each dimension")
-    experts, hidden, intermediate = _sizes(down_proj, transposed)
-    if transposed:
-        _check_shape("gate_up_proj", gate_up_proj, (experts, hidden, 2 * intermediate), "to match down_proj transposed")
-    else:
-        _check_shape("gate_up_proj", gate_up_proj, (experts, 2 * intermediate, hidden), "to match down_proj")
-    tokens = hidden_states.shape[0]
-    _check_shape("hidden_states", hidden_states, (tokens, hidden), "to match down_proj")
-    _check_shape("top_k_index", top_k_index, (tokens, top_k_index.shape[1]), "to match hidden_states")
-    _check_shape("top_k_weights", top_k_weights, top_k_index.shape, "to match top_k_index")
-    if top_k_index.shape[1] == 0:
-        raise ValueError("top_k_index: got top_k = 0, needs at least 1")
-    if tokens * top_k_index.shape[1] >= 2**31:
-        raise ValueError(
-            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots"
-        )
-    return experts, hidden, intermediate
-
-
-def _check_bias(name, bias, shape, why):
-    if bias is not None:
-        _check_tensor(name, bias, (torch.bfloat16, torch.float32), 2)
-        _check_shape(name, bias, shape, why)
-
-
-def _check_gate(gate, limit, alpha):
-    """``(limit, alpha)`` as the registered op takes them: infinity is no limit."""
-    if gate not in GATES:
-        raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
-    for name, value in (("limit", limit), ("alpha", alpha)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name}: got {type(value).__name__}, needs None or a number")
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name}: got {value}, needs None or a finite number")
-    if limit is not None and limit <= 0:
-        raise ValueError(f"limit: got {limit}, needs None or a positive number")
-    if alpha is not None and gate != "swiglu_oai":
-        raise ValueError(f"alpha: got {alpha} with gate {gate!r}, needs None: only 'swiglu_oai' has it")
-    return (math.inf if limit is None else float(limit)), (ALPHA if alpha is None else float(alpha))
-
-
-def _check_lora(name, lora, experts, in_features, out_features):
-    if lora is None:
-        return None, None, 1.0
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
-        raise TypeError(f"{name}: got {type(lora).__name__}, needs None or (lora_A, lora_B, scaling)")
-    lora_A, lora_B, scaling = lora
-    floats = (torch.bfloat16, torch.float32)
-    _check_tensor(f"{name} lora_A", lora_A, floats, 2)
-    _check_tensor(f"{name} lora_B", lora_B, floats, 2)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{name}: got lora_A {lora_A.dtype} and lora_B {lora_B.dtype}, needs the same dtype")
-    rank = lora_A.shape[0] // experts
-    if rank == 0 or lora_A.shape[0] != rank * experts:
-        raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs rank * {experts} (experts), rank >= 1")
-    _check_shape(f"{name} lora_A", lora_A, (rank * experts, in_features), "(experts * rank, in)")
-    _check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
-    if not isinstance(scaling, int | float):
-        raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
-    if not math.isfinite(scaling):
-        raise ValueError(f"{name} scaling: got {scaling}, needs a finite number")
-    return lora_A, lora_B, float(scaling)
 
 
 # ------------------------------------------------------------------------------------------------- the registered op
@@ -247,9 +148,22 @@ def _lora_arguments(lora_A, lora_B, experts, scaling):
 
 
 def _arguments(tensors, settings):
-    """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call."""
-    experts, hidden, intermediate = _sizes(tensors.down_proj, settings.transposed)
-    sizes = (tensors.hidden_states.shape[0], hidden, intermediate, experts, tensors.top_k_index.shape[1])
+    """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call.
+
+    All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
+    """
+    factors = [
+        None if a is None else (a, b, scaling)
+        for a, b, scaling in (
+            (tensors.gate_up_lora_A, tensors.gate_up_lora_B, settings.gate_up_scaling),
+            (tensors.down_lora_A, tensors.down_lora_B, settings.down_scaling),
+        )
+    ]
+    (experts, hidden, intermediate), *_ = check_all(tensors, factors, settings.transposed)
+    for name, tensor in tensors._asdict().items():
+        if tensor is not None:
+            check_memory(name.replace("lora_", "lora lora_"), tensor)
+    counts = (tensors.hidden_states.shape[0], hidden, intermediate, experts, tensors.top_k_index.shape[1])
     held = _Tensors(
         tensors.hidden_states.to(torch.bfloat16).contiguous(),
         tensors.top_k_index.contiguous(),
@@ -265,16 +179,15 @@ def _arguments(tensors, settings):
         (GATES.index(settings.gate), settings.limit, settings.alpha),
         settings.transposed,
         settings.interleaved,
+        settings.parts,
     )
-    return sizes, inputs, held
+    return counts, inputs, held
 
 
-def _saved_shapes(tensors, settings, save):
+def _saved_shapes(tensors, settings):
     """Shapes of what backward needs: gate and up before the activation, the inner values of both LoRA pairs (twice:
     csrc/lora.h keeps them as sums of two bf16)."""
-    slots, (experts, _, intermediate) = tensors.top_k_index.numel(), _sizes(tensors.down_proj, settings.transposed)
-    if not save:
-        return (0,), (0,), (0,)
+    slots, (experts, _, intermediate) = tensors.top_k_index.numel(), sizes(tensors.down_proj, settings.transposed)
     lora = (tensors.gate_up_lora_A, tensors.down_lora_A)
     ranks = [0 if a is None else a.shape[0] // experts for a in lora]
     return (slots, 2 * intermediate), (2 * ranks[0], slots), (2 * ranks[1], slots)
@@ -291,30 +204,46 @@ def _empty_like(tensor, dtype=None):
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=tensor.is_pinned())
 
 
+def _kept_shapes(tensors, settings, save):
+    return _saved_shapes(tensors, settings) if save and not settings.recompute else ((0,),) * 3
+
+
 def _forward(*arguments):
     tensors, settings, save = _split(arguments)
-    sizes, inputs, held = _arguments(tensors, settings)
+    counts, inputs, held = _arguments(tensors, settings)
     output = _empty_like(tensors.hidden_states)
-    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _saved_shapes(tensors, settings, save)]
-    addresses = tuple(t.data_ptr() if save else 0 for t in saved)
+    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
+    addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
     threads = torch.get_num_threads()
-    _kernels.forward(settings.isa, threads, sizes, inputs, _address(output), addresses, settings.whole)
+    _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
     del held
     return output, *saved
 
 
-def _backward(grad_output, saved_gate_up, saved_t_gate_up, saved_t_down, *arguments):
-    tensors, settings, wanted = _split(arguments)
-    sizes, inputs, held = _arguments(tensors, settings)
+def _backward(grad_output, *arguments):
+    saved, (tensors, settings, wanted) = arguments[:3], _split(arguments[3:])
+    counts, inputs, held = _arguments(tensors, settings)
+    check_tensor("grad_output", grad_output, (torch.bfloat16, torch.float32), 2)
+    check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
+    check_memory("grad_output", grad_output)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
+    threads, shapes = torch.get_num_threads(), _saved_shapes(tensors, settings)
+    if settings.recompute:
+        saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        addresses = tuple(t.data_ptr() for t in saved)
+        _kernels.forward(settings.isa, threads, counts, inputs, (0, False), addresses, settings.whole)
+    names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")
+    for name, tensor, shape in zip(names, saved, shapes, strict=True):
+        if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: changed since forward, which saved {describe(tensor)}; needs bfloat16 {shape}")
+        check_memory(name, tensor)
     grads = dict.fromkeys(_DIFFERENTIABLE)
     for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
         if want:
             grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
     to = {name: _address(grad) for name, grad in grads.items()}
     _kernels.backward(
-        settings.isa, torch.get_num_threads(), sizes, inputs,
-        (saved_gate_up.data_ptr(), saved_t_gate_up.data_ptr(), saved_t_down.data_ptr()), grad_output.data_ptr(),
+        settings.isa, threads, counts, inputs, tuple(t.data_ptr() for t in saved), grad_output.data_ptr(),
         to["hidden_states"], to["top_k_weights"][0],
         (to["gate_up_lora_A"], to["gate_up_lora_B"]), (to["down_lora_A"], to["down_lora_B"]),
         (to["gate_up_proj"][0], to["down_proj"][0]), (to["gate_up_bias"], to["down_bias"]), settings.whole,
@@ -327,7 +256,7 @@ def _backward(grad_output, saved_gate_up, saved_t_gate_up, saved_t_down, *argume
 
 def _forward_fake(*arguments):
     tensors, settings, save = _split(arguments)
-    shapes = _saved_shapes(tensors, settings, save)
+    shapes = _kept_shapes(tensors, settings, save)
     saved = (tensors.hidden_states.new_empty(shape, dtype=torch.bfloat16) for shape in shapes)
     return torch.empty_like(tensors.hidden_states, memory_format=torch.contiguous_format), *saved
 
@@ -360,8 +289,13 @@ def _autograd_backward(ctx, grad_output, *_):
     return *result.values(), *[None] * (len(ctx.settings) + 1)
 
 
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
+
+
 _library.impl("moe_experts", _forward, "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("ktlib::moe_experts_backward", _no_second_derivative, lib=_library)

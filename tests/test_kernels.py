@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ktlib
-from ktlib import _kernels, ops, reference
+from ktlib import _kernels, checks, reference
 
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 GUARD = 12345.0  # around every output: a write outside shows
@@ -159,7 +159,7 @@ GATES = [
 
 def gate_arguments(gate):
     name, limit, alpha = gate
-    return ops.GATES.index(name), math.inf if limit is None else limit, ops.ALPHA if alpha is None else alpha
+    return checks.GATES.index(name), math.inf if limit is None else limit, checks.ALPHA if alpha is None else alpha
 
 
 @pytest.mark.parametrize("step", [1, 2])

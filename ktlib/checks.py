@@ -1,0 +1,149 @@
+"""Checks of the operator's arguments: whatever is wrong is an error that names the argument, before memory is touched."""
+
+import math
+
+import torch
+
+GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels.h, enum Activation
+ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
+_LARGEST_SCALING = torch.finfo(torch.float32).max
+
+
+def check_all(tensors, lora, transposed):
+    """Types, devices and shapes of everything.
+
+    Returns ``(experts, hidden, intermediate)`` and both LoRA as ``(lora_A or None, lora_B or None, scaling)``.
+    """
+    sizes = check_inputs(*tensors[:5], transposed)
+    experts, hidden, intermediate = sizes
+    check_bias("gate_up_bias", tensors[5], (experts, 2 * intermediate), "(experts, 2 * intermediate)")
+    check_bias("down_bias", tensors[6], (experts, hidden), "(experts, hidden)")
+    return (
+        sizes,
+        check_lora("gate_up_lora", lora[0], experts, hidden, 2 * intermediate),
+        check_lora("down_lora", lora[1], experts, intermediate, hidden),
+    )
+
+
+def check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs an int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, needs at least 1")
+
+
+def describe(value):
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+
+
+def check_tensor(name, value, dtypes, ndim):
+    needs = f"a {ndim}-d tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, needs {needs}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {describe(value)}, needs {needs}")
+    if value.dim() != ndim:
+        raise ValueError(f"{name}: got {describe(value)}, needs {needs}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: got a tensor of layout {value.layout}, needs a dense (strided) one")
+    if value.is_meta:
+        raise ValueError(f"{name}: got a tensor on meta, needs one with values, expert weights on the CPU")
+
+
+def check_memory(name, tensor):
+    """Someone may have given a tensor's memory back (``untyped_storage().resize_``), also since forward."""
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    have = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (last + 1) * tensor.itemsize > have:
+        raise ValueError(f"{name}: got {describe(tensor)}, but its memory was freed: {have} bytes are left of it")
+
+
+def check_shape(name, value, shape, why):
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {why}")
+
+
+def sizes(down_proj, transposed):
+    """``(experts, hidden, intermediate)``."""
+    experts, first, second = down_proj.shape
+    return (experts, second, first) if transposed else (experts, first, second)
+
+
+def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed):
+    """``(experts, hidden, intermediate)``, as the weights have them."""
+    floats = (torch.bfloat16, torch.float32)
+    check_tensor("hidden_states", hidden_states, floats, 2)
+    check_tensor("top_k_index", top_k_index, (torch.int64,), 2)
+    check_tensor("top_k_weights", top_k_weights, floats, 2)
+    check_tensor("gate_up_proj", gate_up_proj, (torch.bfloat16,), 3)
+    check_tensor("down_proj", down_proj, (torch.bfloat16,), 3)
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if weight.device.type != "cpu":
+            raise ValueError(f"{name}: got a tensor on {weight.device}, needs expert weights on the CPU")
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
+        if 0 in weight.shape:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs at least one of each dimension")
+    experts, hidden, intermediate = sizes(down_proj, transposed)
+    if transposed:
+        check_shape("gate_up_proj", gate_up_proj, (experts, hidden, 2 * intermediate), "to match down_proj transposed")
+    else:
+        check_shape("gate_up_proj", gate_up_proj, (experts, 2 * intermediate, hidden), "to match down_proj")
+    tokens = hidden_states.shape[0]
+    check_shape("hidden_states", hidden_states, (tokens, hidden), "to match down_proj")
+    check_shape("top_k_index", top_k_index, (tokens, top_k_index.shape[1]), "to match hidden_states")
+    check_shape("top_k_weights", top_k_weights, top_k_index.shape, "to match top_k_index")
+    if top_k_index.shape[1] == 0:
+        raise ValueError("top_k_index: got top_k = 0, needs at least 1")
+    if tokens * top_k_index.shape[1] >= 2**31:
+        raise ValueError(
+            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots"
+        )
+    return experts, hidden, intermediate
+
+
+def check_bias(name, bias, shape, why):
+    if bias is not None:
+        check_tensor(name, bias, (torch.bfloat16, torch.float32), 2)
+        check_shape(name, bias, shape, why)
+
+
+def check_gate(gate, limit, alpha):
+    """``(limit, alpha)`` as the registered op takes them: infinity is no limit."""
+    if gate not in GATES:
+        raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
+    for name, value in (("limit", limit), ("alpha", alpha)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs None or a number")
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}, needs None or a finite number")
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit: got {limit}, needs None or a positive number")
+    if alpha is not None and gate != "swiglu_oai":
+        raise ValueError(f"alpha: got {alpha} with gate {gate!r}, needs None: only 'swiglu_oai' has it")
+    return (math.inf if limit is None else float(limit)), (ALPHA if alpha is None else float(alpha))
+
+
+def check_lora(name, lora, experts, in_features, out_features):
+    if lora is None:
+        return None, None, 1.0
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        raise TypeError(f"{name}: got {type(lora).__name__}, needs None or (lora_A, lora_B, scaling)")
+    lora_A, lora_B, scaling = lora
+    floats = (torch.bfloat16, torch.float32)
+    check_tensor(f"{name} lora_A", lora_A, floats, 2)
+    check_tensor(f"{name} lora_B", lora_B, floats, 2)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"{name}: got lora_A {lora_A.dtype} and lora_B {lora_B.dtype}, needs the same dtype")
+    rank = lora_A.shape[0] // experts
+    if rank == 0 or lora_A.shape[0] != rank * experts:
+        raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs rank * {experts} (experts), rank >= 1")
+    check_shape(f"{name} lora_A", lora_A, (rank * experts, in_features), "(experts * rank, in)")
+    check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
+    if not isinstance(scaling, int | float):
+        raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
+    if not abs(scaling) <= _LARGEST_SCALING:  # also NaN; C++ has it as a float
+        raise ValueError(f"{name} scaling: got {scaling}, needs a finite number in the range of fp32")
+    return lora_A, lora_B, float(scaling)
