@@ -5,7 +5,6 @@ function to call. All checks live here. The C++ side (csrc/) sees addresses of t
 keeps alive during the call; it stores nothing.
 """
 
-import math
 import os
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from ktlib import _kernels
 
 GATES = ("silu",)  # in the order of csrc/kernels.h, enum Gate
+_LARGEST_SCALING = torch.finfo(torch.float32).max
 
 _library = torch.library.Library("ktlib", "DEF")
 _INPUTS = (
@@ -158,8 +158,8 @@ def _check_lora(name, lora, experts, in_features, out_features):
     _check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
     if not isinstance(scaling, int | float):
         raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
-    if not math.isfinite(scaling):
-        raise ValueError(f"{name} scaling: got {scaling}, needs a finite number")
+    if not abs(scaling) <= _LARGEST_SCALING:  # also NaN; C++ has it as a float
+        raise ValueError(f"{name} scaling: got {scaling}, needs a finite number in the range of fp32")
     return lora_A, lora_B, float(scaling)
 
 

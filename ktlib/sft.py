@@ -32,10 +32,12 @@ from transformers import (
 
 from ktlib.audit import component
 from ktlib.base_model import BASE
+from ktlib.callback import StopOnNonFinite
 from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
 from ktlib.lora import lora_config
 from ktlib.tasks import TASKS, load_data
+from ktlib.trace import NonFinite
 
 TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
 PARTS = tuple(TARGETS.values())
@@ -249,6 +251,9 @@ def train(
     end; so a folder that is there belongs to an interrupted run, and is resumed from if adapters, data and parameters
     are the same (ValueError otherwise).
 
+    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches the adapter: the report
+    is ``output_dir/nonfinite.txt``, the adapter as it was ``output_dir/last_good``, and the checkpoints stay.
+
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 
     Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
@@ -292,18 +297,21 @@ def train(
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
+    guard = StopOnNonFinite(folder=output_dir)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=examples,
         data_collator=collator(tokenizer),
-        callbacks=shown + list(callbacks),
+        callbacks=[*shown, guard, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
-    with adapter_dtype_kept(model):
+    with adapter_dtype_kept(model), contextlib.closing(guard):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - began
+    if guard.finding is not None:
+        raise NonFinite(guard.finding)
     shutil.rmtree(checkpoints)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     first_step = int(resume.name.split("-")[1]) if resume else 0

@@ -211,6 +211,8 @@ def test_bad_inputs(adapter, tmp_path):
 def test_bad_arguments(lite):
     with pytest.raises(ValueError, match="layout: got 'packed'"):
         expected_adapter_counts(lite, lite.peft_config["default"], layout="packed")
+    with pytest.raises(ValueError, match="layers_to_transform is not supported"):
+        expected_adapter_counts(lite, {"target_modules": ["q_proj"], "layers_to_transform": [1]})
     with pytest.raises(KeyError, match="'experts' is no component"):
         audit(lite)["experts"]
 

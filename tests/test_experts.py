@@ -185,12 +185,13 @@ def test_reasons_in_the_tensors():
     assert "down_proj is on meta" in experts.unserved(module, torch.zeros(1, 64))
 
 
-def test_factors_for_unserved_experts_are_an_error():
+@pytest.mark.parametrize("which", ["gate_up_lora", "down_lora"])
+def test_factors_for_unserved_experts_are_an_error(which):
     (_, module), *_ = expert_modules(tiny_model("olmoe", "ktlib", experts_dtype=torch.float32)).items()
     routing = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
     factors = torch.zeros(8, 64), torch.zeros(96, 8), 1.0
     with pytest.raises(RuntimeError, match="OlmoeExperts, which ktlib does not serve: gate_up_proj is torch.float32"):
-        experts.experts_forward(module, torch.zeros(1, 64), *routing, gate_up_lora=factors)
+        experts.experts_forward(module, torch.zeros(1, 64), *routing, **{which: factors})
 
 
 def test_gradients_without_adapters():

@@ -210,6 +210,11 @@ def test_log_inputs(isa):
     assert actual["gate_up lora_A"].count_nonzero() == actual["down lora_A"].count_nonzero() == 0
 
 
+def test_the_reference_refuses_a_gate_that_it_does_not_define():
+    with pytest.raises(ValueError, match="gate: got 'gelu'"):
+        reference.moe_experts(**random_layer("log", tokens=2, experts=8, hidden=8, intermediate=8), gate="gelu")
+
+
 def test_reference_gradients_are_those_of_its_output():
     """torch.autograd.gradcheck in float64: the reference's gradients, which all others are measured by."""
     layer = random_layer("trained", tokens=5, experts=3, top_k=2, hidden=6, intermediate=4, rank=2)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ktlib import sft
-from ktlib.audit import component
+from ktlib.audit import audit, component
+from ktlib.experts import is_experts
 from ktlib.tasks import codebook, dates
+from ktlib.trace import NonFinite
 
 ROWS, TEST = dates(n_train=64, n_test=8)
 SMALL = {"steps": 3, "batch_size": 4, "sequence_length": 64, "progress": False}
@@ -157,6 +159,42 @@ def test_checkpointing_and_accumulation_do_not_change_the_result(tmp_path):
     plain = loss()
     assert loss(gradient_checkpointing=True) == plain
     assert loss(batch_size=2, grad_accumulation=2) == pytest.approx(plain, rel=0.02)
+
+
+class Poison(TrainerCallback):
+    """One weight of one routed expert of the last layer becomes NaN at the beginning of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step + 1 == self.step:
+            experts = [module for module in model.modules() if is_experts(module)][-1]
+            with torch.no_grad():
+                experts.down_proj[:, 3, 7] = math.nan
+
+
+def test_a_run_that_goes_bad_ends_with_its_cause_and_resumes_from_before(tmp_path):
+    options = SMALL | {"steps": 6, "save_every": 2}
+    whole, tokenizer = adapted()
+    sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
+
+    spoilt, folder = adapted()[0], tmp_path / "bad"
+    before = sum(len(module._forward_hooks) for module in spoilt.modules())
+    with pytest.warns(UserWarning, match="stopped in step 4"), pytest.raises(NonFinite) as caught:
+        sft.train(spoilt, tokenizer, ROWS, folder, **options, callbacks=[Poison(4)])
+    finding = caught.value.finding
+    assert finding.module == "model.layers.3.mlp.experts" and finding.stage == "down" and finding.token is not None
+    assert "down_proj[" in (folder / "nonfinite.txt").read_text() and (folder / "nonfinite.json").is_file()
+    assert audit(spoilt).clean and audit(folder / "last_good").clean
+    assert sft.complete_checkpoint(folder / "checkpoints").name == "checkpoint-2"
+    assert sum(len(module._forward_hooks) for module in spoilt.modules()) == before
+
+    again, _ = adapted()  # the same command, with the memory module replaced
+    assert sft.train(again, tokenizer, ROWS, folder, **options)["resumed_from"] == 2
+    assert not (folder / "nonfinite.txt").exists() and not (folder / "checkpoints").exists()
+    for name, expected in weights(whole).items():
+        assert torch.equal(expected, weights(again)[name]), name
 
 
 class StopAt(TrainerCallback):

@@ -66,6 +66,7 @@ def test_dates_refuses_impossible_sizes(sizes):
         ({"n_words": 1}, "n_words"),
         ({"n_words": 100}, "n_words"),
         ({"n_train": 0}, "n_train"),
+        ({"n_test": 0}, "n_test"),
         ({"n_test": 10**6}, "n_test"),
     ],
 )

@@ -358,7 +358,7 @@ def test_locate_sees_what_came_in_bad(stage):
     layer = random_layer("trained", tokens=9, experts=4, top_k=2, hidden=16, intermediate=8, rank=2)
     layer[{"input": "hidden_states", "routing weight": "top_k_weights"}[stage]][5, 1] = NAN
     place = stages.locate(layer, swiglu)
-    assert (place.stage, place.token) == (stage, 5)
+    assert (place.stage, place.token, place.reason) == (stage, 5, "it came in like this")
     if stage == "routing weight":
         assert place.slot == 1 and place.expert == layer["top_k_index"][5, 1]
 
