@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ktlib.trace import Finding, bad_ones, describe, short, trace_nonfinite
+from ktlib.trace import Finding, Tracer, bad_ones, describe, short
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -23,7 +23,7 @@ class StopOnNonFinite(TrainerCallback):
     """
 
     def __init__(self, trace=True, folder=None):
-        self.trace, self.folder, self.finding, self._context, self._tracer = trace, folder, None, None, None
+        self.trace, self.folder, self.finding, self._tracer = trace, folder, None, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.close()  # a training that ended with an exception had no on_train_end
@@ -31,8 +31,8 @@ class StopOnNonFinite(TrainerCallback):
         for name in ("nonfinite.txt", "nonfinite.json"):
             self._path(args, name).unlink(missing_ok=True)
         if self.trace:
-            self._context = trace_nonfinite(model, stop=False)
-            self._tracer = self._context.__enter__()
+            self._tracer = Tracer(model, stop=False)
+            self._tracer.install()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         finding = self._tracer.first if self._tracer else None
@@ -61,9 +61,9 @@ class StopOnNonFinite(TrainerCallback):
 
     def close(self):
         """Take the tracer's hooks off the model."""
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
-            self._context = self._tracer = None
+        if self._tracer is not None:
+            self._tracer.remove()
+            self._tracer = None
 
     def _path(self, args, name):
         return Path(self.folder or args.output_dir) / name
@@ -79,7 +79,6 @@ class StopOnNonFinite(TrainerCallback):
         if finding.phase != "parameter" and hasattr(model, "save_pretrained"):
             model.save_pretrained(self._path(args, "last_good"))
             kept = "the model before this step is in last_good"
-        control.should_training_stop = True
         warnings.warn(f"training stopped in step {step}, {kept}. {str(finding).splitlines()[0]}", stacklevel=2)
 
 

@@ -96,6 +96,7 @@ WRONG = {
         ValueError,
         "gate_up_proj: got bfloat16 \\(0,\\)",
     ),
+    "down_proj fp16": (lambda a: {"down_proj": a["down_proj"].half()}, TypeError, "down_proj: got float16"),
     "down_proj emptied": (lambda a: {"down_proj": a["down_proj"][:0]}, ValueError, "down_proj: got shape"),
     "too many slots": (
         lambda a: {
@@ -118,6 +119,12 @@ WRONG = {
         lambda a: with_lora(a, "gate_up_lora", B=torch.zeros(2 * INTERMEDIATE, 2 * RANK * EXPERTS).bfloat16()),
         ValueError,
         r"gate_up_lora lora_B: got shape \(192, 24\), needs \(192, 12\)",
+    ),
+    "lora_A a list": (lambda a: with_lora(a, "down_lora", A=[1.0]), TypeError, "down_lora lora_A: got list"),
+    "lora_B fp16": (
+        lambda a: with_lora(a, "gate_up_lora", B=a["gate_up_lora"][1].half()),
+        TypeError,
+        "gate_up_lora lora_B: got float16",
     ),
     "lora rows not per expert": (
         lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][1:]),
@@ -224,6 +231,7 @@ def test_opcheck(layer):
         *lora, 2.0, 2.0, "silu", "", False, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments)
+    assert [t.requires_grad for t in torch.ops.ktlib.moe_experts(*arguments)] == [True, False, False, False]
     torch.library.opcheck(
         torch.ops.ktlib.moe_experts.default,
         (*(a.detach() for a in arguments[:5]), *[None] * 4, *arguments[9:14], False),
@@ -308,6 +316,45 @@ def test_backward_refuses_weights_that_changed_since_forward(layer):
         lora_A.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, whose backward has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_gradient_that_is_none_is_passed_on(layer):
+    x = layer["hidden_states"].clone().requires_grad_()
+    output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    WithoutGradient.apply(output).sum().backward()
+    assert x.grad is None
+
+
+def test_saves_only_for_a_backward(layer, monkeypatch):
+    """Three addresses of what backward needs reach the kernels if there will be one, else none."""
+    addresses, forward = [], ops._kernels.forward
+
+    class Watched:
+        @staticmethod
+        def forward(*arguments):
+            addresses.append(arguments[5])
+            return forward(*arguments)
+
+    monkeypatch.setattr(ops, "_kernels", Watched)
+    x = layer["hidden_states"].clone().requires_grad_()
+    ktlib.moe_experts(**layer)
+    with torch.no_grad():
+        ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    assert addresses == [(0, 0, 0)] * 2
+    output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    assert all(addresses[2]) and output.grad_fn.next_functions[0][0].variable is x
 
 
 def test_threads_of_python(layer):

@@ -174,13 +174,17 @@ class Poison(TrainerCallback):
                 experts.down_proj[:, 3, 7] = math.nan
 
 
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
 def test_a_run_that_goes_bad_ends_with_its_cause_and_resumes_from_before(tmp_path):
     options = SMALL | {"steps": 6, "save_every": 2}
     whole, tokenizer = adapted()
     sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
 
     spoilt, folder = adapted()[0], tmp_path / "bad"
-    before = sum(len(module._forward_hooks) for module in spoilt.modules())
+    before = hooks(spoilt)
     with pytest.warns(UserWarning, match="stopped in step 4"), pytest.raises(NonFinite) as caught:
         sft.train(spoilt, tokenizer, ROWS, folder, **options, callbacks=[Poison(4)])
     finding = caught.value.finding
@@ -188,7 +192,7 @@ def test_a_run_that_goes_bad_ends_with_its_cause_and_resumes_from_before(tmp_pat
     assert "down_proj[" in (folder / "nonfinite.txt").read_text() and (folder / "nonfinite.json").is_file()
     assert audit(spoilt).clean and audit(folder / "last_good").clean
     assert sft.complete_checkpoint(folder / "checkpoints").name == "checkpoint-2"
-    assert sum(len(module._forward_hooks) for module in spoilt.modules()) == before
+    assert hooks(spoilt) == before
 
     again, _ = adapted()  # the same command, with the memory module replaced
     assert sft.train(again, tokenizer, ROWS, folder, **options)["resumed_from"] == 2
@@ -213,8 +217,10 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
     sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
 
     broken, _ = adapted(lora_dtype=lora_dtype)
+    before = hooks(broken)
     with pytest.raises(KeyboardInterrupt):
         sft.train(broken, tokenizer, ROWS, tmp_path / "cut", **options, callbacks=[StopAt(3)])
+    assert hooks(broken) == before
     with pytest.raises(ValueError, match="output_dir: .*interrupted run with another learning_rate"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options, learning_rate=1e-4)
     with pytest.raises(ValueError, match="another data"):

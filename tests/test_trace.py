@@ -12,7 +12,7 @@ from models import expert_modules, random_adapter, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from simulated_device import register
 from test_trainer import make_trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ktlib
 from ktlib import reference, stages
@@ -465,6 +465,62 @@ def test_callback_stops_before_the_adapter_is_spoilt(tmp_path, spoil, trace):
         assert "down_proj[" in (tmp_path / "nonfinite.txt").read_text()
     else:
         assert report["phase"] == "gradient" and ("q_proj" in report["module"] or spoil is spoil_weight)
+
+
+def test_callback_lets_no_evaluation_follow(tmp_path):
+    trainer = make_trainer(tmp_path, steps=6)
+    trainer.eval_dataset, trainer.args.eval_strategy, trainer.args.eval_steps = trainer.train_dataset, "steps", 1
+    trainer.add_callback(Poison(3, spoil_gradient))
+    trainer.add_callback(StopOnNonFinite())
+    with pytest.warns(UserWarning, match="stopped in step 3"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2]
+
+
+def test_callback_begins_anew_with_every_training(tmp_path):
+    callback = StopOnNonFinite()
+    trainer, _ = train(tmp_path / "bad", spoil_weight, callback)
+    assert trainer.state.global_step == 5 and callback.finding is not None
+    good = make_trainer(tmp_path / "good", steps=2)
+    before = hooks(good.model)
+    good.add_callback(callback)
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    good.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        good.train()
+    good.remove_callback(Interrupt)
+    (tmp_path / "good").mkdir(exist_ok=True)
+    (tmp_path / "good/nonfinite.txt").write_text("of an earlier training")
+    good.train()
+    assert good.state.global_step == 2 and callback.finding is None
+    assert hooks(good.model) == before and not (tmp_path / "good/nonfinite.txt").exists()
+
+
+class Plain(torch.nn.Module):
+    """What a Trainer also takes: a module that is no transformers model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"loss": self.layer(x).sum() * NAN}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_callback_on_a_module_that_cannot_save_itself(tmp_path, trace):
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    callback, model = StopOnNonFinite(trace=trace, folder=tmp_path / "report"), Plain()
+    trainer = Trainer(model, arguments, train_dataset=[{"x": torch.ones(2)}] * 4, callbacks=[callback])
+    with pytest.warns(UserWarning, match="stopped in step 1, checkpoints on disk are from before"):
+        trainer.train()
+    assert callback.finding.phase == ("loss" if trace else "gradient")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["nonfinite.json", "nonfinite.txt"]
 
 
 def test_callback_sees_a_parameter_that_an_optimizer_step_spoilt(tmp_path):
