@@ -12,6 +12,10 @@ import torch
 from ktlib import _kernels
 
 GATES = ("silu",)  # in the order of csrc/kernels.h, enum Gate
+_TENSORS = (
+    "hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_lora lora_A",
+    "gate_up_lora lora_B", "down_lora lora_A", "down_lora lora_B",
+)  # fmt: skip
 _LARGEST_SCALING = torch.finfo(torch.float32).max
 
 _library = torch.library.Library("ktlib", "DEF")
@@ -65,15 +69,15 @@ def moe_experts(
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa.
         RuntimeError: ``isa`` cannot run on this machine.
     """
-    _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
-    experts, hidden, intermediate = down_proj.shape
-    gate_up_A, gate_up_B, gate_up_scaling = _check_lora("gate_up_lora", gate_up_lora, experts, hidden, 2 * intermediate)
-    down_A, down_B, down_scaling = _check_lora("down_lora", down_lora, experts, intermediate, hidden)
+    gate_up_lora, down_lora = _check(
+        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora
+    )
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
 
     device = hidden_states.device
-    moved = [hidden_states, top_k_index, top_k_weights, gate_up_A, gate_up_B, down_A, down_B]
+    *lora, gate_up_scaling, down_scaling = *gate_up_lora[:2], *down_lora[:2], gate_up_lora[2], down_lora[2]
+    moved = [hidden_states, top_k_index, top_k_weights, *lora]
     moved = [t if t is None or t.device.type == "cpu" else t.to("cpu") for t in moved]
     hidden_states, top_k_index, top_k_weights, *lora = moved
     grad = torch.is_grad_enabled()
@@ -87,6 +91,16 @@ def moe_experts(
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
+    """Types, devices and shapes of everything; returns both LoRA as ``(lora_A or None, lora_B or None, scaling)``."""
+    _check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    experts, hidden, intermediate = down_proj.shape
+    return (
+        _check_lora("gate_up_lora", gate_up_lora, experts, hidden, 2 * intermediate),
+        _check_lora("down_lora", down_lora, experts, intermediate, hidden),
+    )
 
 
 def _describe(value):
@@ -105,6 +119,16 @@ def _check_tensor(name, value, dtypes, ndim):
         raise ValueError(f"{name}: got {_describe(value)}, needs {needs}")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: got a tensor of layout {value.layout}, needs a dense (strided) one")
+    if value.is_meta:
+        raise ValueError(f"{name}: got a tensor on meta, needs one with values, expert weights on the CPU")
+
+
+def _check_memory(name, tensor):
+    """Someone may have given a tensor's memory back (``untyped_storage().resize_``), also since forward."""
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    have = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (last + 1) * tensor.itemsize > have:
+        raise ValueError(f"{name}: got {_describe(tensor)}, but its memory was freed: {have} bytes are left of it")
 
 
 def _check_shape(name, value, shape, why):
@@ -177,7 +201,16 @@ def _lora_arguments(lora_A, lora_B, experts, scaling):
 
 
 def _arguments(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, scalings, gate):
-    """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call."""
+    """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call.
+
+    All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
+    """
+    given = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *lora)
+    factors = [None if a is None else (a, b, s) for a, b, s in zip(lora[::2], lora[1::2], scalings, strict=True)]
+    _check(*given[:5], *factors)
+    for name, tensor in zip(_TENSORS, given, strict=True):
+        if tensor is not None:
+            _check_memory(name, tensor)
     experts, hidden, intermediate = down_proj.shape
     tensors = [
         hidden_states.to(torch.bfloat16).contiguous(),
@@ -231,6 +264,15 @@ def _backward(
     sizes, inputs, tensors = _arguments(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, (gate_up_scaling, down_scaling), gate
     )
+    _check_tensor("grad_output", grad_output, (torch.bfloat16, torch.float32), 2)
+    _check_shape("grad_output", grad_output, hidden_states.shape, "to match hidden_states")
+    _check_memory("grad_output", grad_output)
+    shapes = _saved_shapes(hidden_states, top_k_index, down_proj, gate_up_A, down_A, True)
+    names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")
+    for name, tensor, shape in zip(names, (saved_gate_up, saved_t_gate_up, saved_t_down), shapes, strict=True):
+        if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: changed since forward, which saved {_describe(tensor)}; needs bfloat16 {shape}")
+        _check_memory(name, tensor)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     wrt = (hidden_states, top_k_weights, gate_up_proj, down_proj, *lora)
     grads = [torch.empty(t.shape, dtype=t.dtype) if w else None for t, w in zip(wrt, wanted, strict=True)]
@@ -279,8 +321,13 @@ def _autograd_backward(ctx, grad_output, *_):
     return tuple(result)
 
 
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
+
+
 _library.impl("moe_experts", _forward, "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("ktlib::moe_experts_backward", _no_second_derivative, lib=_library)

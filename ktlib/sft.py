@@ -251,8 +251,8 @@ def train(
     end; so a folder that is there belongs to an interrupted run, and is resumed from if adapters, data and parameters
     are the same (ValueError otherwise).
 
-    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches the adapter: the report
-    is ``output_dir/nonfinite.txt``, the adapter as it was ``output_dir/last_good``, and the checkpoints stay.
+    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches the adapter: the
+    report is ``output_dir/nonfinite.txt``, the adapter as it was ``output_dir/last_good``, and the checkpoints stay.
 
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 

@@ -100,15 +100,15 @@ WRONG = {
     "down_proj emptied": (lambda a: {"down_proj": a["down_proj"][:0]}, ValueError, "down_proj: got shape"),
     "too many slots": (
         lambda a: {
-            "hidden_states": torch.empty(2**30, HIDDEN, dtype=torch.bfloat16, device="meta"),
-            "top_k_index": torch.empty(2**30, 2, dtype=torch.int64, device="meta"),
-            "top_k_weights": torch.empty(2**30, 2, device="meta"),
+            "hidden_states": torch.zeros(1, HIDDEN).bfloat16().expand(2**30, HIDDEN),
+            "top_k_index": torch.zeros(1, 2, dtype=torch.int64).expand(2**30, 2),
+            "top_k_weights": torch.zeros(1, 2).expand(2**30, 2),
         },
         ValueError,
         r"hidden_states: got 1073741824 tokens with top_k 2, needs below 2\*\*31 slots",
     ),
     "lora a tensor of three": (lambda a: {"down_lora": torch.zeros(3)}, TypeError, "down_lora: got Tensor, needs None"),
-    "lora without scaling": (lambda a: {"down_lora": a["down_lora"][:2]}, TypeError, "down_lora: got tuple, needs None"),
+    "lora without scaling": (lambda a: {"down_lora": a["down_lora"][:2]}, TypeError, "down_lora: got tuple, needs"),
     "lora of rank 0": (
         lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][:0], B=a["down_lora"][1][:, :0]),
         ValueError,
@@ -212,15 +212,58 @@ def test_isa_from_the_environment(layer, monkeypatch):
         ktlib.moe_experts(**layer)
 
 
-def test_other_devices_are_moved_not_dereferenced(layer):
-    """Bug 007b: inputs and adapters may live elsewhere; the copy to the CPU happens, or fails, in Python."""
-    for name in ("hidden_states", "top_k_index", "top_k_weights"):
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            ktlib.moe_experts(**(layer | {name: layer[name].to("meta")}))
-    for which in ("gate_up_lora", "down_lora"):
-        lora_A, lora_B, scaling = layer[which]
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            ktlib.moe_experts(**(layer | {which: (lora_A.to("meta"), lora_B.to("meta"), scaling)}))
+def test_tensors_without_memory_are_refused(layer):
+    """On the meta device, or with a storage that someone emptied, before this call or between forward and backward."""
+    for name in ("hidden_states", "top_k_index", "top_k_weights", "gate_up_lora", "down_lora"):
+        lora_A, lora_B, scaling = layer["down_lora"]
+        changed = (lora_A.to("meta"), lora_B, scaling) if "lora" in name else layer[name].to("meta")
+        if name == "gate_up_lora":
+            changed = (layer[name][0], layer[name][1].to("meta"), scaling)
+        with pytest.raises(ValueError, match=f"{name}.*: got a tensor on meta"):
+            ktlib.moe_experts(**(layer | {name: changed}))
+
+
+def emptied(tensor):
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
+
+
+@pytest.mark.parametrize("name", ops._TENSORS)
+def test_memory_that_was_freed_is_not_read(layer, name):
+    """The storage of a tensor that was emptied, before the call or between forward and backward."""
+    for forward_first in (False, True):
+        arguments = {key: value.clone() for key, value in layer.items() if isinstance(value, torch.Tensor)}
+        for which in ("gate_up_lora", "down_lora"):
+            arguments[which] = tuple(t.clone().requires_grad_() for t in layer[which][:2]) + layer[which][2:]
+        which, _, matrix = name.partition(" lora_")
+        victim = arguments[which]["AB".index(matrix)] if matrix else arguments[which]
+        if not forward_first:
+            emptied(victim.data)
+        with pytest.raises(ValueError, match=f"{name}: got .* its memory was freed"):
+            output = ktlib.moe_experts(**arguments)
+            emptied(victim.data)
+            output.sum().backward()
+
+
+def test_shapes_that_changed_since_forward_are_refused(layer):
+    """``.data`` puts another tensor in the place of a saved one, and autograd does not notice."""
+    lora_A, lora_B = (t.clone().requires_grad_() for t in layer["down_lora"][:2])
+    other = random_layer("trained", tokens=10, experts=EXPERTS, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE)
+    output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, 2.0)}))
+    lora_A.data, lora_B.data = other["down_lora"][:2]  # rank 8 for 3
+    with pytest.raises(ValueError, match=r"down_lora: changed since forward, which saved bfloat16 \(6, 20\)"):
+        output.sum().backward()
+    x = layer["hidden_states"].clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.float() if t.shape == (20, 192) else t, lambda t: t):
+        output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    with pytest.raises(ValueError, match="hidden_states or down_proj: changed since forward, which saved float32"):
+        output.sum().backward()
+
+
+def test_second_derivatives_are_refused(layer):
+    x = layer["hidden_states"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ktlib.moe_experts(**(layer | {"hidden_states": x})).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        gradient.sum().backward()
 
 
 def test_opcheck(layer):

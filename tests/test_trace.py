@@ -19,7 +19,7 @@ from ktlib import reference, stages
 from ktlib.audit import audit
 from ktlib.callback import StopOnNonFinite
 from ktlib.lora import lora_config
-from ktlib.trace import NonFinite, trace_nonfinite, watched
+from ktlib.trace import NonFinite, bad_ones, trace_nonfinite, watched
 from ktlib.validation import random_layer
 
 SIM = register()
@@ -188,7 +188,7 @@ def test_operations_between_modules():
     assert "operations between modules" in finding.reason
 
 
-def test_cause_and_contamination():
+def test_cause_and_contamination(monkeypatch):
     """The routed output of the first MoE layer is the cause; shared experts are clean there and victims later."""
     model = adapted(layers=4)
     with torch.no_grad():
@@ -198,6 +198,10 @@ def test_cause_and_contamination():
         victims = list(trace.contaminated)
         loss.backward()
     assert [finding.module for finding in trace.causes] == [EXPERTS]
+    monkeypatch.setattr("ktlib.trace.MAX_NAMES", 3)
+    with trace_nonfinite(model, stop=False) as short:
+        model(tokens())
+    assert short.contaminated == victims[:3]
     assert not any("layers.0." in v or "layers.1." in v for v in victims)
     assert len(trace.contaminated) > len(victims), "gradients are victims too"
     assert "model.layers.2.mlp.shared_experts.up_proj" in victims and "lm_head" in victims
@@ -280,10 +284,46 @@ def test_backward_replay_leaves_no_trace():
     want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with trace_nonfinite(model, stop=False) as trace:
-        forward_backward(model)
+        output = model(tokens(), labels=tokens())
+        output.loss.backward()
     assert len(trace.causes) == 1
+    assert output.past_key_values.get_seq_length() == tokens().shape[1], "the layer's second run used the cache"
     for name, gradient in want.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=0, atol=0, equal_nan=True)
+
+
+class Stack(torch.nn.Module):
+    """Repeated layers, and a last operation outside of all modules."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.layers, self.last = torch.nn.ModuleList([torch.nn.Linear(2, 8), torch.nn.Linear(8, 2)]), last
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def test_a_gradient_that_comes_in_bad_is_not_blamed_on_a_layer():
+    model = Stack(torch.sqrt)  # its derivative at 0 is infinite
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    finding = finding_of(model, lambda model: model(torch.ones(3, 2)).sum().backward())
+    assert (finding.phase, finding.module, finding.stage) == ("backward", "the model", "loss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_finite_values_whose_sum_overflows_are_fine(dtype):
+    model, large = Stack(lambda x: x * 0).to(dtype), torch.finfo(dtype).max / 2
+    with torch.no_grad():
+        for parameter in model.layers[0].parameters():
+            parameter.fill_(large if parameter.dim() == 1 else 0)
+        model.layers[1].weight.zero_()
+    with trace_nonfinite(model) as trace:
+        model(torch.ones(3, 2, dtype=dtype)).sum().backward()
+    assert trace.first is None
+    assert bad_ones([("a", torch.full((9,), large)), ("b", torch.tensor([NAN]))])[0][0] == "b"
 
 
 def test_gradient_of_an_adapter_matrix():
