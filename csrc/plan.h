@@ -36,7 +36,8 @@ constexpr int64_t kPartSlots = 24576;
 // Calls body(first token, number of tokens) for each part.
 template <class Body>
 void for_parts(const Shape& shape, bool whole, const Body& body) {
-  const int64_t size = whole ? std::max<int64_t>(1, shape.tokens) : std::max<int64_t>(1, kPartSlots / shape.topk);
+  if (whole) return body(0, shape.tokens);  // also without tokens: gradients of the weights are zero then
+  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
   for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
 }
 

@@ -221,8 +221,8 @@ def collator(tokenizer):
 
 def complete_checkpoint(folder):
     """Newest ``checkpoint-N`` in ``folder`` to which every file was written, or None."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES):
             return path
     return None
@@ -360,7 +360,10 @@ def start_or_resume(checkpoints, identity):
         checkpoints.mkdir(parents=True)
         note.write_text(json.dumps(identity))
         return None
-    before = json.loads(note.read_text()) if note.is_file() else {}
+    try:
+        before = json.loads(note.read_text()) if note.is_file() else {}
+    except ValueError:
+        raise ValueError(f"output_dir: {note} is damaged; delete {checkpoints}, or choose another output_dir") from None
     if changed := [key for key, now in identity.items() if before.get(key) != now]:
         key = changed[0]
         raise ValueError(

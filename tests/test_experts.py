@@ -68,6 +68,8 @@ import sys, types
 package = sys.modules["ktlib"] = types.ModuleType("ktlib")
 package.__path__ = {list(ktlib.__path__)!r}
 import ktlib.experts
+ktlib.experts.register()  # again
+assert sum("RegisterOnImport" in type(finder).__name__ for finder in sys.meta_path) == {int(not first)}
 assert {bool(first)} or "transformers" not in sys.modules, "importing ktlib.experts must not pay for transformers"
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert ALL_EXPERTS_FUNCTIONS["ktlib"] is ktlib.experts.experts_forward
@@ -192,6 +194,14 @@ def test_factors_for_unserved_experts_are_an_error(which):
     factors = torch.zeros(8, 64), torch.zeros(96, 8), 1.0
     with pytest.raises(RuntimeError, match="OlmoeExperts, which ktlib does not serve: gate_up_proj is torch.float32"):
         experts.experts_forward(module, torch.zeros(1, 64), *routing, **{which: factors})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_routing_of_other_dtypes_is_served(dtype, calls):
+    (_, module), *_ = expert_modules(tiny_model("olmoe", "ktlib")).items()
+    x, index, weights = torch.randn(3, 64), torch.tensor([[0, 1], [2, 5], [7, 7]]), torch.rand(3, 2)
+    wanted = experts.experts_forward(module, x, index, weights.to(dtype).float())
+    assert torch.equal(experts.experts_forward(module, x, index.int(), weights.to(dtype)), wanted) and len(calls) == 2
 
 
 def test_gradients_without_adapters():

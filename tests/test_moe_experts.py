@@ -151,6 +151,11 @@ def test_no_tokens(isa):
     results = evaluate(ktlib.moe_experts, empty, isa=isa)
     assert results["output"].shape == (0, 64)
     assert all(results[name].count_nonzero() == 0 for name in QUANTITIES)
+    weights = {name: layer[name].clone().requires_grad_() for name in ("gate_up_proj", "down_proj")}
+    trash = [torch.full_like(weight, 7.0) for weight in weights.values()]
+    del trash  # memory that gradients are likely to get
+    ktlib.moe_experts(**(empty | weights), isa=isa).sum().backward()
+    assert all(weight.grad.count_nonzero() == 0 for weight in weights.values())
 
 
 def test_experts_without_tokens_get_zero_gradients():

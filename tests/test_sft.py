@@ -223,6 +223,8 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
     assert hooks(broken) == before
     with pytest.raises(ValueError, match="output_dir: .*interrupted run with another learning_rate"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="another adapters"):
+        sft.train(adapted(lora_dtype=lora_dtype, rank=5)[0], tokenizer, ROWS, tmp_path / "cut", **options)
     with pytest.raises(ValueError, match="another data"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS[1:], tmp_path / "cut", **options)
     resumed, _ = adapted(lora_dtype=lora_dtype)
@@ -251,6 +253,11 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="output_dir: .*something else"):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     sft.save_adapter(model, tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with open(tmp_path / "adapter_model.safetensors", "rb") as reader:  # of a file that a later save replaces
+        torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
+        sft.save_adapter(model, tmp_path)
+        assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
     assert found >= {"checkpoints", "adapter_model.safetensors", "adapter_config.json"}
     assert not [name for name in found if name.startswith(".")]
