@@ -138,8 +138,6 @@ class Tracer:
 
     def _after_forward(self, name, experts, fine):
         def hook(module, args, kwargs, output):
-            if not self._installed:
-                return
             results = _floats(output)
             for result in results:
                 self._watch(result, "forward", name, module, (args, kwargs))

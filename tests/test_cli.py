@@ -16,9 +16,10 @@ learning_rate: float = 1.0e-3
 dataset: str = "dates"
 rank: int | None = None
 parts: list[str] = []
+tag: str | None = "x"
 output_dir: str = "nowhere"
 """
-BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts}")'
+BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts} {tag}")'
 
 
 @pytest.fixture
@@ -40,11 +41,21 @@ def test_info(capsys):
 
 def test_sft_reads_yaml_and_pairs_and_says_where_the_report_is(sft, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("learning_rate: 2e-3\ndataset: names\nrank: null\n")
-    assert sft("mine.yaml", "--param", "rank=4", "--param", "dataset=007", "--param", "parts=[a, b]") == 0
+    assert (
+        sft(
+            "mine.yaml", "--param", "rank=4", "--param", "dataset=007", "--param", "parts=[a, b]", "--param", "tag=null"
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "0.002 007 4 runs/mine/adapter ['a', 'b']" in out
+    assert "0.002 007 4 runs/mine/adapter ['a', 'b'] None" in out
     assert out.splitlines()[-2:] == ["report    runs/mine/report.html", "adapter   runs/mine/adapter"]
     assert (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "runs/mine/small.ipynb").exists()
+
+
+def test_sft_with_an_empty_file(sft, tmp_path):
+    (tmp_path / "mine.yaml").write_text("# all as it is\n")
+    assert sft("mine.yaml") == 0
 
 
 def test_sft_names(sft, tmp_path):

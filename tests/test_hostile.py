@@ -187,6 +187,8 @@ def test_a_damaged_note_of_an_interrupted_run(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     for file in sft.CHECKPOINT_FILES:
         (tmp_path / "checkpoint-5" / file).write_text("x")
+    with pytest.raises(ValueError, match=r"interrupted run with another steps \(None, now 5\)"):
+        sft.start_or_resume(tmp_path, {"steps": 5})
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="output_dir: .*run.json is damaged"):
         sft.start_or_resume(tmp_path, {"steps": 5})

@@ -1,5 +1,7 @@
 """Recording results, reading them back, and running a notebook with other parameters."""
 
+import shutil
+
 import nbformat
 import pytest
 
@@ -87,6 +89,23 @@ def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
     assert row["learning_rate"] == 3e-3 and row["dataset"] == "names"
     assert row["loss"] == 3e-3 / 3 and row["checkpointing"] is False
     assert row["here"], "relative paths must mean what they mean to the caller"
+
+
+def test_an_interrupted_run_keeps_what_there_is(notebook, tmp_path, monkeypatch):
+    def interrupted(source, target, *arguments, **options):
+        shutil.copy(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
+    result = runs.run(notebook, tmp_path / "runs")
+    assert result["error"] == "interrupted" and result["report"].name == "failed.html" and result["report"].exists()
+
+
+def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
+    for folder in ("runs/a", "runs/a/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(notebook, tmp_path / folder)
+    assert [row["run"] for row in runs.load_runs(tmp_path / "runs")] == ["a/small"]
 
 
 def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_path):

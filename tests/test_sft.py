@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from ktlib import sft
 from ktlib.audit import audit, component
+from ktlib.base_model import BASE
 from ktlib.experts import is_experts
 from ktlib.tasks import codebook, dates
 from ktlib.trace import NonFinite
@@ -54,6 +56,7 @@ def test_defaults_are_valid():
         ("rank", True),
         ("alpha", 0),
         ("alpha", "32"),
+        ("alpha", True),
         ("alpha", math.nan),
         ("targets", "attn"),
         ("targets", ""),
@@ -79,9 +82,21 @@ def test_defaults_are_valid():
 )
 def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
     monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
-    with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
-        sft.run(**{name: value})
-    assert repr(value) in str(error.value)
+    for function in (sft.check_parameters, sft.run):
+        with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
+            function(**{name: value})
+        assert repr(value) in str(error.value)
+
+
+def test_a_tokenizer_without_a_padding_token(tmp_path):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    _, tokenizer = sft.load_model(folder)
+    batch = sft.collator(tokenizer)(sft.encode(tokenizer, ROWS[:5], 64))
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.eos_token_id).all()
 
 
 def test_labels_cover_the_response_and_its_end_only():

@@ -11,6 +11,7 @@ import torch
 from models import expert_modules, random_adapter, tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from simulated_device import register
+from test_experts import gpt_oss
 from test_trainer import make_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -262,6 +263,8 @@ def test_backward_is_traced_through_the_layers(layer, checkpointing):
     where = f"model.layers.{layer}.mlp." + ("" if layer == 0 else "shared_experts.") + "down_proj"
     assert (finding.phase, finding.module, finding.stage) == ("backward", where, "gradient of input")
     assert finding.position is not None and "input and parameters are finite" in finding.reason
+    blocks = model.base_model.model.model.layers
+    assert [block.gradient_checkpointing for block in blocks] == [checkpointing is not None] * 3
 
 
 class Amplify(torch.autograd.Function):
@@ -274,6 +277,25 @@ class Amplify(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return torch.full_like(gradient, 3e38)
+
+
+def test_a_backward_after_the_block_is_not_watched():
+    model = adapted()
+    mlp = model.base_model.model.model.layers[1].mlp
+    mlp.shared_experts.down_proj.register_forward_hook(lambda module, args, output: output + Amplify.apply(output))
+    with trace_nonfinite(model) as trace:
+        loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert trace.first is None
+
+
+def test_experts_of_another_layout():
+    model = gpt_oss("eager")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.fill_(NAN)
+    finding = finding_of(model)
+    assert finding.module == "model.layers.0.mlp.experts" and finding.stage == "output"
+    assert "not of the layout that can be computed stage by stage" in finding.reason
 
 
 def test_backward_replay_leaves_no_trace():
@@ -515,6 +537,26 @@ def test_callback_lets_no_evaluation_follow(tmp_path):
     with pytest.warns(UserWarning, match="stopped in step 3"):
         trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_callback_lets_no_checkpoint_follow(tmp_path, strategy):
+    """Not even at the end of an epoch, which the bad step is."""
+    trainer = make_trainer(tmp_path, steps=6, save_strategy=strategy, save_steps=1)
+    trainer.add_callback(Poison(4, spoil_weight))  # two steps are an epoch
+    trainer.add_callback(StopOnNonFinite())
+    with pytest.warns(UserWarning, match="stopped in step 4"):
+        trainer.train()
+    steps = {"steps": [1, 2, 3], "epoch": [2]}[strategy]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in steps]
+
+
+def test_callback_reports_the_first_finding(tmp_path):
+    """A bad adapter makes bad activations, gradients and, after the step, parameters: one report, of the first."""
+    callback = StopOnNonFinite()
+    _, messages = train(tmp_path, spoil_parameter, callback)
+    assert len(messages) == 1 and callback.finding.phase == "forward"
+    assert json.loads((tmp_path / "nonfinite.json").read_text())["phase"] == "forward"
 
 
 def test_callback_begins_anew_with_every_training(tmp_path):
