@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu.h"
 #include "moe.h"
 
 namespace ktlib {
@@ -35,14 +36,15 @@ constexpr int64_t kPartSlots = 24576;
 // Calls body(first token, number of tokens) for each part.
 template <class Body>
 void for_parts(const Shape& shape, bool whole, const Body& body) {
-  const int64_t size = whole ? std::max<int64_t>(1, shape.tokens) : std::max<int64_t>(1, kPartSlots / shape.topk);
+  if (whole) return body(0, shape.tokens);  // also without tokens: gradients of the weights are zero then
+  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
   for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
 }
 
 // Threads worth waking for this much work: a parallel region costs some microseconds, far more where cores are shared.
 inline int useful_threads(const Shape& shape, int threads) {
   constexpr int64_t kWorthAThread = 8000000;  // multiply-adds
-  return int(std::min<int64_t>(threads, 1 + shape.slots() * shape.hidden * shape.inter * 3 / kWorthAThread));
+  return int(std::min<int64_t>(threads_here(threads), 1 + shape.slots() * shape.hidden * shape.inter * 3 / kWorthAThread));
 }
 
 // One task: a block of something (features, rows, ...) of one expert.

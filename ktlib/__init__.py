@@ -19,6 +19,7 @@ _LAZY = {
     "load_runs": "ktlib.runs",
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",
+    "place_experts": "ktlib.numa",
     "record": "ktlib.runs",
     "trace_nonfinite": "ktlib.trace",
     "StopOnNonFinite": "ktlib.callback",

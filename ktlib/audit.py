@@ -9,6 +9,7 @@ projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ COMPONENTS = (
     ("dense_mlp", r"\.(mlp|feed_forward|ffn)\."),
     ("other", r""),
 )
+
+
+CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
 
 
 def component(name):
@@ -56,14 +60,18 @@ class ComponentAudit:
         if tensor.numel() == 0:
             self.empty += 1
             return
-        values = tensor.detach()
-        if values.dtype.itemsize == 1:
-            values = values.float()  # torch has no reductions in 8-bit floats, no abs of bools
-        nan = values.isnan()
-        self.nan += bool(nan.any())
-        self.inf += bool(values.isinf().any())
-        self.zero += not values.any()
-        self.max_abs = max(self.max_abs, values.masked_fill(nan, 0).abs().max().item())
+        has_nan = has_inf = has_other_than_zero = False
+        for values in tensor.detach().flatten().split(CHUNK):
+            if values.dtype.itemsize == 1:
+                values = values.float()  # torch has no reductions in 8-bit floats, no abs of bools
+            nan = values.isnan()
+            has_nan |= bool(nan.any())
+            has_inf |= bool(values.isinf().any())
+            has_other_than_zero |= bool(values.any())
+            self.max_abs = max(self.max_abs, values.masked_fill(nan, 0).abs().max().item())
+        self.nan += has_nan
+        self.inf += has_inf
+        self.zero += not has_other_than_zero
 
 
 @dataclass
@@ -143,12 +151,13 @@ def audit(source, config=None, trained=None):
         settings = next((c.to_dict() for c in getattr(source, "peft_config", {}).values()), {})
     else:
         label, path = str(source), Path(source)
-        settings = _read_json(path, "adapter_config.json")
+        settings = _settings(path)
         if config is not None and not settings:
             raise ValueError(f"config: given to compare tensor counts, but there is no adapter_config.json in {path}")
         expected = None if config is None else expected_adapter_counts(config, settings)
         tensors = _file_tensors(path)
-        trained = True if trained is None and _read_json(path, "trainer_state.json").get("global_step") else trained
+        if trained is None and _read_json(_beside(path, "trainer_state.json")).get("global_step"):
+            trained = True
 
     report = Audit(label, [], [])
     rows = {name: ComponentAudit(name) for name, _ in COMPONENTS}
@@ -280,9 +289,30 @@ def _model_counts(model, config):
     return sum((expected_adapter_counts(config or model, adapter) for adapter in adapters.values()), Counter())
 
 
-def _read_json(path, name):
-    file = (path if path.is_dir() else path.parent) / name
-    return json.loads(file.read_text()) if file.is_file() else {}
+def _beside(path, name):
+    return (path if path.is_dir() else path.parent) / name
+
+
+def _read_json(file):
+    """The object in a file, ``{}`` if there is no such file; ValueError that names it if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: needs an object, holds a {type(content).__name__}")
+    return content
+
+
+def _settings(path):
+    """``adapter_config.json``; what is computed with is a number."""
+    file = _beside(path, "adapter_config.json")
+    settings = _read_json(file)
+    for name, kinds, least in (("r", int, 1), ("lora_alpha", (int, float), -math.inf)):
+        value = settings.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= least):
+            raise ValueError(f"{file}: {name} is {value!r:.60}, needs a number" + " >= 1" * (least == 1))
+    return settings
 
 
 def _file_tensors(path):
@@ -297,6 +327,8 @@ def _file_tensors(path):
                 names = list(opened.keys())
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+        except MemoryError as error:
+            raise ValueError(f"{file}: too large for this process ({error})") from None
         handle = []  # opened when first read, so that a directory of many shards does not need as many open files
 
         def load(name, file=file, handle=handle):
@@ -318,10 +350,15 @@ def _files(path):
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        wanted = {path / name for name in json.loads(index.read_text())["weight_map"].values()}
-        if missing := sorted(file.name for file in wanted if not file.is_file()):
-            raise FileNotFoundError(f"{path}: {index.name} names {missing[0]}, which is not there")
-    files = sorted(path.glob("*.safetensors"))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: has no weight_map of tensor names and files")
+        for name in sorted(map(str, weight_map.values())):
+            if Path(name).name != name:
+                raise ValueError(f"{index}: names {name!r:.80}, which is no file of this directory")
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path}: {index.name} names {name}, which is not there")
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     adapter = [f for f in files if f.name.startswith("adapter_model") or f.name == "fused_expert_lora.safetensors"]
     pickles = sorted(path.glob("*.bin"))
     if not files and pickles:

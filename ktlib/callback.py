@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ktlib.trace import Finding, bad_ones, describe, short, trace_nonfinite
+from ktlib.trace import Finding, Tracer, bad_ones, describe, short
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -14,21 +14,25 @@ class StopOnNonFinite(TrainerCallback):
 
     Looks at loss and activations (with ``trace``), at gradients before each optimizer step, and at the trained
     parameters after it. At the first bad one the step is skipped, training stops, no further checkpoint is written (so
-    that those on disk stay good), the report goes to ``output_dir/nonfinite.txt`` and ``.json``, and the model as it
-    was before the step to ``output_dir/last_good``.
+    that those on disk stay good), the report goes to ``nonfinite.txt`` and ``.json`` in ``folder``, and the model as it
+    was before the step to ``last_good`` there. A report of an earlier training in this folder is removed.
 
     Args:
         trace: watch every module, and name the first one; False looks at gradients and parameters only.
+        folder: where report and model go. Default: the Trainer's ``output_dir``.
     """
 
-    def __init__(self, trace=True):
-        self.trace, self.finding, self._context, self._tracer = trace, None, None, None
+    def __init__(self, trace=True, folder=None):
+        self.trace, self.folder, self.finding, self._tracer = trace, folder, None, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.close()  # a training that ended with an exception had no on_train_end
         self.finding = None
+        for name in ("nonfinite.txt", "nonfinite.json"):
+            self._path(args, name).unlink(missing_ok=True)
         if self.trace:
-            self._context = trace_nonfinite(model, stop=False)
-            self._tracer = self._context.__enter__()
+            self._tracer = Tracer(model, stop=False)
+            self._tracer.install()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         finding = self._tracer.first if self._tracer else None
@@ -53,22 +57,28 @@ class StopOnNonFinite(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
-            self._context = self._tracer = None
+        self.close()
+
+    def close(self):
+        """Take the tracer's hooks off the model."""
+        if self._tracer is not None:
+            self._tracer.remove()
+            self._tracer = None
+
+    def _path(self, args, name):
+        return Path(self.folder or args.output_dir) / name
 
     def _stop(self, finding, args, state, control, model):
-        self.finding = finding
-        step, folder = state.global_step + 1, Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.finding, step = finding, state.global_step + 1
+        self._path(args, "").mkdir(parents=True, exist_ok=True)
         text = self._tracer.report() if self._tracer and self._tracer.first else str(finding)
-        (folder / "nonfinite.txt").write_text(f"step {step}\n{text}\n", encoding="utf-8")
-        (folder / "nonfinite.json").write_text(json.dumps({"step": step, **finding.to_dict()}, indent=1))
+        self._path(args, "nonfinite.txt").write_text(f"step {step}\n{text}\n", encoding="utf-8")
+        report = json.dumps({"step": step, **finding.to_dict()}, indent=1)
+        self._path(args, "nonfinite.json").write_text(report, encoding="utf-8")
         kept = "checkpoints on disk are from before"
         if finding.phase != "parameter" and hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder / "last_good")
+            model.save_pretrained(self._path(args, "last_good"))
             kept = "the model before this step is in last_good"
-        control.should_training_stop = True
         warnings.warn(f"training stopped in step {step}, {kept}. {str(finding).splitlines()[0]}", stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the operator's arguments: whatever is wrong is an error that names the argument, before memory is touched."""
+"""Checks of the operator's arguments: what is wrong is an error that names the argument, before memory is touched."""
 
 import math
 

@@ -69,6 +69,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lor
         down_lora,
         **layout(self),
         **gate_of(self),
+        parts=getattr(self, "ktlib_parts", 1),
     )
 
 

@@ -27,7 +27,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
     """
 
     def forward(self, x, *args, **kwargs):
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") or not self._factors_are_usable(x):
+        if self.disable_adapters or self.merged or not self._factors_are_usable(x):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         if isinstance(self.get_base_layer(), torch.nn.Linear):

@@ -1,8 +1,8 @@
 """The operator: routed experts with LoRA, forward and backward, as a pure function of the tensors of one call.
 
 ``torch.ops.ktlib.moe_experts`` is registered with schema, fake kernel and autograd; :func:`moe_experts` is the
-function to call. The C++ side (csrc/) sees addresses of tensors that this module has checked (checks.py) and keeps alive
-during the call; it stores nothing.
+function to call. The C++ side (csrc/) sees addresses of tensors that were checked (checks.py) and are kept alive during
+the call; it stores nothing.
 """
 
 import os
@@ -38,6 +38,7 @@ _Tensors, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
     for name, schema in (("_Tensors", _TENSORS), ("_Settings", _SETTINGS))
 )
+_NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
 _DIFFERENTIABLE = [name for name in _Tensors._fields if name != "top_k_index"]
 _library.define(f"moe_experts({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -160,9 +161,9 @@ def _arguments(tensors, settings):
         )
     ]
     (experts, hidden, intermediate), *_ = check_all(tensors, factors, settings.transposed)
-    for name, tensor in tensors._asdict().items():
+    for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
-            check_memory(name.replace("lora_", "lora lora_"), tensor)
+            check_memory(name, tensor)
     counts = (tensors.hidden_states.shape[0], hidden, intermediate, experts, tensors.top_k_index.shape[1])
     held = _Tensors(
         tensors.hidden_states.to(torch.bfloat16).contiguous(),

@@ -37,12 +37,16 @@ class Pairs:
         self.updated = Counter()  # B not zero
         self.zero = defaultdict(list)  # names of pairs with B all zero, by (layer, component)
         self.overflow = []
+        self.misfits = []
         self.experts = defaultdict(lambda: defaultdict(bool))  # layer -> expert -> any B not zero
         self.unknown = 0
 
     def add(self, name, a, b, part, layer):
         """Take one pair into account: A and B as stored, in any of the known layouts."""
         where = layer, part
+        if a.dim() in (2, 3) and (a.dim() != b.dim() or a.shape[-2] != b.shape[-1]):
+            self.misfits.append((where, f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply"))
+            return
         if not (a.numel() and b.numel() and a.isfinite().all() and b.isfinite().all()):
             self.updated[where] += 1  # something wrote it
             return
@@ -76,6 +80,9 @@ class Pairs:
         total = Counter({where: self.updated[where] + len(self.zero[where]) for where in {*self.updated, *self.zero}})
         if trained is None:
             trained = any(self.updated.values())
+        for where, what in self.misfits:
+            report.problems.append(f"{where[1]}: {what}")
+            report.flagged[where] += 1
         for where, name in self.overflow:
             report.problems.append(f"{where[1]}: {name}: A and B are finite, scaling * B A leaves the range of bf16")
             report.flagged[where] += 1
@@ -120,7 +127,5 @@ def _product_overflows(a, b, scaling, experts):
     if a.dim() == 2 and experts:
         rank = a.shape[0] // experts
         a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
-    if a.shape[-2] != b.shape[-1]:
-        return False
     pairs = [(a, b)] if a.dim() == 2 else zip(a, b, strict=True)
     return any(not (scaling * (y @ x)).to(torch.bfloat16).isfinite().all() for x, y in pairs)

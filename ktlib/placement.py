@@ -91,7 +91,7 @@ def _owners(model):
     """``{module: names of the children that are routed experts, under adapters or not}``."""
     owners = {}
     for parent in model.modules():
-        if hasattr(parent, "base_layer") or is_experts(parent):
+        if hasattr(parent, "base_layer"):
             continue
         slots = tuple(name for name, child in parent.named_children() if is_experts(_bare(child)))
         if slots:

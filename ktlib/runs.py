@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+FAILED = "failed.ipynb"
 MIME = "application/vnd.ktlib.record+json"
 PARTIAL = "partial.ipynb"  # what a run writes to until it ends
 
@@ -36,7 +37,7 @@ def load_runs(folder):
         notebook = nbformat.read(path, as_version=4)
         papermill = notebook.metadata.get("papermill", {})
         row = {"run": path.relative_to(folder).with_suffix("").as_posix()}
-        row |= {"seconds": papermill.get("duration"), "failed": bool(papermill.get("exception"))}
+        row |= {"seconds": papermill.get("duration"), "failed": bool(papermill.get("exception")) or path.name == FAILED}
         row |= papermill.get("parameters", {})
         rows.append(row | _records(notebook))
     return rows
@@ -94,7 +95,7 @@ def run(notebook, folder, parameters=None, *, progress=None):
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     notebook, folder = Path(notebook), Path(folder)
@@ -112,17 +113,17 @@ def run(notebook, folder, parameters=None, *, progress=None):
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except (DeadKernelError, CellTimeoutError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
+    except DeadKernelError as failure:
+        error = f"DeadKernelError: {failure}"
     except KeyboardInterrupt:
         error = "interrupted"
 
-    done = folder / ("failed.ipynb" if error else notebook.name)
+    done = folder / (FAILED if error else notebook.name)
     report = done.with_name("failed.html" if error else "report.html")
     _export_html(partial, report, title=notebook.stem)
     os.replace(partial, done)
     if not error:
-        for name in ("failed.ipynb", "failed.html"):
+        for name in (FAILED, "failed.html"):
             (folder / name).unlink(missing_ok=True)
     return {"notebook": done, "report": report, "error": error}
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from ktlib.audit import component
 from ktlib.base_model import BASE
+from ktlib.callback import StopOnNonFinite
 from ktlib.checkpoints import (
     CHECKPOINTS,
     KeepWhole,
@@ -43,6 +44,7 @@ from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
 from ktlib.lora import lora_config
 from ktlib.tasks import TASKS, load_data
+from ktlib.trace import NonFinite
 
 TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
 PARTS = tuple(TARGETS.values())
@@ -245,6 +247,9 @@ def train(
     ``save_adapter`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
     model, adapters, data and parameters are the same (ValueError otherwise). OSError if nothing can be written there.
 
+    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches the adapter: the
+    report is ``output_dir/nonfinite.txt``, the adapter as it was ``output_dir/last_good``, and the checkpoints stay.
+
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 
     Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
@@ -287,7 +292,8 @@ def train(
     )
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
     began = time.perf_counter()
-    with writing(output_dir), locked(output_dir), adapter_dtype_kept(model):
+    guard = StopOnNonFinite(folder=output_dir)
+    with writing(output_dir), locked(output_dir), adapter_dtype_kept(model), contextlib.closing(guard):
         check_space(output_dir, model)
         resume, first_step = start_or_resume(checkpoints, identity) or (None, 0)
         trainer = Trainer(
@@ -295,7 +301,7 @@ def train(
             args=arguments,
             train_dataset=examples,
             data_collator=collator(tokenizer),
-            callbacks=[KeepWhole(), *shown, *callbacks],
+            callbacks=[KeepWhole(), *shown, guard, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         if first_step == steps:  # a Trainer would make one step more
@@ -304,6 +310,8 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - began
+    if guard.finding is not None:
+        raise NonFinite(guard.finding)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     share = (steps - first_step) / steps
     return {

@@ -138,8 +138,6 @@ class Tracer:
 
     def _after_forward(self, name, experts, fine):
         def hook(module, args, kwargs, output):
-            if not self._installed:
-                return
             results = _floats(output)
             for result in results:
                 self._watch(result, "forward", name, module, (args, kwargs))
@@ -152,8 +150,6 @@ class Tracer:
 
     def _after_block(self, name):
         def hook(block, args, kwargs, output):
-            if not self._installed:
-                return
             self.check()
             result = next((t for t in _floats(output) if t.grad_fn is not None), None)
             if self.backward and result is not None:

@@ -109,7 +109,8 @@ def test_missing_and_surplus_tensors_are_problems(adapter, lite):
     tensors = load_file(file)
     dropped = next(name for name in tensors if ".experts." in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, file)
-    assert len(audit(adapter).problems) == 1 and "has no partner" in audit(adapter).problems[0]
+    report = audit(adapter)
+    assert len(report.problems) == 1 and "has no partner" in report.problems[0] and report.flagged.total() == 1
     result = audit(adapter, lite.get_base_model())
     assert result.problems[1:] == ["routed_experts: 103 LoRA tensors, the architecture has 104"]
 
@@ -141,6 +142,21 @@ def test_a_module_under_two_names_is_a_problem(tmp_path):
 def test_empty_tensors_are_problems(tmp_path):
     save_file({"layers.0.mlp.up_proj.lora_A.weight": torch.empty(8, 0)}, tmp_path / "x.safetensors")
     assert audit(tmp_path).problems[1:] == ["dense_mlp: 1 of 1 tensors are empty"]
+
+
+def test_a_file_without_tensors_is_a_problem(tmp_path):
+    save_file({}, tmp_path / "x.safetensors")
+    assert audit(tmp_path).problems == ["no tensors"]
+
+
+def test_the_base_model_beside_an_adapter_is_not_counted(adapter, saved):
+    save_file({"model.layers.0.mlp.gate.weight": torch.full((2, 2), float("nan"))}, adapter / "model.safetensors")
+    assert audit(adapter).table() == audit(saved).table()
+
+
+def test_excluded_modules_are_not_expected(lite):
+    config = lite.peft_config["default"].to_dict() | {"exclude_modules": ["q_proj"]}
+    assert expected_adapter_counts(lite, config) == {**COUNTS, "self_attn": 27 * 3 * 2}
 
 
 def test_live_models(lite):
@@ -211,6 +227,8 @@ def test_bad_inputs(adapter, tmp_path):
 def test_bad_arguments(lite):
     with pytest.raises(ValueError, match="layout: got 'packed'"):
         expected_adapter_counts(lite, lite.peft_config["default"], layout="packed")
+    with pytest.raises(ValueError, match="layers_to_transform is not supported"):
+        expected_adapter_counts(lite, {"target_modules": ["q_proj"], "layers_to_transform": [1]})
     with pytest.raises(KeyError, match="'experts' is no component"):
         audit(lite)["experts"]
 
@@ -309,6 +327,55 @@ def test_the_bound_does_not_decide_alone(adapter):
 
     part = "layers__3__self_attn__o_proj"
     assert audit(filled(adapter, **{f"{part}__lora_A": half(True), f"{part}__lora_B": half(False)})).clean
+
+
+def rewrite_config(adapter, **changes):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"lora_alpha": 64}])
+def test_the_scaling_counts(adapter, changes):
+    """A product of 1e38 is within bf16 with scaling 16 / 8, and beyond it with 16 / sqrt(8) or 64 / 8."""
+    part = "layers__3__self_attn__o_proj"
+    filled(adapter, **{f"{part}__lora_A": lambda t: t * 0 + 1e18, f"{part}__lora_B": lambda t: t * 0 + 1e20 / 8})
+    assert audit(adapter).clean
+    rewrite_config(adapter, **changes)
+    assert [problem.split(":")[0] for problem in audit(adapter).problems] == ["self_attn"]
+
+
+def test_the_a_of_one_expert_and_the_b_of_another_do_not_meet(adapter):
+    def a_of_expert_0(t):
+        t.zero_()[:8] = 1e25
+        return t
+
+    def b_of_expert_1(t):
+        t.zero_().view(t.shape[0], 8, 4)[:, :, 1] = 1e20
+        return t
+
+    part = "layers__3__mlp__experts__base_layer"
+    assert audit(filled(adapter, **{f"{part}__lora_A": a_of_expert_0, f"{part}__lora_B": b_of_expert_1})).clean
+
+
+def test_experts_of_unknown_rank_are_not_looked_at_one_by_one(adapter):
+    assert audit(filled(adapter)).notes == []
+    rewrite_config(adapter, rank_pattern={"q_proj": 4})
+    assert audit(adapter).notes == ["experts were not looked at one by one: the adapter's rank is not known"]
+
+
+@pytest.mark.parametrize("b", [torch.ones(16, 4), torch.ones(2, 16, 8)])
+def test_pairs_that_do_not_multiply_are_problems(tmp_path, b):
+    stem = "layers.0.mlp.up_proj.lora_"
+    save_file({f"{stem}A.weight": torch.ones(8, 6), f"{stem}B.weight": b}, tmp_path / "x.safetensors")
+    report = audit(tmp_path)
+    assert report.problems == [f"dense_mlp: {stem}A.weight: A (8, 6) and B {tuple(b.shape)} do not multiply"]
+    assert report.flagged == {(0, "dense_mlp"): 1}
+
+
+def test_an_empty_matrix_of_a_pair_is_one_problem(tmp_path):
+    stem = "layers.0.mlp.up_proj.lora_"
+    save_file({f"{stem}A.weight": torch.ones(8, 0), f"{stem}B.weight": torch.ones(6, 8)}, tmp_path / "x.safetensors")
+    assert audit(tmp_path).problems == ["dense_mlp: 1 of 2 tensors are empty"]
 
 
 def test_shards(adapter, saved):

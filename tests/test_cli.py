@@ -15,9 +15,11 @@ PARAMETERS = """\
 learning_rate: float = 1.0e-3
 dataset: str = "dates"
 rank: int | None = None
+parts: list[str] = []
+tag: str | None = "x"
 output_dir: str = "nowhere"
 """
-BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir}")'
+BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts} {tag}")'
 
 
 @pytest.fixture
@@ -39,11 +41,21 @@ def test_info(capsys):
 
 def test_sft_reads_yaml_and_pairs_and_says_where_the_report_is(sft, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("learning_rate: 2e-3\ndataset: names\nrank: null\n")
-    assert sft("mine.yaml", "--param", "rank=4", "--param", "dataset=007") == 0
+    assert (
+        sft(
+            "mine.yaml", "--param", "rank=4", "--param", "dataset=007", "--param", "parts=[a, b]", "--param", "tag=null"
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "0.002 007 4 runs/mine/adapter" in out
+    assert "0.002 007 4 runs/mine/adapter ['a', 'b'] None" in out
     assert out.splitlines()[-2:] == ["report    runs/mine/report.html", "adapter   runs/mine/adapter"]
     assert (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "runs/mine/small.ipynb").exists()
+
+
+def test_sft_with_an_empty_file(sft, tmp_path):
+    (tmp_path / "mine.yaml").write_text("# all as it is\n")
+    assert sft("mine.yaml") == 0
 
 
 def test_sft_names(sft, tmp_path):
@@ -113,6 +125,12 @@ def test_audit_says_what_it_found_in_its_exit_code(tmp_path, capsys, value, code
     assert cli.main(["audit", str(folder)]) == code
     printed = capsys.readouterr()
     assert word in (printed.err if code == 2 else printed.out)
+
+
+def test_audit_of_an_adapter_that_should_be_trained(tmp_path):
+    pair = {f"layers.0.self_attn.q_proj.lora_{x}.weight": torch.full((3, 3), float(x == "A")) for x in "AB"}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    assert cli.main(["audit", str(tmp_path)]) == 0 and cli.main(["audit", "--trained", str(tmp_path)]) == 1
 
 
 def test_audit_with_base_model_and_figure(tmp_path, capsys):

@@ -195,6 +195,18 @@ def test_upcast_at_any_time_changes_nothing():
     assert torch.equal(model(tokens()).logits, logits)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)], ids=str)
+def test_matrices_of_other_dtypes_count_as_fp32(dtypes):
+    """The operator takes two of bf16 or two of fp32; PEFT does not care."""
+    ours, _ = pair()
+    wanted = ours(tokens()).logits
+    for module in ours.modules():
+        if isinstance(module, ParamWrapper):
+            for factor, dtype in zip((module.lora_A, module.lora_B), dtypes, strict=True):
+                factor.to(dtype)
+    assert relative_error(ours(tokens()).logits, wanted) < U
+
+
 def test_autocast():
     ours, reference = pair()
     stock = random_adapter(get_peft_model(tiny_model("deepseek_v2"), stock_twin(ours.peft_config["default"])))
@@ -340,6 +352,12 @@ def test_two_adapters_together():
     assert max(errors.values()) < GRADIENT_BOUND, errors
 
 
+def test_batches_of_mixed_adapters_are_refused_as_in_peft():
+    for model in pair():
+        with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
+            model.eval()(tokens(), adapter_names=["default", "__base__"])
+
+
 def test_an_active_adapter_without_experts():
     ours, stock = pair()
     ours.add_adapter("attention", lora_config(ours, r=3, target_parameters=[], target_modules=["q_proj", "o_proj"]))
@@ -405,6 +423,12 @@ def test_stock_adapters_can_be_factored_in_place():
     assert torch.equal(model(tokens()).logits, ours(tokens()).logits)
     got, wanted = gradients(model), gradients(ours)
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_adapters_of_what_has_no_factored_path_stay_stock():
+    model = get_peft_model(tiny_model("deepseek_v2", "ktlib"), LoraConfig(r=2, target_parameters=["mlp.gate.weight"]))
+    wanted = random_adapter(model)(tokens()).logits
+    assert factor_adapters(model) == 0 and torch.equal(model(tokens()).logits, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -492,6 +516,13 @@ def test_explicit_targets(targets, count):
     model = get_peft_model(model, lora_config(model, target_modules=targets))
     assert len(adapted(model) - {"base_model.model.model.layers.1.mlp.experts"}) == count
     assert model.peft_config["default"].rank_pattern == {}
+
+
+def test_excluded_modules_are_left_alone():
+    """Also those that are adapted by their weight, which PEFT's own exclusion does not look at."""
+    model = tiny_model("deepseek_v2", "ktlib")
+    names = adapted(get_peft_model(model, lora_config(model, exclude_modules=r".*(shared_experts|q_proj).*")))
+    assert not any("shared_experts" in name or "q_proj" in name for name in names) and len(names) == 2 * 3 + 3 + 1
 
 
 def test_projection_names_of_models_without_such_layers():

@@ -151,6 +151,11 @@ def test_no_tokens(isa):
     results = evaluate(ktlib.moe_experts, empty, isa=isa)
     assert results["output"].shape == (0, 64)
     assert all(results[name].count_nonzero() == 0 for name in QUANTITIES)
+    weights = {name: layer[name].clone().requires_grad_() for name in ("gate_up_proj", "down_proj")}
+    trash = [torch.full_like(weight, 7.0) for weight in weights.values()]
+    del trash  # memory that gradients are likely to get
+    ktlib.moe_experts(**(empty | weights), isa=isa).sum().backward()
+    assert all(weight.grad.count_nonzero() == 0 for weight in weights.values())
 
 
 def test_experts_without_tokens_get_zero_gradients():
@@ -208,6 +213,11 @@ def test_log_inputs(isa):
     )
     assert_within({name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES})
     assert actual["gate_up lora_A"].count_nonzero() == actual["down lora_A"].count_nonzero() == 0
+
+
+def test_the_reference_refuses_a_gate_that_it_does_not_define():
+    with pytest.raises(ValueError, match="gate: got 'gelu'"):
+        reference.moe_experts(**random_layer("log", tokens=2, experts=8, hidden=8, intermediate=8), gate="gelu")
 
 
 def test_reference_gradients_are_those_of_its_output():

@@ -1,6 +1,8 @@
 """The operator's boundary: every wrong argument is a Python error that names it, and a call is a pure function."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -94,12 +96,35 @@ WRONG = {
         ValueError,
         "gate_up_proj: got bfloat16 \\(0,\\)",
     ),
+    "down_proj fp16": (lambda a: {"down_proj": a["down_proj"].half()}, TypeError, "down_proj: got float16"),
     "down_proj emptied": (lambda a: {"down_proj": a["down_proj"][:0]}, ValueError, "down_proj: got shape"),
+    "too many slots": (
+        lambda a: {
+            "hidden_states": torch.zeros(1, HIDDEN).bfloat16().expand(2**30, HIDDEN),
+            "top_k_index": torch.zeros(1, 2, dtype=torch.int64).expand(2**30, 2),
+            "top_k_weights": torch.zeros(1, 2).expand(2**30, 2),
+        },
+        ValueError,
+        r"hidden_states: got 1073741824 tokens with top_k 2, needs below 2\*\*31 slots",
+    ),
+    "lora a tensor of three": (lambda a: {"down_lora": torch.zeros(3)}, TypeError, "down_lora: got Tensor, needs None"),
+    "lora without scaling": (lambda a: {"down_lora": a["down_lora"][:2]}, TypeError, "down_lora: got tuple, needs"),
+    "lora of rank 0": (
+        lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][:0], B=a["down_lora"][1][:, :0]),
+        ValueError,
+        r"down_lora lora_A: got 0 rows, needs rank \* 4 \(experts\), rank >= 1",
+    ),
     "lora not a tuple": (lambda a: {"down_lora": a["down_proj"]}, TypeError, "down_lora: got Tensor"),
     "lora rank 16 for 8": (  # a rank that the sizes cannot mean
         lambda a: with_lora(a, "gate_up_lora", B=torch.zeros(2 * INTERMEDIATE, 2 * RANK * EXPERTS).bfloat16()),
         ValueError,
         r"gate_up_lora lora_B: got shape \(192, 24\), needs \(192, 12\)",
+    ),
+    "lora_A a list": (lambda a: with_lora(a, "down_lora", A=[1.0]), TypeError, "down_lora lora_A: got list"),
+    "lora_B fp16": (
+        lambda a: with_lora(a, "gate_up_lora", B=a["gate_up_lora"][1].half()),
+        TypeError,
+        "gate_up_lora lora_B: got float16",
     ),
     "lora rows not per expert": (
         lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][1:]),
@@ -122,6 +147,12 @@ WRONG = {
         ValueError,
         "down_lora scaling: got nan",
     ),
+    "lora scaling beyond fp32": (
+        lambda a: with_lora(a, "down_lora", scaling=-1e39),
+        ValueError,
+        r"down_lora scaling: got -1e\+39",
+    ),
+    "lora scaling beyond fp64": (lambda a: with_lora(a, "down_lora", scaling=10**400), ValueError, "down_lora scaling"),
     "gate unknown": (lambda a: {"gate": "relu"}, ValueError, "gate: got 'relu', needs one of 'silu', 'gelu', 'gelu_"),
     "limit infinite": (lambda a: {"limit": float("inf")}, ValueError, "limit: got inf, needs None or a finite number"),
     "limit nan": (lambda a: {"limit": float("nan")}, ValueError, "limit: got nan"),
@@ -170,7 +201,20 @@ def arguments_of_the_op(layer, gate="silu", limit=float("inf"), transposed=False
     lora = [t for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
     names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
     biases = (layer.get("gate_up_bias"), layer.get("down_bias"))
-    settings = (2.0, 2.0, gate, limit, 1.702, transposed, interleaved, "", save and biases[0] is not None, save)
+    settings = (
+        2.0,
+        2.0,
+        gate,
+        limit,
+        1.702,
+        transposed,
+        interleaved,
+        "",
+        False,
+        1,
+        save and biases[0] is not None,
+        save,
+    )
     return (*(layer[name] for name in names), *biases, *lora, *settings)
 
 
@@ -184,11 +228,27 @@ def test_a_wrong_id_writes_nothing(layer):
     assert (output == 7.0).all() and keep
 
 
+WITHOUT_TILES = """
+import ctypes, struct
+# A filter of system calls that answers EPERM to arch_prctl, with which a process asks for the tile registers of AMX.
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 158), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+assert libc.prctl(22, 2, struct.pack("@HP", len(lines), ctypes.addressof(code))) == 0, "PR_SET_SECCOMP"
+import ktlib
+print(ktlib.cpu_info()["isa"])
+ktlib.ops._kernels.select_isa("amx_bf16")
+"""
+
+
 def test_unavailable_isa_is_an_error_not_a_crash():
-    missing = [name for name, why in ktlib.cpu_info()["isas"].items() if why]
-    for name in missing:
-        with pytest.raises(RuntimeError, match=f"isa: '{name}' cannot run on this machine: it "):
-            ops._kernels.select_isa(name)
+    """A machine without AMX, or one whose operating system keeps its registers to itself."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, text=True, timeout=120)
+    if "PR_SET_SECCOMP" in done.stderr:
+        pytest.skip("this system does not let a process filter its own system calls")
+    assert done.returncode == 1 and done.stdout.strip() in set(ktlib.cpu_info()["isas"]) - {"amx_bf16"}
+    assert "RuntimeError: isa: 'amx_bf16' cannot run on this machine: it " in done.stderr
     with pytest.raises(ValueError, match="known are"):
         ops._kernels.select_isa("sse9")
 
@@ -203,18 +263,62 @@ def test_isa_from_the_environment(layer, monkeypatch):
         ktlib.moe_experts(**layer)
 
 
-def test_other_devices_are_moved_not_dereferenced(layer):
-    """Bug 007b: inputs and adapters may live elsewhere; the copy to the CPU happens, or fails, in Python."""
-    for name in ("hidden_states", "top_k_index", "top_k_weights"):
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            ktlib.moe_experts(**(layer | {name: layer[name].to("meta")}))
+def test_tensors_without_memory_are_refused(layer):
+    """On the meta device, or with a storage that someone emptied, before this call or between forward and backward."""
     for name, size in (("gate_up_bias", 2 * INTERMEDIATE), ("down_bias", HIDDEN)):
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        with pytest.raises(ValueError, match=f"{name}: got a tensor on meta"):
             ktlib.moe_experts(**layer, **{name: torch.zeros(EXPERTS, size, device="meta")})
-    for which in ("gate_up_lora", "down_lora"):
-        lora_A, lora_B, scaling = layer[which]
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            ktlib.moe_experts(**(layer | {which: (lora_A.to("meta"), lora_B.to("meta"), scaling)}))
+    for name in ("hidden_states", "top_k_index", "top_k_weights", "gate_up_lora", "down_lora"):
+        lora_A, lora_B, scaling = layer["down_lora"]
+        changed = (lora_A.to("meta"), lora_B, scaling) if "lora" in name else layer[name].to("meta")
+        if name == "gate_up_lora":
+            changed = (layer[name][0], layer[name][1].to("meta"), scaling)
+        with pytest.raises(ValueError, match=f"{name}.*: got a tensor on meta"):
+            ktlib.moe_experts(**(layer | {name: changed}))
+
+
+def emptied(tensor):
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
+
+
+@pytest.mark.parametrize("name", ops._NAMES)
+def test_memory_that_was_freed_is_not_read(layer, name):
+    """The storage of a tensor that was emptied, before the call or between forward and backward."""
+    layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
+    for forward_first in (False, True):
+        arguments = {key: value.clone() for key, value in layer.items() if isinstance(value, torch.Tensor)}
+        for which in ("gate_up_lora", "down_lora"):
+            arguments[which] = tuple(t.clone().requires_grad_() for t in layer[which][:2]) + layer[which][2:]
+        which, _, matrix = name.partition(" lora_")
+        victim = arguments[which]["AB".index(matrix)] if matrix else arguments[which]
+        if not forward_first:
+            emptied(victim.data)
+        with pytest.raises(ValueError, match=f"{name}: got .* its memory was freed"):
+            output = ktlib.moe_experts(**arguments)
+            emptied(victim.data)
+            output.sum().backward()
+
+
+def test_shapes_that_changed_since_forward_are_refused(layer):
+    """``.data`` puts another tensor in the place of a saved one, and autograd does not notice."""
+    lora_A, lora_B = (t.clone().requires_grad_() for t in layer["down_lora"][:2])
+    other = random_layer("trained", tokens=10, experts=EXPERTS, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE)
+    output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, 2.0)}))
+    lora_A.data, lora_B.data = other["down_lora"][:2]  # rank 8 for 3
+    with pytest.raises(ValueError, match=r"down_lora: changed since forward, which saved bfloat16 \(6, 20\)"):
+        output.sum().backward()
+    x = layer["hidden_states"].clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.float() if t.shape == (20, 192) else t, lambda t: t):
+        output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    with pytest.raises(ValueError, match="hidden_states or down_proj: changed since forward, which saved float32"):
+        output.sum().backward()
+
+
+def test_second_derivatives_are_refused(layer):
+    x = layer["hidden_states"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ktlib.moe_experts(**(layer | {"hidden_states": x})).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        gradient.sum().backward()
 
 
 def test_opcheck(layer):
@@ -224,6 +328,8 @@ def test_opcheck(layer):
     for name in ("gate_up_lora", "down_lora"):
         wide[name] = (*(t.clone().requires_grad_() for t in layer[name][:2]), layer[name][2])
     torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments_of_the_op(wide))
+    results = torch.ops.ktlib.moe_experts(*arguments_of_the_op(wide))
+    assert [t.requires_grad for t in results] == [True, False, False, False]
     arguments = arguments_of_the_op(layer, save=False)
     torch.library.opcheck(torch.ops.ktlib.moe_experts.default, (*arguments[:5], *[None] * 6, *arguments[11:]))
 
@@ -316,6 +422,45 @@ def test_backward_refuses_weights_that_changed_since_forward(layer):
         lora_A.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, whose backward has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_gradient_that_is_none_is_passed_on(layer):
+    x = layer["hidden_states"].clone().requires_grad_()
+    output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    WithoutGradient.apply(output).sum().backward()
+    assert x.grad is None
+
+
+def test_saves_only_for_a_backward(layer, monkeypatch):
+    """Three addresses of what backward needs reach the kernels if there will be one, else none."""
+    addresses, forward = [], ops._kernels.forward
+
+    class Watched:
+        @staticmethod
+        def forward(*arguments):
+            addresses.append(arguments[5])
+            return forward(*arguments)
+
+    monkeypatch.setattr(ops, "_kernels", Watched)
+    x = layer["hidden_states"].clone().requires_grad_()
+    ktlib.moe_experts(**layer)
+    with torch.no_grad():
+        ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    assert addresses == [(0, 0, 0)] * 2
+    output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    assert all(addresses[2]) and output.grad_fn.next_functions[0][0].variable is x
 
 
 def test_threads_of_python(layer):

@@ -87,6 +87,11 @@ def test_casts_pass():
     assert devices(model, is_expert) == {"cpu"} and devices(model, is_other) == {"sim"}
 
 
+def test_what_moves_nothing_reaches_the_experts():
+    model = ktlib.pin_experts(tiny_model("deepseek_v2", "ktlib"))
+    assert all(p.is_shared() for p in model.share_memory().parameters())
+
+
 def test_weights_are_not_copied():
     model = tiny_model("deepseek_v2", "ktlib")
     before = {name: p.data_ptr() for name, p in model.named_parameters() if is_expert(name)}

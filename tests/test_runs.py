@@ -1,5 +1,7 @@
 """Recording results, reading them back, and running a notebook with other parameters."""
 
+import shutil
+
 import nbformat
 import pytest
 
@@ -89,6 +91,23 @@ def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
     assert row["here"], "relative paths must mean what they mean to the caller"
 
 
+def test_an_interrupted_run_keeps_what_there_is(notebook, tmp_path, monkeypatch):
+    def interrupted(source, target, *arguments, **options):
+        shutil.copy(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
+    result = runs.run(notebook, tmp_path / "runs")
+    assert result["error"] == "interrupted" and result["report"].name == "failed.html" and result["report"].exists()
+
+
+def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
+    for folder in ("runs/a", "runs/a/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(notebook, tmp_path / folder)
+    assert [row["run"] for row in runs.load_runs(tmp_path / "runs")] == ["a/small"]
+
+
 def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_path):
     good = runs.run(notebook, tmp_path / "runs")
     before = good["report"].read_text()
@@ -99,7 +118,8 @@ def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_p
         assert "papermill-error-cell-tag" in failed["notebook"].read_text() or dataset == "crash"
         assert failed["report"].stat().st_size > 10_000
         assert good["report"].read_text() == before and good["notebook"].exists()
-    assert [row["failed"] for row in runs.load_runs(tmp_path / "runs") if row["run"] == "small"] == [False]
+        marks = {row["run"]: row["failed"] for row in runs.load_runs(tmp_path / "runs")}
+        assert marks == {"small": False, "failed": True}
 
     runs.run(notebook, tmp_path / "runs")
     assert not failed["report"].exists() and not failed["notebook"].exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ktlib import sft
-from ktlib.audit import component
+from ktlib.audit import audit, component
+from ktlib.base_model import BASE
+from ktlib.checkpoints import complete_checkpoint
+from ktlib.experts import is_experts
 from ktlib.tasks import codebook, dates
+from ktlib.trace import NonFinite
 
 ROWS, TEST = dates(n_train=64, n_test=8)
 SMALL = {"steps": 3, "batch_size": 4, "sequence_length": 64, "progress": False}
@@ -52,6 +57,7 @@ def test_defaults_are_valid():
         ("rank", True),
         ("alpha", 0),
         ("alpha", "32"),
+        ("alpha", True),
         ("alpha", math.nan),
         ("targets", "attn"),
         ("targets", ""),
@@ -77,9 +83,21 @@ def test_defaults_are_valid():
 )
 def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
     monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
-    with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
-        sft.run(**{name: value})
-    assert repr(value) in str(error.value)
+    for function in (sft.check_parameters, sft.run):
+        with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
+            function(**{name: value})
+        assert repr(value) in str(error.value)
+
+
+def test_a_tokenizer_without_a_padding_token(tmp_path):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    _, tokenizer = sft.load_model(folder)
+    batch = sft.collator(tokenizer)(sft.encode(tokenizer, ROWS[:5], 64))
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.eos_token_id).all()
 
 
 def test_labels_cover_the_response_and_its_end_only():
@@ -159,6 +177,46 @@ def test_checkpointing_and_accumulation_do_not_change_the_result(tmp_path):
     assert loss(batch_size=2, grad_accumulation=2) == pytest.approx(plain, rel=0.02)
 
 
+class Poison(TrainerCallback):
+    """One weight of one routed expert of the last layer becomes NaN at the beginning of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step + 1 == self.step:
+            experts = [module for module in model.modules() if is_experts(module)][-1]
+            with torch.no_grad():
+                experts.down_proj[:, 3, 7] = math.nan
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_a_run_that_goes_bad_ends_with_its_cause_and_resumes_from_before(tmp_path):
+    options = SMALL | {"steps": 6, "save_every": 2}
+    whole, tokenizer = adapted()
+    sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
+
+    spoilt, folder = adapted()[0], tmp_path / "bad"
+    before = hooks(spoilt)
+    with pytest.warns(UserWarning, match="stopped in step 4"), pytest.raises(NonFinite) as caught:
+        sft.train(spoilt, tokenizer, ROWS, folder, **options, callbacks=[Poison(4)])
+    finding = caught.value.finding
+    assert finding.module == "model.layers.3.mlp.experts" and finding.stage == "down" and finding.token is not None
+    assert "down_proj[" in (folder / "nonfinite.txt").read_text() and (folder / "nonfinite.json").is_file()
+    assert audit(spoilt).clean and audit(folder / "last_good").clean
+    assert complete_checkpoint(folder / "checkpoints")[1] == 2
+    assert hooks(spoilt) == before
+
+    again, _ = adapted()  # the same command, with the memory module replaced
+    assert sft.train(again, tokenizer, ROWS, folder, **options)["resumed_from"] == 2
+    assert not (folder / "nonfinite.txt").exists()
+    for name, expected in weights(whole).items():
+        assert torch.equal(expected, weights(again)[name]), name
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -175,10 +233,14 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
     sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
 
     broken, _ = adapted(lora_dtype=lora_dtype)
+    before = hooks(broken)
     with pytest.raises(KeyboardInterrupt):
         sft.train(broken, tokenizer, ROWS, tmp_path / "cut", **options, callbacks=[StopAt(3)])
+    assert hooks(broken) == before
     with pytest.raises(ValueError, match="output_dir: .*interrupted run with another learning_rate"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="another adapters"):
+        sft.train(adapted(lora_dtype=lora_dtype, rank=5)[0], tokenizer, ROWS, tmp_path / "cut", **options)
     with pytest.raises(ValueError, match="another data"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS[1:], tmp_path / "cut", **options)
     resumed, _ = adapted(lora_dtype=lora_dtype)
@@ -195,6 +257,11 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="output_dir: .*something else"):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     sft.save_adapter(model, tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with open(tmp_path / "adapter_model.safetensors", "rb") as reader:  # of a file that a later save replaces
+        torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
+        sft.save_adapter(model, tmp_path)
+        assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
     assert found >= {"checkpoints", "adapter_model.safetensors", "adapter_config.json"}
     assert not [name for name in found if name.startswith(".")]

@@ -1,0 +1,401 @@
+"""Random calls of ``moe_experts`` and its backward, valid and invalid, and what must come of each.
+
+:func:`try_one` makes one call from a source of choices and raises AssertionError if it ends as it must not:
+``test_fuzz.py`` lets hypothesis choose, ``fuzz_long.py`` a seeded generator.
+"""
+
+import functools
+import gc
+import math
+import mmap
+import random
+import re
+import tempfile
+
+import torch
+
+import ktlib
+from ktlib import ops, reference
+
+NAMES = tuple(name for name in ops._NAMES if not name.endswith("bias"))
+ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
+DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
+ROUNDING = 2.0**-8  # of bf16, one unit in the last place
+# Elements may err by this many roundings of the sum of their terms' magnitudes: gate and up, their derivatives, h, the
+# result, and two LoRA matrices on the way, half a unit each.
+ROUNDINGS = 4
+
+
+class Seeded:
+    """Choices of a seeded generator. :class:`Drawn` in test_fuzz.py has hypothesis make them."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def integer(self, low, high):
+        return self.random.randint(low, high)
+
+    def pick(self, options):
+        return options[self.integer(0, len(options) - 1)]
+
+    def chance(self, percent):
+        return self.integer(1, 100) <= percent
+
+
+def try_one(choose):
+    """One random call; returns what kind it was, "valid" or the name of the mistake."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(choose.integer(1, 3))
+    try:
+        tensors, options = _layer(choose)
+        if choose.chance(50):
+            mistake = choose.pick(list(MISTAKES))
+            return _refused(choose, mistake, tensors, options)
+        _computed(choose, tensors, options)
+        return "valid"
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- valid calls
+
+
+def _layer(choose):
+    """``{name of NAMES: tensor}``, and the other arguments."""
+    tokens, experts, top_k = choose.pick([0, 1, choose.integer(2, 40)]), choose.integer(1, 6), choose.integer(1, 4)
+    hidden, inter = choose.integer(1, 40), choose.integer(1, 40)
+    floats = (torch.bfloat16, torch.float32)
+    generator = torch.Generator().manual_seed(choose.integer(0, 2**31))
+
+    def normal(*shape, dtype=torch.bfloat16, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+    tensors = {
+        "hidden_states": normal(tokens, hidden, dtype=choose.pick(floats)),
+        "top_k_index": torch.randint(0, experts, (tokens, top_k), generator=generator),
+        "top_k_weights": normal(tokens, top_k, dtype=choose.pick(floats)),
+        "gate_up_proj": normal(experts, 2 * inter, hidden, scale=hidden**-0.5),
+        "down_proj": normal(experts, hidden, inter, scale=inter**-0.5),
+    }
+    for name, inner, outer in (("gate_up_lora", hidden, 2 * inter), ("down_lora", inter, hidden)):
+        if choose.chance(75):
+            rank, dtype = choose.integer(1, 9), choose.pick(floats)
+            tensors[f"{name} lora_A"] = normal(experts * rank, inner, dtype=dtype, scale=inner**-0.5)
+            tensors[f"{name} lora_B"] = normal(outer, rank * experts, dtype=dtype, scale=choose.pick([0.0, 0.3]))
+    for name in tensors:
+        tensors[name] = _in_other_memory(choose, tensors[name], contiguous=name in ("gate_up_proj", "down_proj"))
+    scaling = choose.pick([0.0, 1, 2.0, -0.5])
+    return tensors, {"scaling": scaling, "isa": choose.pick(ISAS), "grad": _memory_of_gradient(choose)}
+
+
+def _in_other_memory(choose, tensor, contiguous):
+    """The same values: as they are, at an odd address, in a read-only file, or with other strides."""
+    form = choose.pick(
+        ["plain", "odd address", "file"] if contiguous else ["plain", "odd address", "strided", "columns"]
+    )
+    if form == "odd address":
+        buffer = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
+        return buffer[3:].view(tensor.shape).copy_(tensor)
+    if form == "file" and tensor.numel():
+        return _mapped(tensor)
+    if form == "strided":
+        return tensor.T.contiguous().T
+    if form == "columns":
+        return torch.stack([tensor, tensor + 1], dim=-1)[..., 0]
+    return tensor
+
+
+def _mapped(tensor):
+    with tempfile.TemporaryFile() as file:
+        file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        file.flush()
+        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)  # warns that nobody may write
+
+
+def _memory_of_gradient(choose):
+    return choose.pick(["plain", "strided", "expanded"])
+
+
+def call(tensors, options, function=ktlib.moe_experts, **other):
+    """``function`` of the tensors by name."""
+    lora = {}
+    for name in ("gate_up_lora", "down_lora"):
+        if f"{name} lora_A" in tensors:
+            lora[name] = (tensors[f"{name} lora_A"], tensors[f"{name} lora_B"], options["scaling"])
+    return function(*(tensors[name] for name in NAMES[:5]), **lora, **other)
+
+
+def _computed(choose, tensors, options):
+    """Output and a random subset of the gradients are those of the reference, and only those are there."""
+    poison = _poison(choose, tensors) if choose.chance(25) else None
+    if choose.chance(15):
+        _overlap(choose, tensors)
+    wanted = [name for name in tensors if name in DIFFERENTIABLE and choose.chance(50)]
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
+    output = call(leaves, options, isa=options["isa"])
+    assert output.dtype == tensors["hidden_states"].dtype and output.shape == tensors["hidden_states"].shape
+    assert output.requires_grad == bool(wanted)
+    gradient = _gradient(choose, output, options["grad"])
+    got = {"output": output.detach()}
+    if wanted:
+        _between(choose, tensors, options)
+        output.backward(gradient)
+        got |= {name: leaves[name].grad for name in wanted}
+    assert all((leaf.grad is not None) == (name in wanted) for name, leaf in leaves.items())
+
+    exact, size = (_reference(tensors, options, gradient, wanted, change) for change in (lambda t: t, torch.abs))
+    for name, value in got.items():
+        assert name == "output" or value.dtype == tensors[name].dtype
+        want, most, value = exact[name], size[name], value.double()
+        error, allowed = (value - want).abs(), ROUNDINGS * ROUNDING * most + 1e-30
+        bad = most.isfinite() & ~(error <= allowed)
+        if poison is math.nan:
+            bad |= want.isnan() & ~value.isnan()  # a NaN is never lost
+        assert not bad.any(), f"{name}: {int(bad.sum())} of {bad.numel()}, error {error[bad][:3]}, {allowed[bad][:3]}"
+
+
+def _poison(choose, tensors):
+    """One NaN or Inf somewhere."""
+    value = choose.pick([math.nan, math.inf, -math.inf])
+    name = choose.pick([name for name in tensors if name in DIFFERENTIABLE])
+    if tensors[name].numel():
+        tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+        tensors[name].view(-1)[choose.integer(0, tensors[name].numel() - 1)] = value
+    return value
+
+
+def _overlap(choose, tensors):
+    """Two arguments of one dtype in the same memory."""
+    first, second = (choose.pick([name for name in tensors if name != "top_k_index"]) for _ in range(2))
+    a, b = sorted((tensors[first], tensors[second]), key=torch.Tensor.numel)
+    if a.dtype == b.dtype and b.isfinite().all():
+        shared = b.contiguous()
+        small = first if tensors[first] is a else second
+        tensors[second if small is first else first] = shared
+        tensors[small] = shared.view(-1)[: a.numel()].view(a.shape)
+
+
+def _gradient(choose, output, memory):
+    if memory == "expanded":
+        return torch.ones((), dtype=output.dtype).expand(output.shape)
+    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(choose.integer(0, 2**31)))
+    values = values.bfloat16().to(output.dtype)
+    return values.T.contiguous().T if memory == "strided" else values
+
+
+def _between(choose, tensors, options):
+    """Things that may happen between a forward and its backward."""
+    event = choose.pick(["nothing", "another call", "evaluation", "threads", "garbage"])
+    if event == "another call":
+        call({name: t.detach() for name, t in tensors.items()}, options)
+    elif event == "evaluation":
+        with torch.no_grad():
+            call(tensors, options)
+    elif event == "threads":
+        torch.set_num_threads(choose.integer(1, 3))
+    elif event == "garbage":
+        gc.collect()
+
+
+def _reference(tensors, options, gradient, wanted, change):
+    """Output and gradients in float64, of the arguments as the operator rounds them. With ``torch.abs`` for ``change``
+    they are sums of magnitudes: where what is summed may cancel, errors are measured by these."""
+    leaves = {}
+    for name, tensor in tensors.items():
+        if name == "top_k_index":
+            leaves[name] = tensor
+            continue
+        rounded = tensor if name == "top_k_weights" else tensor.bfloat16()
+        leaves[name] = change(rounded.detach().double()).clone().requires_grad_()
+    output = call(leaves, options | {"scaling": change(torch.tensor(float(options["scaling"]))).item()},
+                  reference.moe_experts)  # fmt: skip
+    if output.requires_grad:
+        output.backward(change(gradient.double()))
+    # an expert, or a whole batch, without tokens leaves no gradient in plain torch
+    grads = {name: leaves[name].grad for name in wanted}
+    empty = {name: torch.zeros_like(leaves[name]) for name, grad in grads.items() if grad is None}
+    return {"output": output.detach()} | grads | empty
+
+
+# -------------------------------------------------------------------------------------------------- invalid calls
+
+
+def _refused(choose, mistake, tensors, options):
+    """The mistake is a Python exception whose message begins with the name of an argument."""
+    wanted = choose.chance(50)
+    tensors = {
+        name: t.detach().clone().requires_grad_(wanted and name in DIFFERENTIABLE) for name, t in tensors.items()
+    }
+    for name in ("gate_up_proj", "down_proj"):
+        tensors[name] = tensors[name].contiguous()
+    change, *expected = MISTAKES[mistake]
+    call_it = change(choose, tensors, options)
+    if call_it is None:  # not possible with these sizes
+        return "valid"
+    try:
+        call_it()
+    except (TypeError, ValueError, RuntimeError) as error:
+        words = str(error)
+        assert expected or re.match("|".join(("gate", "isa", "down_lora", *NAMES)), words), f"{mistake}: {error!r}"
+        assert not expected or re.search(expected[0], words), f"{mistake}: {error!r}"
+        return mistake
+    raise AssertionError(f"{mistake}: accepted")
+
+
+def _changed(tensors, options, **changes):
+    """The call with other tensors."""
+    return functools.partial(call, tensors | changes, options)
+
+
+def _some(choose, tensors):
+    return choose.pick(list(tensors))
+
+
+def _wrong_dtype(choose, tensors, options):
+    name = _some(choose, tensors)
+    right = {"top_k_index": [torch.int64]}.get(name, [torch.bfloat16])
+    right += [torch.float32] if name not in ("top_k_index", "gate_up_proj", "down_proj") else []
+    dtypes = [torch.float16, torch.float64, torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64]
+    tensors[name] = tensors[name].detach().to(choose.pick([d for d in dtypes if d not in right]))
+    return _changed(tensors, options)
+
+
+def _no_tensor(choose, tensors, options):
+    name = _some(choose, tensors)
+    tensors[name] = choose.pick([None, 1.0, "x", [[1.0]], tensors[name].detach().float().numpy()])
+    return _changed(tensors, options)
+
+
+def _wrong_ndim(choose, tensors, options):
+    name = _some(choose, tensors)
+    tensors[name] = choose.pick([tensors[name][None], tensors[name].flatten(), tensors[name].sum()])
+    return _changed(tensors, options)
+
+
+def _on_meta(choose, tensors, options):
+    name = _some(choose, tensors)
+    tensors[name] = tensors[name].to("meta")
+    return _changed(tensors, options)
+
+
+def _sparse(choose, tensors, options):
+    name = _some(choose, tensors)
+    tensors[name] = tensors[name].detach().to_sparse()
+    return _changed(tensors, options)
+
+
+def _one_less(choose, tensors, options):
+    name = _some(choose, tensors)
+    dim = choose.integer(0, tensors[name].dim() - 1)
+    if tensors[name].shape[dim] == 0:
+        return None
+    tensors[name] = tensors[name].narrow(dim, 0, tensors[name].shape[dim] - 1).contiguous()
+    return _changed(tensors, options)
+
+
+def _strided_weights(choose, tensors, options):
+    name = choose.pick(["gate_up_proj", "down_proj"])
+    tensors[name] = torch.stack([tensors[name].detach()] * 2, dim=-1)[..., 0]
+    return None if tensors[name].is_contiguous() else _changed(tensors, options)
+
+
+def _id_out_of_range(choose, tensors, options):
+    index = tensors["top_k_index"]
+    if not index.numel():
+        return None
+    experts = tensors["down_proj"].shape[0]
+    wrong = choose.pick([-1, -experts, experts, experts + 7, 2**31, 2**32, -(2**63), 2**63 - 1])
+    index[choose.integer(0, len(index) - 1), choose.integer(0, index.shape[1] - 1)] = wrong
+    return _changed(tensors, options, top_k_index=index)
+
+
+def _rank_that_does_not_divide(choose, tensors, options):
+    experts, present = tensors["down_proj"].shape[0], [name for name in tensors if name.endswith("lora_A")]
+    if experts == 1 or not present:
+        return None
+    which, extra = choose.pick(present), choose.integer(1, experts - 1)
+    tensors[which] = torch.cat([tensors[which].detach(), tensors[which].detach()[:1].expand(extra, -1)])
+    return _changed(tensors, options)
+
+
+def _wrong_scaling(choose, tensors, options):
+    wrong = choose.pick([math.nan, math.inf, None, "2", torch.tensor([2.0]), 1e39, 10**400, 1j])
+    has_lora = any("lora" in name for name in tensors)
+    return _changed(tensors, options | {"scaling": wrong}) if has_lora else None
+
+
+def _wrong_lora(choose, tensors, options):
+    wrong = choose.pick(
+        [(), (1, 2), "abc", 3, tensors["hidden_states"], {"A": 1, "B": 2, "scaling": 3}, (None, None, 1.0)]
+    )
+    return functools.partial(ktlib.moe_experts, *(tensors[n] for n in NAMES[:5]), down_lora=wrong)
+
+
+def _wrong_word(choose, tensors, options):
+    word = choose.pick([{"gate": "relu"}, {"gate": None}, {"isa": "sse9"}, {"isa": "AVX2"}])
+    return functools.partial(call, tensors, options, **word)
+
+
+def _freed(tensor):
+    tensor.detach().untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
+
+
+def _freed_before(choose, tensors, options):
+    name = _some(choose, tensors)
+    if not tensors[name].numel():
+        return None
+    _freed(tensors[name])
+    return _changed(tensors, options)
+
+
+def _before_backward(change):
+    """``change(choose, tensors)``, which may return False for "not possible", happens between forward and backward."""
+
+    def mistake(choose, tensors, options):
+        for name in DIFFERENTIABLE[:2]:
+            tensors[name] = tensors[name].detach().requires_grad_()
+        output = call(tensors, options)
+        return None if change(choose, tensors) is False else output.sum().backward
+
+    return mistake
+
+
+def _free(choose, tensors):
+    name = _some(choose, tensors)
+    return _freed(tensors[name]) if tensors[name].numel() else False
+
+
+def _swap(choose, tensors):
+    """Another shape in the place of a saved tensor."""
+    name = _some(choose, tensors)
+    if not tensors[name].numel():
+        return False
+    dim = choose.integer(0, tensors[name].dim() - 1)
+    tensors[name].data = torch.cat([tensors[name].detach()] * 2, dim=dim)
+
+
+def _edit(choose, tensors):
+    name = _some(choose, tensors)
+    with torch.no_grad():
+        tensors[name].add_(1)
+
+
+MISTAKES = {
+    "dtype": (_wrong_dtype,),
+    "no tensor": (_no_tensor,),
+    "number of dimensions": (_wrong_ndim,),
+    "meta": (_on_meta,),
+    "sparse": (_sparse,),
+    "one row less": (_one_less,),
+    "strided weights": (_strided_weights,),
+    "expert id": (_id_out_of_range,),
+    "rank": (_rank_that_does_not_divide,),
+    "scaling": (_wrong_scaling,),
+    "lora": (_wrong_lora,),
+    "gate or isa": (_wrong_word,),
+    "freed": (_freed_before,),
+    "freed before backward": (_before_backward(_free),),
+    "another shape before backward": (_before_backward(_swap),),
+    "edited before backward": (_before_backward(_edit), "modified by an inplace operation"),
+}

@@ -1,0 +1,171 @@
+"""The operator among threads, forks, signals, hooks and little memory: prompt, and its state intact afterwards."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from models import random_adapter, tiny_model, tokens
+from peft import get_peft_model
+
+import ktlib
+from ktlib.lora import lora_config
+from ktlib.validation import QUANTITIES, evaluate, random_layer
+
+SIZES = {"tokens": 600, "experts": 4, "top_k": 2, "hidden": 128, "intermediate": 96, "rank": 4}
+
+
+@pytest.fixture
+def layer():
+    return random_layer("trained", **SIZES)
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in QUANTITIES)
+
+
+def in_child(code, timeout=120):
+    """Standard output of a Python process of its own; it starts with a layer and what it gives."""
+    begin = f"""
+import os, resource, torch, ktlib
+from ktlib.validation import random_layer
+torch.set_num_threads(2)
+layer = random_layer("trained", **{SIZES})
+want = ktlib.moe_experts(**layer)
+"""
+    command = [sys.executable, "-c", begin + textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-3000:])
+    return done.stdout
+
+
+def test_a_forked_child_computes_the_same():
+    """Its parent's threads do not exist in it, and OpenMP would wait for them."""
+    code = """
+    x = layer["hidden_states"].clone().requires_grad_()
+    child = os.fork()
+    if child == 0:
+        output = ktlib.moe_experts(**layer | {"hidden_states": x})
+        torch.set_num_threads(1)  # else sum() waits, which is torch's own
+        output.sum().backward()
+        os._exit(0 if torch.equal(output.detach(), want) and x.grad.any() else 9)
+    _, status = os.waitpid(child, 0)
+    print("child:", os.waitstatus_to_exitcode(status))
+    print("parent:", torch.equal(ktlib.moe_experts(**layer), want), torch.get_num_threads())
+    """
+    assert in_child(code) == "child: 0\nparent: True 2\n"
+
+
+def test_workers_of_a_data_loader():
+    code = """
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+        def __getitem__(self, index):
+            return ktlib.moe_experts(**layer)
+    loader = torch.utils.data.DataLoader(Data(), batch_size=1, num_workers=2, multiprocessing_context="fork")
+    print([torch.equal(batch[0], want) for batch in loader])
+    """
+    assert in_child(code) == f"{[True] * 6}\n"
+
+
+def test_two_models_in_one_process():
+    """Steps of two models, interleaved and nested, are those of each alone."""
+    models = [tiny_model("olmoe", "ktlib", seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
+    models = [random_adapter(get_peft_model(m, lora_config(m, r=rank))) for m, rank in zip(models, (2, 5), strict=True)]
+
+    def gradients(model):
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    wanted = []
+    for model in models:
+        model(tokens(), labels=tokens()).loss.backward()
+        wanted.append(gradients(model))
+    losses = [model(tokens(), labels=tokens()).loss for model in models]
+    for loss in losses:
+        loss.backward()
+    for model, want in zip(models, wanted, strict=True):
+        got = gradients(model)
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+class Oops(Exception):
+    pass
+
+
+def test_an_exception_between_forward_and_backward(layer):
+    """In a hook of the gradient that reaches the operator, and of the one that leaves it."""
+    wanted = evaluate(ktlib.moe_experts, layer)
+
+    def oops(gradient):
+        raise Oops
+
+    for place in ("output", "input"):
+        x = layer["hidden_states"].clone().requires_grad_()
+        output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+        (output if place == "output" else x).register_hook(oops)
+        with pytest.raises(Oops):
+            output.sum().backward()
+        assert x.grad is None
+    assert same(evaluate(ktlib.moe_experts, layer), wanted)
+
+
+def test_keyboard_interrupt_during_a_long_call(layer):
+    """Ctrl-C takes effect at the end of the layer that is being computed, and nothing is left half done."""
+    wanted = evaluate(ktlib.moe_experts, layer)
+    long = random_layer("trained", **SIZES | {"tokens": 6000, "hidden": 512, "intermediate": 512})
+    start = time.perf_counter()
+    ktlib.moe_experts(**long, isa="portable")
+    one_call = time.perf_counter() - start
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, one_call / 4)
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            while time.perf_counter() < start + 60:
+                ktlib.moe_experts(**long, isa="portable")
+        assert time.perf_counter() - start < 5 * one_call + 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert same(evaluate(ktlib.moe_experts, layer), wanted)
+
+
+def test_too_little_memory_is_an_error_and_no_more():
+    code = """
+    large = random_layer("trained", tokens=8192, experts=4, top_k=3, hidden=1024, intermediate=64, rank=2)
+    torch.set_num_threads(1)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 40 * 2**20, resource.RLIM_INFINITY))
+    try:
+        ktlib.moe_experts(**large)
+    except MemoryError:
+        print("MemoryError")
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(ktlib.moe_experts(**large).isfinite().all().item(), torch.equal(ktlib.moe_experts(**layer), want))
+    """
+    assert in_child(code) == "MemoryError\nTrue True\n"
+
+
+def test_memory_kept_between_calls_is_bounded():
+    """Scratch of large calls is kept for the next one, up to 512 MiB."""
+    code = """
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    layers = [random_layer("trained", tokens=3072, experts=8, top_k=8, hidden=h, intermediate=16, rank=1)
+              for h in (16384, 6000, 9000)]
+    before = resident()
+    for large in layers:
+        ktlib.moe_experts(**large)
+    print(int(resident() - before))
+    """
+    assert int(in_child(code)) < 560
