@@ -9,7 +9,8 @@
 
 namespace ktlib {
 
-constexpr int kRows = 256;         // tokens of one task: its fp32 result stays in L2
+// Tokens of one task. They share the packing of the weights, which costs as much as the products of 200 tokens.
+constexpr int kRows = 512;
 constexpr int kColumnsOut = 512;   // columns of one task: runs of 1 KB of each weight row
 constexpr int kDepth = 256;        // weight rows interleaved at a time: a panel of 64 columns is 32 KB, half of L1
 constexpr int64_t kLdc = row_stride<float>(kColumnsOut);
