@@ -40,6 +40,7 @@ from ktlib.checkpoints import (
     writing,
 )
 from ktlib.cpu import cpu_info
+from ktlib.environment import without_cuda
 from ktlib.experts import is_experts
 from ktlib.lora import lora_config
 from ktlib.tasks import TASKS, load_data
@@ -110,7 +111,12 @@ def check_parameters(
     for name in ("model", "dataset", "output_dir"):
         need(isinstance(given[name], (str, os.PathLike)) and str(given[name]), name, "a name or a path")
     is_model = model == "base" or (Path(model) / "config.json").is_file()
-    need(is_model, "model", "'base' or a checkpoint folder with a config.json")
+    need(
+        is_model,
+        "model",
+        "'base' or a checkpoint folder with a config.json (nothing is downloaded here: "
+        "`hf download NAME --local-dir FOLDER` brings a model of the hub)",
+    )
     is_data = str(dataset) in TASKS or Path(dataset).is_file()
     need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
     need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
@@ -265,6 +271,7 @@ def train(
     checkpoints = Path(output_dir) / CHECKPOINTS
     names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    on_cpu = without_cuda()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -281,7 +288,8 @@ def train(
         include_num_input_tokens_seen="non_padding",
         save_steps=save_every,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
         report_to="none",
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
