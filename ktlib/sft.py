@@ -308,16 +308,17 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if first_step == steps:  # a Trainer would make one step more
             model.load_adapter(resume, model.active_adapter, is_trainable=True)
-            trainer.state = TrainerState.load_from_json(resume / "trainer_state.json")
+            state = TrainerState.load_from_json(resume / "trainer_state.json")
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            state = trainer.state
     seconds = time.perf_counter() - began
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [entry for entry in state.log_history if "loss" in entry]
     share = (steps - first_step) / steps
     return {
         "log": log,
         "seconds": seconds,
-        "tokens_per_second": trainer.state.num_input_tokens_seen * share / seconds,
+        "tokens_per_second": state.num_input_tokens_seen * share / seconds,
         "peak_rss_mib": peak_rss_mib(),
         "resumed_from": first_step,
         "identity": identity,
