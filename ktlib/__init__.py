@@ -6,6 +6,7 @@ that need PEFT or transformers are loaded on first use, so that the import itsel
 
 import importlib
 
+from ktlib import environment as _environment  # noqa: F401  first: it says what is wrong here
 from ktlib import experts as _experts  # noqa: F401  registers "ktlib" with transformers
 from ktlib import reference
 from ktlib.audit import audit

@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from ktlib.environment import without_cuda
+
 BASE = Path(__file__).parent / "assets" / "base"
 
 BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -289,7 +291,8 @@ def make(out_dir, steps=3000, seed=0):
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     torch.manual_seed(seed)
-    device, experts = ("cuda", "batched_mm") if torch.cuda.is_available() else ("cpu", "eager")
+    on_gpu = torch.cuda.is_available() and not without_cuda()
+    device, experts = ("cuda", "batched_mm") if on_gpu else ("cpu", "eager")
     model = DeepseekV2ForCausalLM._from_config(config(tokenizer), experts_implementation=experts).to(device)
     losses = pretrain(model, tokenizer, steps)
     for rubbish in out_dir.parent.glob(f".{out_dir.name}.*"):  # of one that was killed here

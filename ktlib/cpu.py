@@ -19,8 +19,15 @@ def cpu_info():
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isas": dict(_kernels.isas()),
-        "isa": _kernels.select_isa(os.environ.get("KTLIB_ISA", "")),
+        "isa": _selected(os.environ.get("KTLIB_ISA", "")),
     }
+
+
+def _selected(wanted):
+    try:
+        return _kernels.select_isa(wanted)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"KTLIB_ISA={wanted}: {error}; unset it to get the fastest") from None
 
 
 def _model():

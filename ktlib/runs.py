@@ -150,5 +150,6 @@ def _convert(name, value, annotation):
     raise ValueError(f"{name}: got {value!r} ({kind}), needs {annotation}")
 
 
-def _short(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(value, most=300):
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= most else text[:most] + "..."

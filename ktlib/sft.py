@@ -41,6 +41,7 @@ from ktlib.checkpoints import (
     writing,
 )
 from ktlib.cpu import cpu_info
+from ktlib.environment import without_cuda
 from ktlib.experts import is_experts
 from ktlib.lora import lora_config
 from ktlib.tasks import TASKS, load_data
@@ -112,7 +113,12 @@ def check_parameters(
     for name in ("model", "dataset", "output_dir"):
         need(isinstance(given[name], (str, os.PathLike)) and str(given[name]), name, "a name or a path")
     is_model = model == "base" or (Path(model) / "config.json").is_file()
-    need(is_model, "model", "'base' or a checkpoint folder with a config.json")
+    need(
+        is_model,
+        "model",
+        "'base' or a checkpoint folder with a config.json (nothing is downloaded here: "
+        "`hf download NAME --local-dir FOLDER` brings a model of the hub)",
+    )
     is_data = str(dataset) in TASKS or Path(dataset).is_file()
     need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
     need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
@@ -270,6 +276,7 @@ def train(
     checkpoints = Path(output_dir) / CHECKPOINTS
     names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    on_cpu = without_cuda()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -286,7 +293,8 @@ def train(
         include_num_input_tokens_seen="non_padding",
         save_steps=save_every,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
         report_to="none",
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
@@ -306,18 +314,19 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if first_step == steps:  # a Trainer would make one step more
             model.load_adapter(resume, model.active_adapter, is_trainable=True)
-            trainer.state = TrainerState.load_from_json(resume / "trainer_state.json")
+            state = TrainerState.load_from_json(resume / "trainer_state.json")
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            state = trainer.state
     seconds = time.perf_counter() - began
     if guard.finding is not None:
         raise NonFinite(guard.finding)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [entry for entry in state.log_history if "loss" in entry]
     share = (steps - first_step) / steps
     return {
         "log": log,
         "seconds": seconds,
-        "tokens_per_second": trainer.state.num_input_tokens_seen * share / seconds,
+        "tokens_per_second": state.num_input_tokens_seen * share / seconds,
         "peak_rss_mib": peak_rss_mib(),
         "resumed_from": first_step,
         "identity": identity,

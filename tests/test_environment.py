@@ -104,7 +104,79 @@ def test_ci_runs_what_a_contributor_runs():
     assert os.access(script, os.X_OK)
     text = script.read_text()
     assert "set -euo pipefail" in text and re.search(r"^make test$", text, re.MULTILINE)
-    assert re.search(r"ktlib\.cli sft .*--param", text.replace("\\\n", " "))
+
+
+def test_ci_says_how_long_each_stage_took(tmp_path):
+    """The script itself, with every command it calls replaced by one that does nothing, or fails."""
+    for name in ("make", "ls"):
+        (tmp_path / name).write_text("#!/bin/sh\n[ $# -eq 1 ] && [ $1 = sanitize ] && [ -e fail ] && exit 3\nexit 0\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text().replace("budget=1500", "budget=-1"))
+    (tmp_path / ".venv" / "bin" / "ktlib").symlink_to("/bin/true")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for code in (0, 3):
+        done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True)
+        assert done.returncode == code
+        stages = re.findall(r"^ +\d+ s  (.+)$", done.stdout, re.MULTILINE)
+        assert (
+            stages[:2] == ["make test", "make sanitize"] and stages[-1].startswith("together") and "SLOW" in done.stdout
+        )
+        assert any(stage.startswith("FAILED with 3") for stage in stages) == (code == 3)
+        (tmp_path / "fail").touch()
+
+
+# Commands of the README that CI does not run, each with its reason.
+NOT_IN_CI = {
+    "make lab": "opens a browser",
+    "make refs": "rewrites the stored outputs that `make test` compares with",
+    "conda env": "downloads an environment; that its pins are those CI installs is tested above",
+    "python -m ktlib.bench": "half an hour; its kernels are timed in notebook 03",
+}
+# Those that it runs in other words: where, and what of them must stand there.
+ELSEWHERE = {
+    "ktlib info": ("tests/test_cli.py", 'cli.main(["info"])'),
+    "ktlib audit": ("tests/test_cli.py", 'cli.main(["audit"'),
+    "pip install": ("Makefile", "--no-build-isolation --editable ."),
+    "python -m ktlib.base_model": ("tests/test_base_model.py", "base_model.make("),
+}
+
+
+def test_the_commands_of_the_readme_are_those_that_ci_runs():
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    commands = [line.split("#")[0].strip() for line in blocks] + re.findall(r"`([^`\n]+)`", README)
+    commands = {c for c in commands if re.match(r"(make|ktlib|conda|pip|python -m) \w|python -m", c)}
+    assert len(commands) >= 10
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in commands:
+        words = command.split()
+        start = " ".join(words[: 3 if words[0] == "python" else 2])
+        if start in NOT_IN_CI:
+            continue
+        file, text = ELSEWHERE.get(start, (".ci/run", start))
+        assert text in (ROOT / file).read_text(), f"README says `{command}`, nothing in CI runs it"
+    for option in re.findall(r"--\w+", " ".join(c for c in commands if c.startswith("ktlib sft"))):
+        assert option in ci or option in (ROOT / "tests" / "test_cli.py").read_text(), option
+
+
+def promises():
+    """Rows of the README's table of promises: (promise, the tests and records in its last column)."""
+    (table,) = re.findall(r"## What we promise.*?\n\n(\|.*?)\n\n", README, re.DOTALL)
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    return [(cells[0].strip(), re.findall(r"`([^`]+)`", cells[-1])) for cells in rows]
+
+
+def test_every_promise_names_what_tests_it():
+    assert len(promises()) >= 8
+    for promise, sources in promises():
+        assert sources, promise
+        for source in sources:
+            path, _, name = source.partition("::")
+            file = ROOT / path
+            assert file.exists(), f"{promise}: no {path}"
+            if name:
+                assert re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE), f"{promise}: no {source}"
 
 
 @pytest.mark.parametrize(
