@@ -70,12 +70,12 @@ def test_wrong_results_are_noticed(wrong, monkeypatch):
         return call(tensors, options, function, **other) if function else wrong(call(tensors, options, **other))
 
     monkeypatch.setattr(fuzz, "call", wrong_call)
-    for seed in range(120):
+    for seed in range(80):
         try:
             fuzz.try_one(fuzz.Seeded(seed))
         except AssertionError:
             failures += 1
-    assert failures > 10
+    assert failures > 6
 
 
 def test_the_long_run(tmp_path):
