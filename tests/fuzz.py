@@ -50,7 +50,8 @@ def try_one(choose):
         tensors, options = _layer(choose)
         if choose.chance(50):
             mistake = choose.pick(list(MISTAKES))
-            return _refused(choose, mistake, tensors, options)
+            if _refused(choose, mistake, tensors, options):
+                return mistake
         _computed(choose, tensors, options)
         return "valid"
     finally:
@@ -222,7 +223,8 @@ def _reference(tensors, options, gradient, wanted, change):
 
 
 def _refused(choose, mistake, tensors, options):
-    """The mistake is a Python exception whose message begins with the name of an argument."""
+    """The mistake is a Python exception whose message begins with the name of an argument. False if it cannot be made
+    with these sizes."""
     wanted = choose.chance(50)
     tensors = {
         name: t.detach().clone().requires_grad_(wanted and name in DIFFERENTIABLE) for name, t in tensors.items()
@@ -231,15 +233,15 @@ def _refused(choose, mistake, tensors, options):
         tensors[name] = tensors[name].contiguous()
     change, *expected = MISTAKES[mistake]
     call_it = change(choose, tensors, options)
-    if call_it is None:  # not possible with these sizes
-        return "valid"
+    if call_it is None:
+        return False
     try:
         call_it()
     except (TypeError, ValueError, RuntimeError) as error:
         words = str(error)
         assert expected or re.match("|".join(("gate", "isa", "down_lora", *NAMES)), words), f"{mistake}: {error!r}"
         assert not expected or re.search(expected[0], words), f"{mistake}: {error!r}"
-        return mistake
+        return True
     raise AssertionError(f"{mistake}: accepted")
 
 

@@ -106,7 +106,8 @@ def main():
                 reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 finish(key.data, f"crash: {reason}" if code else None)
         for key in list(selector.get_map().values()):
-            if time.monotonic() - key.data.heard > arguments.patience:
+            patience = arguments.patience * (20 if key.data.current is None else 1)  # imports take longer
+            if time.monotonic() - key.data.heard > patience:
                 key.data.process.kill()
                 finish(key.data, "hang")
 

@@ -29,7 +29,7 @@ class Drawn(fuzz.Seeded):
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     derandomize=True,  # CI says the same every time; fuzz_long.py looks further
     phases=[Phase.generate, Phase.shrink],
@@ -70,18 +70,18 @@ def test_wrong_results_are_noticed(wrong, monkeypatch):
         return call(tensors, options, function, **other) if function else wrong(call(tensors, options, **other))
 
     monkeypatch.setattr(fuzz, "call", wrong_call)
-    for seed in range(120):
+    for seed in range(80):
         try:
             fuzz.try_one(fuzz.Seeded(seed))
         except AssertionError:
             failures += 1
-    assert failures > 10
+    assert failures > 6
 
 
 def test_the_long_run(tmp_path):
     """A short one, in which a call hangs and another crashes: both are recorded, and the rest goes on."""
     command = [sys.executable, "tests/fuzz_long.py", "--calls", "12", "--json", str(tmp_path / "fuzz.json")]
-    command += ["--hang", "3", "--crash", "7", "--patience", "20"]
+    command += ["--hang", "3", "--crash", "7", "--patience", "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     result = json.loads((tmp_path / "fuzz.json").read_text())

@@ -151,12 +151,13 @@ import resource, sys
 from ktlib import cli
 resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
 code = cli.main(["audit", sys.argv[1]])
-print("peak MiB:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # getrusage counts the parent's too
+print("peak MiB:", int(peak.split()[1]) // 1024)
 sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("size, code", [(2**36, 2), (150 * 2**20, 0)], ids=["64 GiB", "150 MiB"])
+@pytest.mark.parametrize("size, code", [(2**36, 2), (100 * 2**20, 0)], ids=["64 GiB", "100 MiB"])
 def test_a_large_tensor_is_mapped_and_looked_at_in_parts(tmp_path, size, code):
     """A sparse file of one tensor, in a process of 8 GiB of addresses: refused if that is not enough; and there is no
     copy of the whole, which in fp32 would be four times as large."""
@@ -169,7 +170,7 @@ def test_a_large_tensor_is_mapped_and_looked_at_in_parts(tmp_path, size, code):
     if code:
         assert "x.safetensors: too large for this process" in done.stderr
     else:
-        assert int(done.stdout.split("peak MiB:")[1]) < 1000
+        assert int(done.stdout.split("peak MiB:")[1]) < 900
 
 
 # ---- checkpoints and data ------------------------------------------------------------------------------------------

@@ -307,11 +307,42 @@ def test_shapes_that_changed_since_forward_are_refused(layer):
     lora_A.data, lora_B.data = other["down_lora"][:2]  # rank 8 for 3
     with pytest.raises(ValueError, match=r"down_lora: changed since forward, which saved bfloat16 \(6, 20\)"):
         output.sum().backward()
+    output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, 2.0)}))
+    lora_B.data = layer["down_lora"][1]  # rank 3 again, beside an A of rank 8
+    with pytest.raises(ValueError, match="down_lora lora_B: got shape"):
+        output.sum().backward()
     x = layer["hidden_states"].clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.float() if t.shape == (20, 192) else t, lambda t: t):
         output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
     with pytest.raises(ValueError, match="hidden_states or down_proj: changed since forward, which saved float32"):
         output.sum().backward()
+
+
+def of_other_strides(tensor):
+    return tensor.T.contiguous().T
+
+
+def without_memory(tensor):
+    copy = tensor.clone()
+    emptied(copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "unpack, words", [(of_other_strides, "changed since"), (without_memory, "its memory was freed")]
+)
+def test_saved_tensors_that_hooks_spoil_are_refused(layer, unpack, words):
+    x = layer["hidden_states"].clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpack(t) if t.shape == (20, 192) else t):
+        output = ktlib.moe_experts(**(layer | {"hidden_states": x}))
+    with pytest.raises(ValueError, match=f"hidden_states or down_proj: .*{words}"):
+        output.sum().backward()
+
+
+def test_a_gradient_without_memory_is_refused(layer):
+    x = layer["hidden_states"].clone().requires_grad_()
+    with pytest.raises(ValueError, match="grad_output: got .* its memory was freed"):
+        ktlib.moe_experts(**(layer | {"hidden_states": x})).backward(without_memory(x.detach()))
 
 
 def test_second_derivatives_are_refused(layer):

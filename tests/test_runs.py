@@ -108,6 +108,14 @@ def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
     assert [row["run"] for row in runs.load_runs(tmp_path / "runs")] == ["a/small"]
 
 
+def test_failures_of_papermill_itself_are_marked(notebook, tmp_path):
+    node = nbformat.read(notebook, as_version=4)
+    node.metadata["papermill"] = {"exception": True, "parameters": {"steps": 3}}
+    (tmp_path / "runs").mkdir()
+    nbformat.write(node, tmp_path / "runs" / "swept.ipynb")
+    assert [(row["failed"], row["steps"]) for row in runs.load_runs(tmp_path / "runs")] == [(True, 3)]
+
+
 def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_path):
     good = runs.run(notebook, tmp_path / "runs")
     before = good["report"].read_text()
