@@ -65,6 +65,11 @@ def routing(tokens, experts, top_k, skew=0.0, seed=0):
     return index, (weights / weights.sum(-1, keepdim=True)).float()
 
 
+def weight_traffic(index, hidden, intermediate):
+    """Bytes of bf16 weights that a step with this routing must read: those of its experts, forward and backward."""
+    return 2 * index.unique().numel() * 3 * hidden * intermediate * 2
+
+
 def time_steps(forward, backward, repeat, budget):
     """Medians ``(forward, backward)`` in seconds over ``repeat`` steps after one warm-up, fewer beyond ``budget`` s."""
     times = [[], []]
