@@ -58,6 +58,23 @@ def deepseek_v2_lite(**changes):
     )
 
 
+def published_config(name):
+    """Config of a published model by the name of its parameter file in ``notebooks/params``, such as "mixtral_8x7b"."""
+    import transformers
+
+    if name == "deepseek_v2_lite":
+        return deepseek_v2_lite()
+    made = {
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(),
+        "mixtral_8x7b": lambda: transformers.MixtralConfig(),
+        "olmoe": lambda: transformers.OlmoeConfig(intermediate_size=1024),
+        "qwen3_30b_a3b": lambda: transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128),
+    }
+    if name not in made:
+        raise ValueError(f"name: got {name!r}, needs one of {', '.join(['deepseek_v2_lite', *made])}")
+    return made[name]()
+
+
 def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="ktlib", progress=True):
     """A model of this config on the CPU, its weights made in place: no file, no second copy."""
     from tqdm.auto import tqdm
