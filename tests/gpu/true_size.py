@@ -38,13 +38,6 @@ from ktlib.estimate import available_memory, estimate
 from ktlib.experts import is_experts
 from ktlib.placement import placement
 
-TINY = {
-    "num_hidden_layers": 3, "vocab_size": 4000, "hidden_size": 256, "moe_intermediate_size": 128,
-    "intermediate_size": 512, "n_routed_experts": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-
 
 def main():
     options = parse()
@@ -104,8 +97,8 @@ def parse():
 
 
 def config_of(options, layers=None):
-    changes = dict(TINY) if options.tiny else {}
-    return synthetic.deepseek_v2_lite(**changes | {"num_hidden_layers": layers or options.layers})
+    make = synthetic.deepseek_v2_small if options.tiny else synthetic.deepseek_v2_lite
+    return make(num_hidden_layers=layers or options.layers)
 
 
 def machine(options):
@@ -121,7 +114,7 @@ def machine(options):
     return facts
 
 
-def compact(result, resolution=5e-4):
+def compact(result, resolution=2e-4):
     """A result as it is recorded: with the command that made it, without paths and tracebacks.
 
     Spans of a timeline that are less than ``resolution`` seconds apart are one; the shares beside them are of all.
@@ -129,9 +122,8 @@ def compact(result, resolution=5e-4):
     result = copy.deepcopy(result)
     parts, options = result["parts"], result.pop("options")
     defaults = {action.dest: action.default for action in parser()._actions}
-    given = {
-        k: v for k, v in options.items() if k not in ("out", "checkpoint", "compact") and v != str(defaults.get(k))
-    }
+    told = options.keys() - {"out", "checkpoint", "compact", "device"}
+    given = {k: v for k, v in options.items() if k in told and v != str(defaults.get(k))}
     flags = [f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}") for k, v in given.items()]
     result["recorded"]["command"] = " ".join(["python tests/gpu/true_size.py --out result.json", *flags])
     for part in parts.values():
