@@ -11,6 +11,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#777777",
 )
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def style():
@@ -99,16 +100,17 @@ def placement_map(table, ax=None):
         parts[part][kind] += size
         devices += [kind] if kind not in devices else []
     names = sorted(parts, key=lambda name: (name.removesuffix(" LoRA"), name))
+    largest = max(max(sizes.values()) for sizes in parts.values())
+    scale, unit = next((pair for pair in UNITS if largest >= pair[0]), (1, "bytes"))
     if ax is None:
-        _, ax = axes("Where the parameters are", "bytes", size=(8, 1.2 + 0.3 * len(names)))
+        _, ax = axes("Where the parameters are", unit, size=(8, 1.2 + 0.3 * len(names)))
     colors = dict(zip(sorted(devices), (BLUE, ORANGE, GREEN), strict=False))
     for y, name in enumerate(names):
         for kind, size in parts[name].items():
-            ax.barh(y, size, color=colors[kind], height=0.7, label=kind)
-            ax.text(size * 1.15, y, bytes_text(size), va="center", fontsize=8)
-    ax.set(xscale="log", xlim=(10, max(max(sizes.values()) for sizes in parts.values()) * 12))
+            ax.barh(y, size / scale, color=colors[kind], height=0.7, label=kind)
+            ax.text((size + 0.01 * largest) / scale, y, bytes_text(size), va="center", fontsize=8)
+    ax.set(xlim=(0, 1.15 * largest / scale), ylim=(len(names) - 0.4, -0.6))
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.legend(*_once(ax), loc="lower right")
     return ax
@@ -128,7 +130,7 @@ def step_timeline(line, ax=None, window=None):
     if ax is None:
         _, ax = axes("Timeline of a step", "seconds", size=(9, 1.1 + 0.38 * len(shown)))
     colors = dict(zip(line["spans"], (BLUE, SKY, GREEN, ORANGE, RED, PURPLE), strict=False))
-    least = (end - start) / 1500
+    least = (end - start) / 350
     for y, (track, spans) in enumerate(shown.items()):
         bars = [(a, max(b - a, least)) for a, b in spans]
         ax.broken_barh(bars, (y - 0.38, 0.76), facecolors=colors[track], linewidth=0)
@@ -140,7 +142,7 @@ def step_timeline(line, ax=None, window=None):
 
 def bytes_text(size):
     """A size as a reader says it: ``28.8 GB``, ``44 kB``."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for factor, unit in UNITS:
         if size >= factor:
             value = size / factor
             return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
