@@ -23,12 +23,16 @@ _OPERATORS = {"ktlib::moe_experts": FORWARD, "ktlib::moe_experts_backward": BACK
 
 
 def checkpoint_all_but_experts(model):
-    """Recompute the layers in backward, as ``gradient_checkpointing_enable`` does, but keep what the experts computed.
+    """Recompute layers in backward, as transformers' gradient checkpointing does, but keep what the experts computed.
 
     GPU memory shrinks to the layers' inputs, and the slow part of a layer is not computed twice.
     """
     keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.ktlib.moe_experts.default])
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep})
+    options = {"use_reentrant": False, "context_fn": keep}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 
@@ -128,13 +132,13 @@ def timeline(step):
         if track:
             start, end = event.time_range.start - begin, event.time_range.end - begin  # microseconds
             spans[track].append([round(start / 1e6, 6), round(end / 1e6, 6)])
-    return {"seconds": seconds, "spans": {track: _merged(found) for track, found in spans.items()}}
+    return {"seconds": seconds, "spans": {track: merged(found) for track, found in spans.items()}}
 
 
 def shares(line):
     """Seconds of each track of a :func:`timeline`, and "other": when none of them was active."""
     table = {track: sum(end - start for start, end in spans) for track, spans in line["spans"].items()}
-    busy = _merged([list(span) for spans in line["spans"].values() for span in spans], gap=0)
+    busy = merged([list(span) for spans in line["spans"].values() for span in spans], gap=0)
     return table | {"other": line["seconds"] - sum(end - start for start, end in busy)}
 
 
@@ -150,14 +154,15 @@ def _track(event):
     return _OPERATORS.get(event.name)
 
 
-def _merged(spans, gap=20e-6):
-    merged = []
+def merged(spans, gap=20e-6):
+    """``[[start, end], ...]`` sorted, those less than ``gap`` seconds apart as one."""
+    found = []
     for start, end in sorted(spans):
-        if merged and start <= merged[-1][1] + gap:
-            merged[-1][1] = max(merged[-1][1], end)
+        if found and start <= found[-1][1] + gap:
+            found[-1][1] = max(found[-1][1], end)
         else:
-            merged.append([start, end])
-    return merged
+            found.append([start, end])
+    return found
 
 
 def memory():

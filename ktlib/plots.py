@@ -11,6 +11,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#777777",
 )
 COLORS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def style():
@@ -85,3 +86,71 @@ def audit_map(report, ax=None):
     ax.set(xlim=(-0.6, len(layers) - 0.4), ylim=(len(parts) - 0.4, -0.6))
     ax.grid(False)
     return ax
+
+
+def placement_map(table, ax=None):
+    """Bytes by component, a bar per component and a colour per device, of :func:`ktlib.placement.placement`'s table.
+
+    ``table``: ``{(component, device, dtype): bytes}``. Adapters are drawn beside what they adapt. Returns the axes.
+    """
+    parts, devices = {}, []
+    for (part, device, _), size in table.items():
+        kind = "GPU" if device.startswith("cuda") else device.upper()
+        parts.setdefault(part, {}).setdefault(kind, 0)
+        parts[part][kind] += size
+        devices += [kind] if kind not in devices else []
+    names = sorted(parts, key=lambda name: (name.removesuffix(" LoRA"), name))
+    largest = max(max(sizes.values()) for sizes in parts.values())
+    scale, unit = next((pair for pair in UNITS if largest >= pair[0]), (1, "bytes"))
+    if ax is None:
+        _, ax = axes("Where the parameters are", unit, size=(8, 1.2 + 0.3 * len(names)))
+    colors = dict(zip(sorted(devices), (BLUE, ORANGE, GREEN), strict=False))
+    for y, name in enumerate(names):
+        for kind, size in parts[name].items():
+            ax.barh(y, size / scale, color=colors[kind], height=0.7, label=kind)
+            ax.text((size + 0.01 * largest) / scale, y, bytes_text(size), va="center", fontsize=8)
+    ax.set(xlim=(0, 1.15 * largest / scale), ylim=(len(names) - 0.4, -0.6))
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(axis="y", visible=False)
+    ax.legend(*_once(ax), loc="lower right")
+    return ax
+
+
+def step_timeline(line, ax=None, window=None):
+    """Who worked when in one step: tracks of :func:`ktlib.hybrid.timeline`, ``window`` seconds of it. Returns the axes.
+
+    Tracks without a span in the window are left out, and none is drawn thinner than can be seen.
+    """
+    start, end = window or (0, line["seconds"])
+    shown = {
+        track: [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
+        for track, spans in line["spans"].items()
+    }
+    shown = {track: spans for track, spans in shown.items() if spans}
+    if ax is None:
+        _, ax = axes("Timeline of a step", "seconds", size=(9, 1.1 + 0.38 * len(shown)))
+    colors = dict(zip(line["spans"], (BLUE, SKY, GREEN, ORANGE, RED, PURPLE), strict=False))
+    least = (end - start) / 350
+    for y, (track, spans) in enumerate(shown.items()):
+        bars = [(a, max(b - a, least)) for a, b in spans]
+        ax.broken_barh(bars, (y - 0.38, 0.76), facecolors=colors[track], linewidth=0)
+    ax.set_yticks(range(len(shown)), list(shown))
+    ax.set(xlim=(start, end), ylim=(len(shown) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def bytes_text(size):
+    """A size as a reader says it: ``28.8 GB``, ``44 kB``."""
+    for factor, unit in UNITS:
+        if size >= factor:
+            value = size / factor
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{size} bytes"
+
+
+def _once(ax):
+    """Handles and labels of a legend in which every label is named once."""
+    handles, labels = ax.get_legend_handles_labels()
+    first = {label: handle for handle, label in zip(reversed(handles), reversed(labels), strict=True)}
+    return [first[label] for label in sorted(first)], sorted(first)

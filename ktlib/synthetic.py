@@ -5,6 +5,7 @@ one pool of normal numbers, a different window for every 4M elements, because th
 31 GB is made in seconds. The loss of such a model can be trained down; its text means nothing.
 """
 
+import copy
 import json
 import os
 import zlib
@@ -58,6 +59,46 @@ def deepseek_v2_lite(**changes):
     )
 
 
+def deepseek_v2_small(**changes):
+    """Config of the same architecture with 6e6 parameters: 3 layers, 16 experts of width 128, hidden size 256."""
+    return deepseek_v2_lite(
+        **{
+            "vocab_size": 4000,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 16,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+
+
+def published_config(name):
+    """Config of a published model by the name of its parameter file in ``notebooks/params``, such as "mixtral_8x7b"."""
+    import transformers
+
+    if name == "deepseek_v2_lite":
+        return deepseek_v2_lite()
+    made = {
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(),
+        "mixtral_8x7b": lambda: transformers.MixtralConfig(),
+        "olmoe": lambda: transformers.OlmoeConfig(intermediate_size=1024),
+        "qwen3_30b_a3b": lambda: transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128),
+    }
+    if name not in made:
+        raise ValueError(f"name: got {name!r}, needs one of {', '.join(['deepseek_v2_lite', *made])}")
+    return made[name]()
+
+
 def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="ktlib", progress=True):
     """A model of this config on the CPU, its weights made in place: no file, no second copy."""
     from tqdm.auto import tqdm
@@ -65,7 +106,7 @@ def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="k
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # models keep it and change it
     model.set_experts_implementation(experts_implementation)
     pool = _pool(config, seed)
     for name, parameter in tqdm(model.named_parameters(), desc="making weights", disable=not progress):

@@ -1,6 +1,7 @@
 """Synthetic checkpoints: the same weights on disk and in memory, kept after an interruption, loaded without a copy."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ktlib import synthetic
 from ktlib.estimate import Estimate, estimate, meta_model
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
+PARAMS = Path(__file__).parents[1] / "notebooks" / "params"
 
 
 def load(folder):
@@ -86,6 +88,29 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
     there = estimate(CONFIG, lora_device="cuda", **options)
     assert "expert adapters, gradients, moments" in there.gpu
+
+
+@pytest.mark.parametrize("file", sorted(PARAMS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_parameter_files_say_what_the_formulas_say(file):
+    said = file.read_text()
+    model = meta_model(synthetic.published_config(file.stem))
+    fast, slow = (estimate(model, cpu_rate=f, bandwidth=b) for f, b in ((5e12, 1e11), (0.6e12, 2e10)))
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.1f} billion parameters" in said
+    assert f"{fast.host_bytes / 1e9:.0f} GB of host memory, {fast.gpu_bytes / 1e9:.0f} GB of GPU memory" in said
+    assert f"{fast.tokens_per_second:.0f} tokens/s at 5 TFLOP/s" in said
+    assert f"{slow.tokens_per_second:.0f} at 0.6 TFLOP/s" in said
+
+
+def test_an_unknown_published_config_is_refused():
+    with pytest.raises(ValueError, match="name: got 'gpt', needs one of deepseek_v2_lite, "):
+        synthetic.published_config("gpt")
+
+
+def test_models_do_not_share_the_config_they_were_made_from():
+    first, second = (
+        synthetic.random_model(CONFIG, experts_implementation=e, progress=False) for e in ("ktlib", "eager")
+    )
+    assert first.config._experts_implementation == "ktlib" and second.config._experts_implementation == "eager"
 
 
 def test_what_does_not_fit_is_refused_with_numbers():

@@ -2,6 +2,9 @@
 
     python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: about 6 minutes
     python tests/gpu/true_size.py --out result.json --tiny              # anywhere, a minute: does it run?
+    python tests/gpu/true_size.py --compact result.json --out notebooks/recorded/hybrid_true_size.json
+
+The last line makes the smaller file that notebook 08 reads: no paths, no tracebacks, spans as fine as a figure shows.
 
 Parts: weights (checkpoint written and loaded, or made in memory), main (stock Trainer, experts and their adapters on
 the CPU), timeline of a step, all logits, adapters of the experts on the GPU, audit of the saved adapter, stock PEFT's
@@ -10,6 +13,8 @@ fails or does not fit into the budget says so in the file, and the next one runs
 """
 
 import argparse
+import copy
+import datetime
 import functools
 import gc
 import json
@@ -33,18 +38,17 @@ from ktlib.estimate import available_memory, estimate
 from ktlib.experts import is_experts
 from ktlib.placement import placement
 
-TINY = {
-    "num_hidden_layers": 3, "vocab_size": 4000, "hidden_size": 256, "moe_intermediate_size": 128,
-    "intermediate_size": 512, "n_routed_experts": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-
 
 def main():
     options = parse()
+    if options.compact:
+        source = json.loads(options.compact.read_text())
+        source.setdefault("recorded", {"date": str(datetime.date.fromtimestamp(options.compact.stat().st_mtime))})
+        options.out.write_text(json.dumps(compact(source)) + "\n")
+        return 0
     began = time.perf_counter()
-    result = {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(options), "parts": {}}
+    result = {"recorded": {"date": str(datetime.date.today())}}
+    result |= {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(options), "parts": {}}
     state = {"options": options, "device": torch.device(options.device), "began": began, "result": result}
     for part in (weights, run_main, step_timeline, all_logits, adapters_on_gpu, audit_adapter, stock_experts, reduced):
         start = time.perf_counter()
@@ -61,9 +65,9 @@ def main():
     return int(any("error" in part for part in result["parts"].values()))
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser():
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
     add("--out", type=Path, default=Path("true_size.json"))
     add("--tiny", action="store_true", help="a small model, to see that everything runs")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all but the experts")
@@ -80,7 +84,12 @@ def parse():
     add("--disk-rate", type=float, default=0.5e9, help="bytes/s a disk has to take for a checkpoint to be written")
     add("--host-memory", type=float, help="GB, where the machine shows less than it gives; default: what is free")
     add("--budget", type=float, default=400, help="seconds; no part is begun after that")
-    options = parser.parse_args()
+    add("--compact", type=Path, help="measure nothing: write this result, smaller, to --out")
+    return made
+
+
+def parse():
+    options = parser().parse_args()
     if options.tiny:
         options.tokens, options.length, options.response, options.layers = 512, 64, 32, 3
         options.reduced_layers = 2
@@ -88,8 +97,8 @@ def parse():
 
 
 def config_of(options, layers=None):
-    changes = dict(TINY) if options.tiny else {}
-    return synthetic.deepseek_v2_lite(**changes | {"num_hidden_layers": layers or options.layers})
+    make = synthetic.deepseek_v2_small if options.tiny else synthetic.deepseek_v2_lite
+    return make(num_hidden_layers=layers or options.layers)
 
 
 def machine(options):
@@ -103,6 +112,31 @@ def machine(options):
             facts[f"{name}_bytes_per_second"] = host.nbytes / measure.best_seconds(copy)
     print(json.dumps(facts, indent=1), flush=True)
     return facts
+
+
+def compact(result, resolution=2e-4):
+    """A result as it is recorded: with the command that made it, without paths and tracebacks.
+
+    Spans of a timeline that are less than ``resolution`` seconds apart are one; the shares beside them are of all.
+    """
+    result = copy.deepcopy(result)
+    parts, options = result["parts"], result.pop("options")
+    defaults = {action.dest: action.default for action in parser()._actions}
+    told = options.keys() - {"out", "checkpoint", "compact", "device"}
+    given = {k: v for k, v in options.items() if k in told and v != str(defaults.get(k))}
+    flags = [f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}") for k, v in given.items()]
+    result["recorded"]["command"] = " ".join(["python tests/gpu/true_size.py --out result.json", *flags])
+    for part in parts.values():
+        part.pop("traceback", None)
+    if "spans" in parts.get("step_timeline", {}):
+        line = parts["step_timeline"]
+        line["resolution"] = resolution
+        line["spans"] = {
+            track: [[round(start, 4), round(end, 4)] for start, end in hybrid.merged(spans, resolution)]
+            for track, spans in line["spans"].items()
+        }
+    parts.get("audit_adapter", {}).pop("table", None)  # its counts are there by name, its first line is a path
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
