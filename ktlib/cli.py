@@ -1,4 +1,4 @@
-"""The ``ktlib`` command: ``ktlib info``, ``ktlib audit DIR``, ``ktlib sft [PARAMS.yaml] [--param NAME=VALUE]``.
+"""The ``ktlib`` command: ``info``, ``audit``, ``sft`` and ``sweep`` for runs, ``adapter`` and ``fuse`` to convert files.
 
 Exit codes: 0 good, 1 a finding or a failed run, 2 a wrong argument or unreadable input.
 """
@@ -46,6 +46,20 @@ def parser():
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
     command.add_argument("--notebook", type=Path, default=SFT, help=argparse.SUPPRESS)
     command.set_defaults(run=sft)
+
+    command = commands.add_parser("adapter", help="convert an adapter between PEFT's, per-expert and KTransformers' files")
+    command.add_argument("source", type=Path, help="folder of the adapter")
+    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("--base", type=Path, required=True, help="folder of the base model (its config is enough)")
+    command.add_argument(
+        "--to", default="peft", choices=("peft", "per_expert", "ktransformers"), help="layout to write, default: peft"
+    )
+    command.set_defaults(run=adapter)
+
+    command = commands.add_parser("fuse", help="write a checkpoint with fused experts, which loads without a copy")
+    command.add_argument("source", type=Path, help="folder of the checkpoint")
+    command.add_argument("out", type=Path, help="folder to make, or to go on with after an interruption")
+    command.set_defaults(run=fuse)
     return top
 
 
@@ -101,6 +115,28 @@ def sft(arguments):
     if "output_dir" in known and not result["error"]:
         print(f"adapter   {parameters['output_dir']}")
     return 1 if result["error"] else 0
+
+
+def adapter(arguments):
+    """Convert an adapter; to PEFT's layout from any, to the others from PEFT's."""
+    import ktlib
+
+    if not (arguments.base / "config.json").is_file():
+        raise ValueError(f"--base: {arguments.base} has no config.json")
+    if arguments.to == "peft":
+        ktlib.import_adapter(arguments.source, arguments.out, arguments.base)
+    else:
+        ktlib.export_adapter(arguments.source, arguments.out, arguments.base, arguments.to)
+    print(f"adapter   {arguments.out}")
+    return 0
+
+
+def fuse(arguments):
+    """Write a checkpoint with fused experts."""
+    import ktlib
+
+    print(f"model     {ktlib.fuse_checkpoint(arguments.source, arguments.out)}")
+    return 0
 
 
 def read_yaml(path):
