@@ -22,10 +22,10 @@ timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env 
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test sanitize lint format lab refs clean
+.PHONY: help setup sft test test-oldest sanitize lint format lab refs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 sft: setup ## fine-tune the built-in model in the SFT notebook; PARAMS=file.yaml for your own model and data
 	@$(PY) -m ktlib.cli sft $(if $(PARAMS),"$(PARAMS)")
@@ -36,6 +36,24 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 	$(timed) $(PY) -m pytest tests
 	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 900 --durations 10 notebooks
+
+# An environment of its own beside .venv: the list of environment.yml with tests/oldest.txt in place of the newest pins.
+# (torch of that age comes from PyPI with its GPU libraries, several gigabytes.)
+OLDEST := .venv-oldest/bin/python
+test-oldest: .venv-oldest/.ktlib ## pytest on the oldest torch, transformers, peft and accelerate that are supported
+	$(timed) $(OLDEST) -m pytest tests
+
+.venv-oldest/.packages: environment.yml tests/oldest.txt .venv/.python
+	"$(PYTHON)" -m venv .venv-oldest
+	sed -n 's/^      - //p' environment.yml | grep -v -E "^($$(sed -n 's/==.*//p' tests/oldest.txt | paste -s -d '|'))==" \
+		> .venv-oldest/requirements.txt
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt -r tests/oldest.txt
+	@touch $@
+
+.venv-oldest/.ktlib: .venv-oldest/.packages $(SOURCES)
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--config-settings=build-dir=build/oldest --editable .
+	@touch $@
 
 # The compiler's sanitizer runtimes must be in the process before Python is.
 CXX_LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
@@ -64,7 +82,7 @@ refs: setup ## re-run notebooks and store their outputs; NB=notebooks/01_environ
 		--ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False $(NB)
 
 clean: ## remove what set-up and compilation made; runs/ stays
-	rm -rf .venv build
+	rm -rf .venv .venv-oldest build
 
 # Set-up. Each step leaves a stamp in .venv and is redone only when what it was made from is newer:
 # the environment, the packages of environment.yml's pip list, and our extension (recompiled incrementally).

@@ -11,6 +11,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from ktlib import cli
 from ktlib.base_model import BASE
@@ -69,13 +70,23 @@ def test_supported_ranges_include_the_known_seams():
         assert all(ranges()[name].specifier.contains(one) for one in versions), name
 
 
+def test_the_oldest_environment_is_the_lower_bounds():
+    oldest = by_name(line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if line[0] != "#")
+    assert {"torch", "transformers", "peft"} < set(oldest)
+    for name, requirement in oldest.items():
+        (pin,) = (specifier.version for specifier in requirement.specifier if specifier.operator == "==")
+        (bound,) = (s.version for s in ranges()[name].specifier if s.operator == ">=")
+        assert Version(pin) == Version(bound), f"{name}: tested from {pin}, promised from {bound}"
+        assert ranges()[name].specifier.contains(pin)
+
+
 def make_targets():
-    return set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 
 
 def test_readme_commands_exist():
     code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) + re.findall(r"`([^`\n]+)`", README))
-    targets = set(re.findall(r"\bmake ([a-z]+)", code))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert {"sft", "test"} <= targets <= make_targets()
     commands = set(re.findall(r"\bktlib ([a-z]+)", code))
     (choices,) = [action.choices for action in cli.parser()._actions if action.dest == "command"]
@@ -96,7 +107,7 @@ def test_readme_code_runs():
 
 def test_help_lists_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert make_targets() == set(re.findall(r"^  make ([a-z]+)", done.stdout, re.MULTILINE))
+    assert make_targets() == set(re.findall(r"^  make ([a-z-]+)", done.stdout, re.MULTILINE))
 
 
 def test_ci_runs_what_a_contributor_runs():
