@@ -74,7 +74,7 @@ format: setup ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-lab: setup ## open the notebooks in JupyterLab
+lab: setup ## start JupyterLab on the notebooks: opens a browser where there is a display, prints the URL anyway
 	$(PY) -m jupyterlab notebooks
 
 refs: setup ## re-run notebooks and store their outputs; NB=notebooks/01_environment.ipynb for one

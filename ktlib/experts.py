@@ -111,6 +111,7 @@ def stock_forward(experts):
     return "eager", type(experts).forward.__wrapped__
 
 
+@torch.compiler.assume_constant_result  # a compiled model asks once; its graph is made for this gate
 def gate_name(experts):
     """The key of :data:`GATES` that ``experts._apply_gate`` computes, found by calling it; None if it is none of them.
 

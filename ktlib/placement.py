@@ -123,8 +123,19 @@ def _stay(fn, device, tensor):
         fn(torch.empty(0, dtype=tensor.dtype, device="meta"))  # only to_empty can do this; .to raises
         return torch.empty_like(tensor, dtype=probe.dtype, device=device)
     if probe.device == tensor.device and device.type == tensor.device.type:
-        return fn(tensor)  # moves nothing
+        return tensor if _only_copies(fn, tensor.dtype) else fn(tensor)
     return tensor.to(device, probe.dtype)
+
+
+def _only_copies(fn, dtype):
+    """Whether ``fn`` gives CPU tensors back unchanged, but copied, as ``.to("cpu:0")`` does.
+
+    The Trainer says that in each of several CPU processes. A copy would end their sharing of mapped weights.
+    """
+    one = torch.ones(1, dtype=dtype)
+    result = fn(one)
+    same = result.dtype == dtype and result.device == CPU and bool(result.eq(1).all())
+    return same and result.data_ptr() != one.data_ptr()
 
 
 def _before_forward(owner, args):

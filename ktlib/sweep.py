@@ -102,3 +102,15 @@ def finished_parameters(notebook, run_folder):
         return None
     papermill = nbformat.read(path, as_version=4).metadata.get("papermill", {})
     return None if papermill.get("exception") else dict(papermill.get("parameters", {}))
+
+
+def axes(rows):
+    """``{parameter: its values in order}`` of the runs of a sweep (rows of ``load_runs``), from the run folders' names.
+
+    Raises:
+        ValueError: no rows, or runs that were not made by a sweep.
+    """
+    names = {tuple(pair.partition("=")[0] for pair in row["run"].split("/")[0].split(",")) for row in rows}
+    if len(names) != 1 or not all(all(key in row for key in next(iter(names))) for row in rows):
+        raise ValueError(f"rows: need the runs of one sweep, got {len(rows)} runs with parameters {sorted(names)}")
+    return {key: sorted({row[key] for row in rows}) for key in next(iter(names))}
