@@ -23,6 +23,7 @@ _LAZY = {
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",
     "record": "ktlib.runs",
+    "share_experts": "ktlib.placement",
     "trace_nonfinite": "ktlib.trace",
     "StopOnNonFinite": "ktlib.callback",
 }

@@ -111,7 +111,13 @@ def stock_forward(experts):
     return "eager", type(experts).forward.__wrapped__
 
 
-@torch.compiler.assume_constant_result  # a compiled model asks once; its graph is made for this gate
+# In a compiled model the gate is a constant that its graph is made for. Before 2.13 torch could not take a module's
+# answer as constant; there the graph ends before the question and another begins after it.
+_new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+_outside_of_graphs = torch.compiler.assume_constant_result if _new_torch else torch.compiler.disable
+
+
+@_outside_of_graphs
 def gate_name(experts):
     """The key of :data:`GATES` that ``experts._apply_gate`` computes, found by calling it; None if it is none of them.
 

@@ -46,6 +46,28 @@ def pin_experts(model, lora_device="cpu"):
     return model
 
 
+def share_experts(model):
+    """Keep the frozen routed experts of ``model`` in memory once for all CPU processes of a machine; returns ``model``.
+
+    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint with fused experts, which
+    every process maps. Call it last, on the model that goes to the Trainer or to DistributedDataParallel: besides
+    pinning the experts, it tells DistributedDataParallel not to broadcast them at its start, which would copy them.
+    Adapters and everything else are synchronised as always.
+
+    Raises:
+        ValueError: as :func:`pin_experts`.
+    """
+    pin_experts(model)
+    frozen = []
+    for name, module in model.named_modules():
+        if is_experts(module):
+            weights = module.named_parameters(recurse=False)
+            frozen += [f"{name}.{weight}" for weight, value in weights if not value.requires_grad]
+    # the attribute that DistributedDataParallel looks for on what it wraps; torch has no other way to set it
+    model._ddp_params_and_buffers_to_ignore = frozen
+    return model
+
+
 def placement(model):
     """``{(component, device, dtype): bytes}`` of all parameters and buffers: what lies where."""
     from .audit import component

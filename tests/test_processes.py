@@ -21,9 +21,8 @@ import ktlib
 
 base, out, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, experts_implementation="ktlib")
-ktlib.pin_experts(model)  # or the Trainer copies them: in process N it moves the model to a device "cpu:N"
 torch.manual_seed(0)
-model = get_peft_model(model, ktlib.lora_config(model, r=4))
+model = ktlib.share_experts(get_peft_model(model, ktlib.lora_config(model, r=4)))
 generator = torch.Generator().manual_seed(1)
 rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 96, (32, 16), generator=generator)]
 arguments = TrainingArguments(out, per_device_train_batch_size=batch, max_steps=6, learning_rate=1e-2, logging_steps=1,
