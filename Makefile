@@ -22,10 +22,10 @@ timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env 
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test test-oldest sanitize lint format lab refs clean
+.PHONY: help setup sft test test-oldest compatibility sanitize lint format lab refs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 sft: setup ## fine-tune the built-in model in the SFT notebook; PARAMS=file.yaml for your own model and data
 	@$(PY) -m ktlib.cli sft $(if $(PARAMS),"$(PARAMS)")
@@ -54,6 +54,11 @@ test-oldest: .venv-oldest/.ktlib ## pytest on the oldest torch, transformers, pe
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 		--config-settings=build-dir=build/oldest --editable .
 	@touch $@
+
+compatibility: setup .venv-oldest/.ktlib ## rewrite the README's compatibility table from tests on newest and oldest
+	$(timed) $(PY) -m pytest tests -m compatible --compatibility build/newest.json
+	$(timed) $(OLDEST) -m pytest tests -m compatible --compatibility build/oldest.json
+	$(PY) tests/compatibility.py build/newest.json build/oldest.json
 
 # The compiler's sanitizer runtimes must be in the process before Python is.
 CXX_LIB = $$("$${CXX:-g++}" -print-file-name=$(1))

@@ -133,6 +133,7 @@ def settings_of(folder, *names):
 # ------------------------------------------------------------------------------------------------ there and back
 
 
+@pytest.mark.compatible("per-expert adapters (transformers 4, vLLM, SGLang), both ways")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_to_per_expert_and_back(family, tmp_path):
     source, config = save_peft(tmp_path / "peft", family)
@@ -148,6 +149,7 @@ def as_set(value):
     return sorted(value) if isinstance(value, list) else value
 
 
+@pytest.mark.compatible("per-expert adapters (transformers 4, vLLM, SGLang), both ways")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
 def test_per_expert_to_peft_and_back(family, settings, tmp_path):
@@ -180,6 +182,7 @@ def test_peft_reads_per_expert_files_the_same_way(family, tmp_path):
         assert not torch.equal(ours(tokens()).logits, tiny_model(family)(tokens()).logits)
 
 
+@pytest.mark.compatible("KTransformers' adapters, both ways")
 def test_ktransformers_and_back(tmp_path):
     source, config = save_peft(tmp_path / "peft")
     export_adapter(source, tmp_path / "kt", config, layout="ktransformers")
@@ -196,6 +199,7 @@ def test_ktransformers_and_back(tmp_path):
     assert_same_files(source, tmp_path / "back")
 
 
+@pytest.mark.compatible("KTransformers' adapters, both ways")
 def test_an_adapter_of_ktransformers(tmp_path):
     """Gate and up have their own A there; the file may be alone."""
     config, generator, stacks = tiny_config("deepseek_v2"), torch.Generator().manual_seed(2), {}

@@ -31,6 +31,7 @@ def names(folder):
     return {name for path in folder.glob("*.safetensors") for name in safe_open(path, "pt").keys()}
 
 
+@pytest.mark.compatible("checkpoints as on the hub, and fused")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_load_to_the_same_model(family, tmp_path):
     hub, model = save_hub(tmp_path / "hub", family)
@@ -59,6 +60,7 @@ def mapped_file(tensor):
     return None
 
 
+@pytest.mark.compatible("fused checkpoints used where they lie in the file")
 def test_fused_weights_are_used_where_they_lie(tmp_path):
     hub, _ = save_hub(tmp_path / "hub")
     fused = fuse_checkpoint(hub, tmp_path / "fused", progress=False)

@@ -26,6 +26,7 @@ def step(model, forward):
     return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.compatible("`torch.compile` of the whole model")
 def test_a_compiled_model_computes_the_same(model):
     """Dynamo and AOT autograd, forward and backward: the operator is a node, from torch 2.13 on of a single graph."""
     torch._dynamo.reset()
@@ -39,6 +40,7 @@ def test_a_compiled_model_computes_the_same(model):
     torch._dynamo.reset()
 
 
+@pytest.mark.compatible("`torch.profiler`")
 def test_the_profiler_names_forward_and_backward(model):
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step(model, model)

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import compatibility
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -148,3 +150,30 @@ def test_readme_numbers_are_the_recorded_ones():
     rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
     shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
     assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README
+
+
+def test_the_compatibility_table_is_that_of_the_tests():
+    """Every row has tests that carry its name, every such test has its row, and no row claims what did not pass."""
+    marked = set()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        marked |= set(re.findall(r'^@pytest\.mark\.compatible\("(.*)"\)$', path.read_text(), re.MULTILINE))
+    rows = compatibility.rows_of(README)
+    assert set(rows) == marked, "run `make compatibility`"
+    for what, cells in rows.items():
+        passed, of = cells[0].split(" of ")
+        assert passed == of and int(of) > 0, f"{what}: {cells[0]} with the newest versions"
+
+
+def test_the_compatibility_table_is_made_from_results(tmp_path):
+    file = tmp_path / "results.json"
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.compatible('a')\n@pytest.mark.parametrize('x', [1, 2, 3])\ndef test_a(x): assert x < 3\n"
+        "@pytest.mark.compatible('b')\ndef test_b(): pytest.skip('no')\n"
+    )
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "compatible", str(tmp_path)]
+    subprocess.run([*command, "--compatibility", str(file)], cwd=tmp_path, capture_output=True)
+    results = json.loads(file.read_text())
+    lines = compatibility.table(results, {"versions": results["versions"], "rows": {}})
+    assert lines[2:] == ["| a | 2 of 3 | not tested |", "| b | 0 of 1 | not tested |"]

@@ -78,6 +78,7 @@ def browser():
     driver.quit()
 
 
+@pytest.mark.compatible("JupyterLab in Chromium")
 def test_all_cells_run_from_the_menu(lab, browser, tmp_path):
     def click(text):
         """The menu (entry) of this text; JupyterLab shortens none of them at this width."""

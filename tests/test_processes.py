@@ -73,6 +73,7 @@ def results(tmp_path_factory):
     return run(folder, fused, 1, 8), run(folder, fused, 2, 4), fused
 
 
+@pytest.mark.compatible("`accelerate launch`, two CPU processes, one copy of the experts")
 def test_two_processes_train_as_one(results):
     (alone,), both, _ = results
     assert alone["world"] == 1 and [one["world"] for one in both] == [2, 2] and both[0]["backend"] == "gloo"
@@ -81,6 +82,7 @@ def test_two_processes_train_as_one(results):
     assert both[0]["losses"] == pytest.approx(alone["losses"], rel=0.01)
 
 
+@pytest.mark.compatible("`accelerate launch`, two CPU processes, one copy of the experts")
 def test_the_experts_are_in_memory_once(results):
     """The pages of both processes are the file's: none was copied by reading, training, or distributing."""
     _, both, fused = results

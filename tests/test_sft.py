@@ -236,6 +236,7 @@ def test_full_finetuning_trains_the_weights_of_its_targets(targets, tmp_path):
     assert file.stat().st_mtime < (tmp_path).stat().st_mtime, "training wrote into the mapped checkpoint"
 
 
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
 def test_full_finetuning_follows_stock_experts(tmp_path):
     """Losses differ from those of stock experts no more than two stock implementations differ from one another."""
 
@@ -250,6 +251,7 @@ def test_full_finetuning_follows_stock_experts(tmp_path):
     assert (ours - eager).abs().max() / eager.mean() < 2 * noise + 0.005, (ours, eager, grouped)
 
 
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
 def test_an_interrupted_full_run_resumes_to_the_same_weights(tmp_path):
     options = SMALL | {"steps": 4, "save_every": 2, "learning_rate": 1e-3}
     straight, tokenizer = whole()
@@ -263,6 +265,7 @@ def test_an_interrupted_full_run_resumes_to_the_same_weights(tmp_path):
         assert torch.equal(expected, weights(resumed)[name]), name
 
 
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
 def test_a_model_trained_as_a_whole_is_saved_for_stock_transformers(tmp_path):
     model, tokenizer = whole()
     sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"learning_rate": 1e-3})

@@ -34,6 +34,7 @@ def count_runs(monkeypatch):
     return started
 
 
+@pytest.mark.compatible("papermill sweeps that go on where they stopped")
 def test_a_sweep_goes_on_where_it_stopped(notebook, tmp_path, monkeypatch, capsys):
     started = count_runs(monkeypatch)
     (tmp_path / "grid.yaml").write_text("notebook: small.ipynb\nfixed: {b: 1e-1}\ngrid: {a: [2, 3]}\n")

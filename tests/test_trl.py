@@ -68,6 +68,7 @@ def assert_experts_were_trained(trainer):
     assert all(m.lora_B["default"].weight.abs().max() > 1e-3 for m in wrappers)
 
 
+@pytest.mark.compatible("TRL's SFTTrainer, packed and not")
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trainer(packing, tmp_path):
     settings = arguments(trl.SFTConfig, tmp_path, packing=packing)
@@ -79,6 +80,7 @@ def test_sft_trainer(packing, tmp_path):
     assert relative_error(losses, stock) < 0.02
 
 
+@pytest.mark.compatible("TRL's DPOTrainer")
 def test_dpo_trainer(tmp_path):
     trainer, losses = train(trl.DPOTrainer, arguments(trl.DPOConfig, tmp_path), preferences())
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), "with B = 0 the policy is the reference: ln 2"
