@@ -287,3 +287,15 @@ def test_placement_table_adds_up():
     table = placement(model)
     assert sum(table.values()) == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert {device for part, device, _ in table if part.startswith("routed_experts")} == {"cpu"}
+
+
+def test_moves_from_cpu_to_cpu_copy_nothing():
+    """``cpu:0`` is another name of the same memory, but torch copies for it; a change of dtype still happens."""
+    model = ktlib.pin_experts(tiny_model("deepseek_v2", "ktlib"))
+    experts = model.model.layers[1].mlp.experts
+    address = experts.gate_up_proj.data_ptr()
+    model.to("cpu:0").to("cpu:1")
+    assert experts.gate_up_proj.data_ptr() == address
+    assert model.float().model.layers[1].mlp.experts.gate_up_proj.dtype == torch.float32
+    model.to("cpu:0", torch.bfloat16)
+    assert experts.gate_up_proj.dtype == torch.bfloat16

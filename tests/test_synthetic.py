@@ -8,7 +8,7 @@ from models import tiny_config
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from ktlib import synthetic
+from ktlib import stored, synthetic
 from ktlib.estimate import Estimate, estimate, meta_model
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
@@ -42,7 +42,7 @@ def test_an_interrupted_write_goes_on(tmp_path):
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == kept
     assert not list(tmp_path.glob("*.partial"))
-    with pytest.raises(ValueError, match="another config or seed"):
+    with pytest.raises(ValueError, match="made from something else"):
         synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
 
 
@@ -51,7 +51,7 @@ def test_files_are_aligned_and_complete(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     names = set()
     for path in tmp_path.glob("*.safetensors"):
-        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % synthetic.PAGE == 0
+        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % stored.PAGE == 0
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
     assert names == set(index["weight_map"]) == set(meta_model(CONFIG).state_dict())
@@ -61,7 +61,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     class Full:
         f_bavail, f_frsize = 10, 1024
 
-    monkeypatch.setattr(synthetic.os, "statvfs", lambda path: Full)
+    monkeypatch.setattr(stored.os, "statvfs", lambda path: Full)
     with pytest.raises(OSError, match="GB free, the checkpoint needs"):
         synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     assert not list(tmp_path.glob("model*"))
