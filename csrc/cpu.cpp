@@ -4,7 +4,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 
@@ -73,15 +72,7 @@ std::vector<Isa> detect() {
   };
 }
 
-std::atomic<pid_t> process_of_pool{0};
-
 }  // namespace
-
-int threads_here(int threads) {
-  const pid_t here = getpid();
-  pid_t first = 0;
-  return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
-}
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = detect();

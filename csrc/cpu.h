@@ -21,8 +21,4 @@ const std::vector<Isa>& isas();
 // Throws std::invalid_argument for an unknown name, std::runtime_error for one that cannot run here.
 const Kernels& select_isa(const std::string& name);
 
-// `threads`, or 1 in a forked child of a process that asked before: the threads of its pool do not exist here, and OpenMP
-// would wait for them forever.
-int threads_here(int threads);
-
 }  // namespace ktlib

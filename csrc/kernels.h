@@ -29,8 +29,8 @@ enum class Activation : int { silu = 0, gelu, gelu_tanh, swiglu_oai };
 // gate, up -> act(gate) * up. Before that the gate is clamped from above, and up from both sides, to `limit` (infinity:
 // not at all). gelu is the one with erf. swiglu_oai: gate * sigmoid(alpha * gate) * (up + 1).
 struct Gate {
-  Activation kind;
-  float limit, alpha;
+  Activation kind = Activation::silu;
+  float limit = __builtin_inff(), alpha = 0.0f;
   bool has_limit() const { return limit < __builtin_inff(); }
 };
 

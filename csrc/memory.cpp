@@ -57,6 +57,13 @@ void place_pages(void* memory, int64_t bytes, int node) {
     throw std::runtime_error("NUMA node " + std::to_string(node) + ": " + std::strerror(errno));
 }
 
+int threads_here(int threads) {
+  static std::atomic<pid_t> process_of_pool{0};
+  const pid_t here = getpid();
+  pid_t first = 0;
+  return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
+}
+
 Block take_block(int64_t bytes) {
   if (bytes < kPooled) return allocate(bytes, 64);
   {

@@ -63,7 +63,7 @@ struct Inputs {
   Lora down_lora;              // in = inter, out = hidden
   Gate gate;
   bool transposed, interleaved;
-  int parts;                   // of the weights' rows, by NUMA node: a preference of threads for tasks (parallel.h)
+  int parts = 1;               // of the weights' rows, by NUMA node: a preference of threads for tasks (parallel.h)
 
   Inputs from_token(const Shape& shape, int64_t token) const {
     Inputs part = *this;

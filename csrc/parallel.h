@@ -21,6 +21,10 @@
 
 namespace ktlib {
 
+// `threads`, or 1 in a forked child of a process that asked before: the threads of its pool do not exist here, and OpenMP
+// would wait for them forever.
+int threads_here(int threads);
+
 // body(task, thread) for every task, taken in order by whichever thread is free. Each output element belongs to one
 // task and no task depends on another's thread, so results do not depend on the number of threads.
 template <class Body>

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu.h"
 #include "moe.h"
+#include "parallel.h"
 
 namespace ktlib {
 

@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,10 +34,14 @@ def layer_weights(experts, hidden, intermediate, seed=0):
     """``(gate_up_proj, down_proj)`` of one layer, bf16, normal / 50; seeded per expert."""
     shapes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
     gate_up_proj, down_proj = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
-    for index, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
+
+    def fill(index):
         generator = torch.Generator().manual_seed(seed + index)
-        for weight in (gate_up, down):
-            weight.normal_(std=0.02, generator=generator)
+        for weights in (gate_up_proj, down_proj):
+            weights[index].normal_(std=0.02, generator=generator)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # normal_ itself uses one thread
+        list(pool.map(fill, range(experts)))
     return gate_up_proj, down_proj
 
 

@@ -41,7 +41,7 @@ void look(const Array<float>& array) {
     if (!std::isfinite(array.data[i])) not_finite++;
 }
 
-void layer(const Shape& s, int rank, bool dense, bool undefined) {
+void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed = false) {
   const Kernels& k = kernels_portable();
   Array<bf16> x(s.tokens * s.hidden), dy(s.tokens * s.hidden), y(s.tokens * s.hidden), dx(s.tokens * s.hidden);
   Array<bf16> gate_up(s.experts * 2 * s.inter * s.hidden), down(s.experts * s.hidden * s.inter);
@@ -63,6 +63,7 @@ void layer(const Shape& s, int rank, bool dense, bool undefined) {
   in.top_k_weights = weights.data;
   in.gate_up_proj = gate_up.data;
   in.down_proj = down.data;
+  in.transposed = in.interleaved = transposed;
   if (rank) {
     in.gate_up_lora = {{a1.data, false}, {b1.data, false}, rank, 2.0f};
     in.down_lora = {{a2.data, false}, {b2.data, false}, rank, 2.0f};
@@ -95,6 +96,7 @@ int main(int, char** arguments) {
   layer({5, 33, 17, 4, 2}, 3, true, false);  // odd sizes, gradients of the expert weights
   layer({1, 32, 32, 8, 1}, 1, false, false);
   layer({9, 64, 40, 2, 2}, 0, false, false);  // without LoRA
+  layer({7, 40, 24, 3, 2}, 4, true, false, true);  // as gpt-oss stores weights
   layer({60, 160, 144, 4, 2}, 2, false, false);  // enough work for a second thread
   std::printf("%d not finite\n", not_finite);
   return not_finite > 0;
