@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -43,7 +44,8 @@ class KeepWhole(TrainerCallback):
 
 def complete_checkpoint(folder):
     """``(path, step)`` of the newest checkpoint in ``folder`` that was written to its end, or None."""
-    found = {int(path.name.removeprefix("step-")): path for path in Path(folder).glob("step-*")}
+    named = ((re.fullmatch(r"step-([0-9]+)", path.name), path) for path in Path(folder).glob("step-*"))
+    found = {int(match[1]): path for match, path in named if match and path.is_dir()}
     return (found[max(found)], max(found)) if found else None
 
 
@@ -53,13 +55,13 @@ def start_or_resume(checkpoints, identity):
     ``identity`` (dict) says what the run is. ValueError if the folder holds an interrupted run that is another, or
     other files. A finished run that is another was not saved, nor interrupted: it makes room.
     """
-    for rubbish in [*checkpoints.parent.glob(f".{checkpoints.name}.*"), *checkpoints.glob("checkpoint-*")]:
-        shutil.rmtree(rubbish)
     note = checkpoints / NOTE
     if checkpoints.exists() and not note.is_file() and any(checkpoints.iterdir()):
         raise ValueError(f"output_dir: {checkpoints} holds files of something else, need another output_dir")
+    for rubbish in [*checkpoints.parent.glob(f".{checkpoints.name}.*"), *checkpoints.glob("checkpoint-*")]:
+        shutil.rmtree(rubbish)
     if resume := complete_checkpoint(checkpoints):
-        before = json.loads(note.read_text())
+        before = read_note(note)
         changed = [key for key, now in identity.items() if before.get(key) != now]
         if not changed:
             return resume
@@ -75,6 +77,20 @@ def start_or_resume(checkpoints, identity):
     (fresh / NOTE).write_text(json.dumps(identity))
     os.replace(fresh, checkpoints)
     return None
+
+
+def read_note(note):
+    """The identity in the file ``note``; ValueError if it is damaged."""
+    try:
+        identity = json.loads(note.read_bytes())
+        if isinstance(identity, dict) and isinstance(identity.get("steps"), int):
+            return identity
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(
+        f"output_dir: {note} is damaged and does not say whose checkpoints these are; delete {note.parent}, or choose "
+        "another output_dir"
+    )
 
 
 def run_identity(model, examples, **options):
@@ -105,7 +121,7 @@ def place(model, folder, tokenizer=None):
     """Save what ``model.save_pretrained`` does (an adapter, or all weights) and the tokenizer in ``folder``, whole.
 
     Other files stay, checkpoints of the run that made it go. A mixture with an older adapter or model cannot be: old
-    weights go first, new ones come last.
+    weights go first, new ones come last. With a whole model goes an older adapter: from_pretrained would load that.
     """
     for rubbish in folder.glob(".saved-*"):
         shutil.rmtree(rubbish)
@@ -116,9 +132,11 @@ def place(model, folder, tokenizer=None):
         paths = sorted(Path(temporary).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in paths:
             sync(path)
-        for path in paths:
-            if path.suffix == ".safetensors":
-                (folder / path.name).unlink(missing_ok=True)
+        old = [path.name for path in paths if path.suffix == ".safetensors"]
+        if not hasattr(model, "peft_config"):
+            old += ["adapter_config.json", "adapter_model.safetensors"]
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
         for path in paths:
             os.replace(path, folder / path.name)
     if (folder / CHECKPOINTS / NOTE).is_file():

@@ -126,7 +126,8 @@ def sft(arguments):
         print(f"\nFAILED in {result['error']}", file=sys.stderr)
     print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
     if "output_dir" in known and not result["error"]:
-        print(f"adapter   {parameters['output_dir']}")
+        what = "model" if parameters.get("finetuning") == "full" else "adapter"
+        print(f"{what:<9} {parameters['output_dir']}")
     return 1 if result["error"] else 0
 
 

@@ -14,6 +14,7 @@ from .experts import is_experts
 GPU_OVERHEAD = 0.6e9  # CUDA context and libraries
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
 
 @dataclass
@@ -94,7 +95,7 @@ def estimate(
     """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on bf16 weights, or those weights.
 
     Args:
-        model: a transformers config, or a model without adapters (the meta device will do).
+        model: a transformers config, or a model without adapters (the meta device will do); with routed experts or not.
         finetuning: "lora", or "full": the bf16 weights of ``targets`` are trained, with gradient and moments in bf16.
         rank, targets, lora_bytes: rank, components with adapters, bytes of an adapter's element (fp32: 4).
         sequence_length, logits_per_row: tokens per row, and how many of them get logits (default: all).
@@ -116,21 +117,23 @@ def estimate(
     if finetuning not in ("lora", "full"):
         raise ValueError(f"finetuning: got {finetuning!r}, needs 'lora' or 'full'")
     model = model if isinstance(model, torch.nn.Module) else meta_model(model)
-    config = model.config
+    config = model.config.get_text_config()
     weights, lora = _count(model, rank, targets)
     trained = "adapters, gradients, moments" if finetuning == "lora" else "gradients, moments"
     if finetuning == "full":  # nothing beside the weights but their gradient and two moments, all bf16
         rank, lora, lora_bytes = 0, {part: weights[part] for part in targets if part in weights}, 2
-    top_k = config.num_experts_per_tok
+    top_k = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 0)
     experts = [module for module in model.modules() if is_experts(module)]
     moe_layers = len(experts)
-    _, hidden, inner = experts[0].down_proj.shape
+    hidden, inner = config.hidden_size, 0
+    if experts:  # their input is not the model's hidden states in every family
+        hidden, inner = experts[0].down_proj.shape[1:][:: -1 if experts[0].is_transposed else 1]
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     state = (4 if finetuning == "lora" else 3) * lora_bytes  # an adapter's weight, gradient, two moments
     rows = -(-tokens // sequence_length)
     logits = rows * (logits_per_row or sequence_length)
 
-    routed = weights.pop("routed_experts")
+    routed = weights.pop("routed_experts", 0)
     rest = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     rest_lora = sum(lora.values())

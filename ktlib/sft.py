@@ -2,7 +2,7 @@
 
 The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for sweeps and ablations:
 
-    check_parameters -> load_model -> prepare -> check_memory -> train -> exact_match -> save
+    check_parameters -> estimate_run -> load_model -> prepare -> train -> exact_match -> save
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
@@ -41,10 +42,11 @@ from ktlib.checkpoints import (
     writing,
 )
 from ktlib.cpu import cpu_info
-from ktlib.environment import without_cuda
+from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate
-from ktlib.experts import is_experts
+from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.lora import lora_config
+from ktlib.placement import pin_experts
 from ktlib.tasks import TASKS, load_data
 from ktlib.trace import NonFinite
 
@@ -142,8 +144,11 @@ def check_parameters(
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(model="base", experts_implementation="ktlib"):
-    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained`` and nothing else."""
+def load_model(model="base", experts_implementation=IMPLEMENTATION):
+    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
+
+    Where there is a GPU, the experts of the operator are pinned to the CPU, so that a Trainer moves all but them.
+    """
     path = BASE if model == "base" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
@@ -151,6 +156,9 @@ def load_model(model="base", experts_implementation="ktlib"):
     loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, experts_implementation=experts_implementation
     )
+    served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
+    if served and torch.cuda.is_available():
+        pin_experts(loaded)
     return loaded, tokenizer
 
 
@@ -214,14 +222,16 @@ def chosen_modules(model, targets):
     return {part: found[part] for part in parts}
 
 
-def check_memory(model, parameters):
-    """The :class:`ktlib.estimate.Estimate` of a run; ``model`` without adapters, ``parameters`` as checked above.
+def estimate_run(parameters):
+    """The :class:`ktlib.estimate.Estimate` of a run; ``parameters`` as checked above. Reads the model's config only.
 
-    Raises MemoryError with the numbers if the run cannot fit in what is free here.
+    ``print`` shows it, its ``check()`` raises MemoryError with the numbers if the run cannot fit in what is free here.
+    The built-in model takes no time worth measuring this machine for: its estimate is of memory only.
     """
+    is_base = parameters["model"] == "base"
     names = {part: label for label, part in TARGETS.items()}
-    estimated = estimate(
-        model,
+    return estimate(
+        AutoConfig.from_pretrained(BASE if is_base else parameters["model"]),
         finetuning=parameters["finetuning"],
         rank=parameters["rank"],
         lora_bytes=LORA_DTYPES[parameters["lora_dtype"]].itemsize,
@@ -229,10 +239,9 @@ def check_memory(model, parameters):
         tokens=parameters["batch_size"] * parameters["sequence_length"],
         sequence_length=parameters["sequence_length"],
         checkpointing=parameters["gradient_checkpointing"],
-        gpu=False,
-        timing=False,
+        gpu=torch.cuda.is_available() and not unusable_cuda(),
+        timing=not is_base,
     )
-    return estimated.check()
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -493,14 +502,18 @@ def run(progress=True, **parameters):
     """One whole fine-tuning with the parameters of ``check_parameters``; adapter or model go to ``output_dir``.
 
     Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
-    ``answers_after``, ``test`` (rows) and ``saved`` (path). Raises MemoryError before training if it cannot fit.
+    ``answers_after``, ``test`` (rows) and ``saved`` (path). For all but the built-in model the estimate of memory and
+    time is printed. Raises MemoryError before the model is loaded if it cannot fit.
     """
     p = check_parameters(**parameters)
+    estimated = estimate_run(p)
+    if progress and p["model"] != "base":
+        print(estimated, flush=True)
+    estimated.check()
     train_rows, test_rows = load_data(p["dataset"], p["seed"])
     use_isa(p["isa"])
     model, tokenizer = load_model(p["model"])
     before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
-    check_memory(model, p)
     model = prepare(model, p["finetuning"], p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
     accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
     options = {key: p[key] for key in accepted}

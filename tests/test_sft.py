@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+import transformers
 from memory import measure
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -308,24 +310,30 @@ def test_full_finetuning_follows_stock_experts(tmp_path):
 
 
 @pytest.mark.compatible("full-parameter fine-tuning of experts")
-def test_an_interrupted_full_run_resumes_to_the_same_weights(tmp_path):
+def test_an_interrupted_full_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     options = SMALL | {"steps": 4, "save_every": 2, "learning_rate": 1e-3}
     straight, tokenizer = whole()
     sft.train(straight, tokenizer, ROWS, tmp_path / "whole", **options)
     broken, _ = whole()
     with pytest.raises(KeyboardInterrupt):
         sft.train(broken, tokenizer, ROWS, tmp_path / "cut", **options, callbacks=[StopAt(3)])
-    resumed, _ = whole()
+    with pytest.raises(ValueError, match="interrupted run with another adapters"):
+        sft.train(adapted()[0], tokenizer, ROWS, tmp_path / "cut", **options)
+    resumed, again = whole()[0], whole()[0]
     assert sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options)["resumed_from"] == 2
+    monkeypatch.setattr(sft.Trainer, "training_step", lambda *_: pytest.fail("trained again"))
+    assert sft.train(again, tokenizer, ROWS, tmp_path / "cut", **options)["resumed_from"] == 4
     for name, expected in weights(straight).items():
-        assert torch.equal(expected, weights(resumed)[name]), name
+        assert torch.equal(expected, weights(resumed)[name]) and torch.equal(expected, weights(again)[name]), name
 
 
 @pytest.mark.compatible("full-parameter fine-tuning of experts")
 def test_a_model_trained_as_a_whole_is_saved_for_stock_transformers(tmp_path):
+    sft.save(adapted()[0], tmp_path)  # an earlier run's
     model, tokenizer = whole()
     sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"learning_rate": 1e-3})
-    sft.save(model, tmp_path)
+    sft.save(model, tmp_path, tokenizer)
+    assert not (tmp_path / "checkpoints").exists() and sft.load_model(tmp_path)[1].get_vocab() == tokenizer.get_vocab()
     loaded, _ = sft.load_model("base")
     stock = type(loaded).from_pretrained(tmp_path, dtype=torch.bfloat16, experts_implementation="eager")
     for name, value in model.state_dict().items():
@@ -334,18 +342,32 @@ def test_a_model_trained_as_a_whole_is_saved_for_stock_transformers(tmp_path):
 
 
 def test_memory_is_estimated_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model, _ = sft.load_model("base")
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     parameters = sft.check_parameters(finetuning="full", targets="experts", output_dir=str(tmp_path))
-    full = sft.check_memory(model, parameters)
+    full = sft.estimate_run(parameters)
     assert full.host["expert weights"] == 2 * experts and full.host["expert gradients, moments"] == 6 * experts
     assert full.host["other gradients, moments"] == 0 and not full.gpu
-    lora = sft.check_memory(model, parameters | {"finetuning": "lora", "rank": 2, "lora_dtype": "bf16"})
+    lora = sft.estimate_run(parameters | {"finetuning": "lora", "rank": 2, "lora_dtype": "bf16"})
     ranks = sum(p.shape[0] * 2 * sum(p.shape[1:]) for p in model.parameters() if p.dim() == 3)
     assert lora.host["expert adapters, gradients, moments"] == 8 * ranks
     monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 1.5e9)
     with pytest.raises(MemoryError, match="GB of host memory, 1.5 GB are free"):
         sft.run(finetuning="full", output_dir=str(tmp_path / "out"), progress=False)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, capsys):
+    """A folder with DeepSeek-V3's config and nothing else: 671 billion parameters."""
+    transformers.DeepseekV3Config().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 64e9)
+    with pytest.raises(MemoryError, match=r"needs 1\d{3}\.\d GB of host memory, 64.0 GB are free"):
+        sft.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), rank=8)
+    printed = capsys.readouterr().out
+    assert re.search(r"^host +expert weights +1307\.8\d GB$", printed, re.MULTILINE)
+    assert re.search(r"^time +2048 tokens per step: \d+ tokens/s$", printed, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_estimate_of_full_finetuning_is_what_training_takes():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from models import tiny_config
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from ktlib import stored, synthetic
-from ktlib.estimate import Estimate, estimate, meta_model
+from ktlib.estimate import Estimate, estimate, meta_model, saved_bytes
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
 
@@ -86,6 +86,20 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
     there = estimate(CONFIG, lora_device="cuda", **options)
     assert "expert adapters, gradients, moments" in there.gpu
+
+
+def test_families_of_other_names_and_layouts():
+    """Transposed weights, another name for top_k, a model without routed experts."""
+    options = {"rank": 2, "tokens": 10, "sequence_length": 10, "gpu": False, "timing": False}
+    model = meta_model(tiny_config("gpt_oss", hidden_size=96))
+    assert estimate(model, **options).host["experts' saved activations"] == 2 * saved_bytes(10, 2, 96, 48, 2)
+    gemma = Gemma4TextConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, enable_moe_block=True, num_experts=8, top_k_experts=3,
+        moe_intermediate_size=32, layer_types=["full_attention"],
+    )  # fmt: skip
+    assert estimate(gemma, **options).host["experts' saved activations"] == saved_bytes(10, 3, 64, 32, 2)
+    dense = estimate(Qwen3Config(vocab_size=99, hidden_size=64, num_hidden_layers=2), **options | {"timing": True})
+    assert dense.host["expert weights"] == 0 < dense.host["other weights"] and dense.seconds["the rest"] > 0
 
 
 def test_what_does_not_fit_is_refused_with_numbers():
