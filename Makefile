@@ -22,10 +22,10 @@ timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env 
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test sanitize lint format lab refs clean
+.PHONY: help setup sft test test-oldest compatibility sanitize lint format lab refs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 sft: setup ## fine-tune the built-in model in the SFT notebook; PARAMS=file.yaml for your own model and data
 	@$(PY) -m ktlib.cli sft $(if $(PARAMS),"$(PARAMS)")
@@ -36,6 +36,29 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 	$(timed) $(PY) -m pytest tests
 	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 900 --durations 10 notebooks
+
+# An environment of its own beside .venv: the list of environment.yml with tests/oldest.txt in place of the newest pins.
+# (torch of that age comes from PyPI with its GPU libraries, several gigabytes.)
+OLDEST := .venv-oldest/bin/python
+test-oldest: .venv-oldest/.ktlib ## pytest on the oldest torch, transformers, peft and accelerate that are supported
+	$(timed) $(OLDEST) -m pytest tests
+
+.venv-oldest/.packages: environment.yml tests/oldest.txt .venv/.python
+	"$(PYTHON)" -m venv .venv-oldest
+	sed -n 's/^      - //p' environment.yml | grep -v -E "^($$(sed -n 's/==.*//p' tests/oldest.txt | paste -s -d '|'))==" \
+		> .venv-oldest/requirements.txt
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt -r tests/oldest.txt
+	@touch $@
+
+.venv-oldest/.ktlib: .venv-oldest/.packages $(SOURCES)
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--config-settings=build-dir=build/oldest --editable .
+	@touch $@
+
+compatibility: setup .venv-oldest/.ktlib ## rewrite the README's compatibility table from tests on newest and oldest
+	$(timed) $(PY) -m pytest tests -m compatible --compatibility build/newest.json
+	$(timed) $(OLDEST) -m pytest tests -m compatible --compatibility build/oldest.json
+	$(PY) tests/compatibility.py build/newest.json build/oldest.json
 
 # The compiler's sanitizer runtimes must be in the process before Python is. ThreadSanitizer looks at our code alone (the
 # interpreter and torch are not built for it), and cannot map its shadow memory where addresses are randomised widely.
@@ -66,7 +89,7 @@ format: setup ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-lab: setup ## open the notebooks in JupyterLab
+lab: setup ## start JupyterLab on the notebooks: opens a browser where there is a display, prints the URL anyway
 	$(PY) -m jupyterlab notebooks
 
 refs: setup ## re-run notebooks and store their outputs; NB=notebooks/01_environment.ipynb for one
@@ -74,7 +97,7 @@ refs: setup ## re-run notebooks and store their outputs; NB=notebooks/01_environ
 		--ExecutePreprocessor.timeout=1200 --ExecutePreprocessor.record_timing=False $(NB)
 
 clean: ## remove what set-up and compilation made; runs/ stays
-	rm -rf .venv build
+	rm -rf .venv .venv-oldest build
 
 # Set-up. Each step leaves a stamp in .venv and is redone only when what it was made from is newer:
 # the environment, the packages of environment.yml's pip list, and our extension (recompiled incrementally).

@@ -16,12 +16,16 @@ from ktlib.ops import moe_experts
 __version__ = "0.1.0"
 
 _LAZY = {
+    "export_adapter": "ktlib.adapters",
     "factor_adapters": "ktlib.lora",
+    "fuse_checkpoint": "ktlib.fused_checkpoints",
+    "import_adapter": "ktlib.adapters",
     "load_runs": "ktlib.runs",
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",
     "place_experts": "ktlib.numa",
     "record": "ktlib.runs",
+    "share_experts": "ktlib.placement",
     "trace_nonfinite": "ktlib.trace",
     "StopOnNonFinite": "ktlib.callback",
 }

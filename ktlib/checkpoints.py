@@ -1,4 +1,4 @@
-"""Checkpoints and adapters on disk: whole or not there, kept until no longer needed, never those of another run.
+"""Checkpoints and results on disk: whole or not there, kept until no longer needed, never those of another run.
 
 A process may be killed and a disk may fill up at any moment. So nothing gets its final name before it is complete: the
 Trainer writes ``checkpoint-N``, which is renamed to ``step-N`` once it is on disk, and only ``step-N`` is resumed from.
@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -43,7 +44,8 @@ class KeepWhole(TrainerCallback):
 
 def complete_checkpoint(folder):
     """``(path, step)`` of the newest checkpoint in ``folder`` that was written to its end, or None."""
-    found = {int(path.name.removeprefix("step-")): path for path in Path(folder).glob("step-*")}
+    named = ((re.fullmatch(r"step-([0-9]+)", path.name), path) for path in Path(folder).glob("step-*"))
+    found = {int(match[1]): path for match, path in named if match and path.is_dir()}
     return (found[max(found)], max(found)) if found else None
 
 
@@ -53,13 +55,13 @@ def start_or_resume(checkpoints, identity):
     ``identity`` (dict) says what the run is. ValueError if the folder holds an interrupted run that is another, or
     other files. A finished run that is another was not saved, nor interrupted: it makes room.
     """
-    for rubbish in [*checkpoints.parent.glob(f".{checkpoints.name}.*"), *checkpoints.glob("checkpoint-*")]:
-        shutil.rmtree(rubbish)
     note = checkpoints / NOTE
     if checkpoints.exists() and not note.is_file() and any(checkpoints.iterdir()):
         raise ValueError(f"output_dir: {checkpoints} holds files of something else, need another output_dir")
+    for rubbish in [*checkpoints.parent.glob(f".{checkpoints.name}.*"), *checkpoints.glob("checkpoint-*")]:
+        shutil.rmtree(rubbish)
     if resume := complete_checkpoint(checkpoints):
-        before = json.loads(note.read_text())
+        before = read_note(note)
         changed = [key for key, now in identity.items() if before.get(key) != now]
         if not changed:
             return resume
@@ -77,8 +79,23 @@ def start_or_resume(checkpoints, identity):
     return None
 
 
+def read_note(note):
+    """The identity in the file ``note``; ValueError if it is damaged."""
+    try:
+        identity = json.loads(note.read_bytes())
+        if isinstance(identity, dict) and isinstance(identity.get("steps"), int):
+            return identity
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(
+        f"output_dir: {note} is damaged and does not say whose checkpoints these are; delete {note.parent}, or choose "
+        "another output_dir"
+    )
+
+
 def run_identity(model, examples, **options):
-    """What must be equal for two runs to be the same: ``options``, data, adapters as they start, frozen weights.
+    """What must be equal for two runs to be the same: ``options``, data, frozen weights, and as they start the adapters
+    or the weights that are trained.
 
     Of each parameter the first values are looked at: enough to tell models apart, without reading all of a large one.
     """
@@ -86,9 +103,10 @@ def run_identity(model, examples, **options):
     for name, parameter in model.named_parameters():
         first = parameter.detach().flatten()[:16].double().tolist()
         (trained if parameter.requires_grad else frozen).append((name, parameter.shape, str(parameter.dtype), first))
-    configs = [(c.r, c.lora_alpha, c.use_rslora, sorted(c.alpha_pattern.items())) for c in model.peft_config.values()]
+    adapters = getattr(model, "peft_config", {}).values()
+    configs = [(c.r, c.lora_alpha, c.use_rslora, sorted(c.alpha_pattern.items())) for c in adapters]
     return options | {
-        "adapters": fingerprint([trained, configs]),
+        "adapters" if configs else "weights": fingerprint([trained, configs]),
         "model": fingerprint(frozen),
         "data": fingerprint(examples),
     }
@@ -99,21 +117,26 @@ def fingerprint(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def place_adapter(model, folder):
-    """Save a PEFT model's adapter in ``folder``, whole: other files stay, checkpoints of the run that made it go.
+def place(model, folder, tokenizer=None):
+    """Save what ``model.save_pretrained`` does (an adapter, or all weights) and the tokenizer in ``folder``, whole.
 
-    A mixture with an older adapter cannot be: old weights go first, new ones come last.
+    Other files stay, checkpoints of the run that made it go. A mixture with an older adapter or model cannot be: old
+    weights go first, new ones come last. With a whole model goes an older adapter: from_pretrained would load that.
     """
-    for rubbish in folder.glob(".adapter-*"):
+    for rubbish in folder.glob(".saved-*"):
         shutil.rmtree(rubbish)
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".saved-", dir=folder) as temporary:
         model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         paths = sorted(Path(temporary).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in paths:
             sync(path)
-        for path in paths:
-            if path.suffix == ".safetensors":
-                (folder / path.name).unlink(missing_ok=True)
+        old = [path.name for path in paths if path.suffix == ".safetensors"]
+        if not hasattr(model, "peft_config"):
+            old += ["adapter_config.json", "adapter_model.safetensors"]
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
         for path in paths:
             os.replace(path, folder / path.name)
     if (folder / CHECKPOINTS / NOTE).is_file():
@@ -166,13 +189,16 @@ def writing(folder):
 
 
 def check_space(folder, model):
-    """Raise OSError before any work if two checkpoints (weights and two fp32 moments) and an adapter cannot fit."""
+    """Raise OSError before any work if two checkpoints (what is saved, two moments of what is trained) and the result
+    cannot fit.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    need = sum(p.numel() * (3 * p.element_size() + 2 * 2 * 4) for p in trained) + 1_000_000
+    saved = trained if hasattr(model, "peft_config") else list(model.parameters())
+    need = sum(3 * p.nbytes for p in saved) + sum(2 * 2 * p.nbytes for p in trained) + 1_000_000
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OSError(
-            f"output_dir: {folder} has {free / 1e6:.1f} MB free, checkpoints and adapter need {need / 1e6:.1f}"
+            f"output_dir: {folder} has {free / 1e6:.1f} MB free, checkpoints and result need {need / 1e6:.1f}"
         )
 
 

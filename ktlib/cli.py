@@ -1,4 +1,4 @@
-"""The ``ktlib`` command: ``ktlib info``, ``ktlib audit DIR``, ``ktlib sft [PARAMS.yaml] [--param NAME=VALUE]``.
+"""The ``ktlib`` command: ``info``, ``audit``; ``sft``, ``sweep`` run notebooks; ``adapter``, ``fuse`` convert files.
 
 Exit codes: 0 good, 1 a finding, a failed run or a repetition that differs, 2 a wrong argument or unreadable input.
 """
@@ -49,6 +49,29 @@ def parser():
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
     command.add_argument("--notebook", type=Path, default=SFT, help=argparse.SUPPRESS)
     command.set_defaults(run=sft)
+
+    command = commands.add_parser("sweep", help="run a notebook over a grid of parameters, going on where it stopped")
+    command.add_argument("grid", type=Path, help="YAML file with notebook, fixed and grid")
+    command.add_argument("--name", help="name of the sweep, default: the file's name")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
+    command.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
+    command.set_defaults(run=sweep)
+
+    command = commands.add_parser(
+        "adapter", help="convert an adapter between PEFT's, per-expert and KTransformers' files"
+    )
+    command.add_argument("source", type=Path, help="folder of the adapter")
+    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("--base", type=Path, required=True, help="folder of the base model (its config is enough)")
+    command.add_argument(
+        "--to", default="peft", choices=("peft", "per_expert", "ktransformers"), help="layout to write, default: peft"
+    )
+    command.set_defaults(run=adapter)
+
+    command = commands.add_parser("fuse", help="write a checkpoint with fused experts, which loads without a copy")
+    command.add_argument("source", type=Path, help="folder of the checkpoint")
+    command.add_argument("out", type=Path, help="folder to make, or to go on with after an interruption")
+    command.set_defaults(run=fuse)
     return top
 
 
@@ -96,15 +119,15 @@ def sft(arguments):
         return repeat(arguments, read_pairs(arguments.param, known))
     parameters = (read_yaml(arguments.params) if arguments.params else {}) | read_pairs(arguments.param, known)
     folder = arguments.out / (arguments.name or (arguments.params.stem if arguments.params else "sft"))
-    if "output_dir" in known:
-        parameters.setdefault("output_dir", str(folder / "adapter"))
+    parameters = runs.with_output_dir(notebook, parameters, folder)
 
     result = runs.run(notebook, folder, parameters)
     if result["error"]:
         print(f"\nFAILED in {result['error']}", file=sys.stderr)
     print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
     if "output_dir" in known and not result["error"]:
-        print(f"adapter   {parameters['output_dir']}")
+        what = "model" if parameters.get("finetuning") == "full" else "adapter"
+        print(f"{what:<9} {parameters['output_dir']}")
     return 1 if result["error"] else 0
 
 
@@ -125,6 +148,49 @@ def repeat(arguments, changes):
     if result["results"] == []:
         print("same      adapter, bit for bit")
     return 0 if result["results"] == [] else 1
+
+
+def sweep(arguments):
+    """Run what is missing of a sweep; exit code 1 if a run failed."""
+    from ktlib import sweep as sweeps
+
+    given = read_yaml(arguments.grid)
+    if unknown := sorted(set(given) - {"notebook", "fixed", "grid"}):
+        raise ValueError(f"{arguments.grid}: has {', '.join(unknown)}, needs notebook, grid and (or not) fixed")
+    folder = arguments.out / (arguments.name or arguments.grid.stem)
+    parts = given.get("notebook", "sft"), folder, given.get("grid"), given.get("fixed")
+    planned = sweeps.plan(*parts)
+    if arguments.dry_run:
+        print(*planned, sep="\n")
+        return 0
+    rows = sweeps.sweep(*parts)
+    failed = [row["run"] for row in rows if row["failed"]]
+    for run in failed:
+        print(f"FAILED    {folder / run}.html", file=sys.stderr)
+    print(f"runs      {folder}")
+    return 1 if failed else 0
+
+
+def adapter(arguments):
+    """Convert an adapter; to PEFT's layout from any, to the others from PEFT's."""
+    import ktlib
+
+    if not (arguments.base / "config.json").is_file():
+        raise ValueError(f"--base: {arguments.base} has no config.json")
+    if arguments.to == "peft":
+        ktlib.import_adapter(arguments.source, arguments.out, arguments.base)
+    else:
+        ktlib.export_adapter(arguments.source, arguments.out, arguments.base, arguments.to)
+    print(f"adapter   {arguments.out}")
+    return 0
+
+
+def fuse(arguments):
+    """Write a checkpoint with fused experts."""
+    import ktlib
+
+    print(f"model     {ktlib.fuse_checkpoint(arguments.source, arguments.out)}")
+    return 0
 
 
 def read_yaml(path):

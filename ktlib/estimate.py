@@ -14,6 +14,7 @@ from .experts import is_experts
 GPU_OVERHEAD = 0.6e9  # CUDA context and libraries
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Estimate:
             if table:
                 lines.append(f"{where:<5} {'together':<34} {sum(table.values()) / 1e9:8.2f} GB")
         lines += [f"time  {what:<34} {value:8.2f} s" for what, value in self.seconds.items()]
-        lines.append(f"time  {self.tokens} tokens per step: {self.tokens_per_second:.0f} tokens/s")
+        if self.seconds:
+            lines.append(f"time  {self.tokens} tokens per step: {self.tokens_per_second:.0f} tokens/s")
         return "\n".join(lines)
 
 
@@ -75,6 +77,7 @@ def available_memory():
 def estimate(
     model,
     *,
+    finetuning="lora",
     rank=8,
     tokens=4096,
     sequence_length=512,
@@ -87,11 +90,13 @@ def estimate(
     cpu_rate=None,
     bandwidth=None,
     gpu_rate=200e12,
+    timing=True,
 ):
-    """An :class:`Estimate` of one LoRA step of ``tokens`` tokens with AdamW and frozen bf16 weights.
+    """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on bf16 weights, or those weights.
 
     Args:
-        model: a transformers config, or a model (the meta device will do).
+        model: a transformers config, or a model without adapters (the meta device will do); with routed experts or not.
+        finetuning: "lora", or "full": the bf16 weights of ``targets`` are trained, with gradient and moments in bf16.
         rank, targets, lora_bytes: rank, components with adapters, bytes of an adapter's element (fp32: 4).
         sequence_length, logits_per_row: tokens per row, and how many of them get logits (default: all).
         gpu: all but the routed experts on a GPU; False: everything on the host.
@@ -99,25 +104,36 @@ def estimate(
         checkpointing: layer inputs are kept and the rest recomputed, except the routed experts.
         cpu_rate, bandwidth: FLOP/s of bf16 products and bytes/s of memory; default: measured here, in a second.
         gpu_rate: FLOP/s that the GPU reaches on this model.
+        timing: False leaves out the seconds, and the measuring.
 
-    Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments) + for each
-    MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values, and hidden states in and out.
-    Time of the experts = the larger of arithmetic (4 FLOP per active weight and token, forward and backward) and of
-    reading every expert twice.
+    Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments; full: 6 bytes
+    per trained weight) + for each MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values,
+    and hidden states in and out. Time of the experts = the larger of arithmetic (4 FLOP per active weight and token,
+    forward and backward; full: 6) and of reading every expert twice.
+
+    Raises:
+        ValueError: another ``finetuning``.
     """
+    if finetuning not in ("lora", "full"):
+        raise ValueError(f"finetuning: got {finetuning!r}, needs 'lora' or 'full'")
     model = model if isinstance(model, torch.nn.Module) else meta_model(model)
-    config = model.config
+    config = model.config.get_text_config()
     weights, lora = _count(model, rank, targets)
-    top_k = config.num_experts_per_tok
+    trained = "adapters, gradients, moments" if finetuning == "lora" else "gradients, moments"
+    if finetuning == "full":  # nothing beside the weights but their gradient and two moments, all bf16
+        rank, lora, lora_bytes = 0, {part: weights[part] for part in targets if part in weights}, 2
+    top_k = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 0)
     experts = [module for module in model.modules() if is_experts(module)]
     moe_layers = len(experts)
-    _, hidden, inner = experts[0].down_proj.shape
+    hidden, inner = config.hidden_size, 0
+    if experts:  # their input is not the model's hidden states in every family
+        hidden, inner = experts[0].down_proj.shape[1:][:: -1 if experts[0].is_transposed else 1]
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
-    state = 2 * lora_bytes + 2 * lora_bytes  # weight, gradient, two moments
+    state = (4 if finetuning == "lora" else 3) * lora_bytes  # an adapter's weight, gradient, two moments
     rows = -(-tokens // sequence_length)
     logits = rows * (logits_per_row or sequence_length)
 
-    routed = weights.pop("routed_experts")
+    routed = weights.pop("routed_experts", 0)
     rest = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     rest_lora = sum(lora.values())
@@ -127,15 +143,17 @@ def estimate(
     host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
     other = {
         "other weights": 2 * rest,
-        "other adapters, gradients, moments": state * rest_lora,
+        f"other {trained}": state * rest_lora,
         "activations": layers * per_layer + one_layer,
         "logits and their gradient": logits * vocabulary * (2 + 3 * 4),
     }
-    (host if lora_device == "cpu" or not gpu else other)["expert adapters, gradients, moments"] = state * routed_lora
+    (host if lora_device == "cpu" or not gpu else other)[f"expert {trained}"] = state * routed_lora
     device = other | {"program": GPU_OVERHEAD} if gpu else {}
     if not gpu:
         host |= other
 
+    if not timing:
+        return Estimate(host, device, tokens=tokens)
     if cpu_rate is None or bandwidth is None:
         from . import _kernels, measure
 
@@ -145,7 +163,7 @@ def estimate(
     passes = 4 + (2 if checkpointing else 0)
     embedding = config.vocab_size * config.hidden_size
     seconds = {
-        "routed experts": max(4 * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth),
+        "routed experts": max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth),
         "the rest": (passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits)
         / (gpu_rate if gpu else cpu_rate),
         "optimizer": (routed_lora * 28 * lora_bytes / 4) / bandwidth,

@@ -130,6 +130,19 @@ def gate_of(experts):
     The answer is kept per gate function, activation and their plain settings, so that replacing the activation of a
     model is noticed at its next forward.
     """
+    found = _known_gate(experts)
+    return None if found is None else dict(zip(("gate", "limit", "alpha"), found, strict=True))
+
+
+# In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one). Before
+# 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another begins
+# after it.
+_new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+_outside_of_graphs = torch.compiler.assume_constant_result if _new_torch else torch.compiler.disable
+
+
+@_outside_of_graphs
+def _known_gate(experts):
     key = _gate_key(experts)
     if key not in _gates:
         _gates[key] = _probe_gate(experts)
@@ -153,7 +166,9 @@ def _gate_key(experts):
 
 @torch.no_grad()
 def _probe_gate(experts):
-    """Numbers that the module itself holds, such as its ``limit``, are tried as limit and alpha: they are exact."""
+    """``(gate, limit, alpha)`` or None. Numbers that the module itself holds, such as its ``limit``, are tried as limit
+    and alpha: they are exact.
+    """
     values = torch.linspace(-20, 20, 401, device="cpu", dtype=torch.float64)
     powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
     values = torch.cat([values, powers, -powers])
@@ -169,7 +184,7 @@ def _probe_gate(experts):
             for alpha in (None, *numbers) if name == "swiglu_oai" else (None,):
                 want = reference.apply_gate(gate, up, name, limit, alpha)
                 if got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5):
-                    return {"gate": name, "limit": limit, "alpha": alpha}
+                    return name, limit, alpha
     return None
 
 

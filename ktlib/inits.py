@@ -1,12 +1,11 @@
-"""Initialisations of LoRA's A, the experiment that compares them, and its sweep over notebook parameters."""
+"""Initialisations of LoRA's A, and the experiment that compares them."""
 
-import itertools
 import math
 import statistics
 
 import torch
 
-from ktlib import runs, sft
+from ktlib import sft
 from ktlib.audit import component
 
 
@@ -94,15 +93,3 @@ def summary(curves):
     """``{key: (mean, standard deviation)}`` over seeds of the mean loss of the last quarter of each run's steps."""
     ends = {key: [statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in of] for key, of in curves.items()}
     return {key: (statistics.fmean(e), statistics.stdev(e) if len(e) > 1 else 0.0) for key, e in ends.items()}
-
-
-def sweep(notebook, folder, **lists):
-    """Run a notebook once for every combination of the lists of parameter values; returns ``load_runs(folder)``.
-
-    >>> sweep("notebooks/04_lora_init_sensitivity.ipynb", "runs/04", rank=[4, 16], steps=[100])
-    """
-    for values in itertools.product(*lists.values()):
-        parameters = dict(zip(lists, values, strict=True))
-        name = "_".join(f"{key}{value}" for key, value in parameters.items()).replace("/", "-").replace(" ", "")
-        runs.run(notebook, f"{folder}/{name}", parameters)
-    return runs.load_runs(folder)

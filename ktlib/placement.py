@@ -46,6 +46,28 @@ def pin_experts(model, lora_device="cpu"):
     return model
 
 
+def share_experts(model):
+    """Keep the frozen routed experts of ``model`` in memory once for all CPU processes of a machine; returns ``model``.
+
+    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint with fused experts, which
+    every process maps. Call it last, on the model that goes to the Trainer or to DistributedDataParallel: besides
+    pinning the experts, it tells DistributedDataParallel not to broadcast them at its start, which would copy them.
+    Adapters and everything else are synchronised as always.
+
+    Raises:
+        ValueError: as :func:`pin_experts`.
+    """
+    pin_experts(model)
+    frozen = []
+    for name, module in model.named_modules():
+        if is_experts(module):
+            weights = module.named_parameters(recurse=False)
+            frozen += [f"{name}.{weight}" for weight, value in weights if not value.requires_grad]
+    # the attribute that DistributedDataParallel looks for on what it wraps; torch has no other way to set it
+    model._ddp_params_and_buffers_to_ignore = frozen
+    return model
+
+
 def placement(model):
     """``{(component, device, dtype): bytes}`` of all parameters and buffers: what lies where."""
     from .audit import component
@@ -123,8 +145,19 @@ def _stay(fn, device, tensor):
         fn(torch.empty(0, dtype=tensor.dtype, device="meta"))  # only to_empty can do this; .to raises
         return torch.empty_like(tensor, dtype=probe.dtype, device=device)
     if probe.device == tensor.device and device.type == tensor.device.type:
-        return fn(tensor)  # moves nothing
+        return tensor if _only_copies(fn, tensor.dtype) else fn(tensor)
     return tensor.to(device, probe.dtype)
+
+
+def _only_copies(fn, dtype):
+    """Whether ``fn`` gives CPU tensors back unchanged, but copied, as ``.to("cpu:0")`` does.
+
+    The Trainer says that in each of several CPU processes. A copy would end their sharing of mapped weights.
+    """
+    one = torch.ones(1, dtype=dtype)
+    result = fn(one)
+    same = result.dtype == dtype and result.device == CPU and bool(result.eq(1).all())
+    return same and result.data_ptr() != one.data_ptr()
 
 
 def _before_forward(owner, args):

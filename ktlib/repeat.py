@@ -17,9 +17,9 @@ RECORD = "repeat"  # the name under which a notebook records it
 
 
 def provenance(parameters, result, folder):
-    """Everything needed to repeat a run, and the digest of its adapter: a dict for ``record(repeat=...)``.
+    """Everything needed to repeat a run, and the digest of its adapter or model: a dict for ``record(repeat=...)``.
 
-    ``parameters``: of ``sft.check_parameters``; ``result``: of ``sft.train``; ``folder``: of the saved adapter. Where
+    ``parameters``: of ``sft.check_parameters``; ``result``: of ``sft.train``; ``folder``: of what was saved. Where
     results went is left out: it changes nothing.
     """
     return {

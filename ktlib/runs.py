@@ -84,13 +84,20 @@ def check_parameters(notebook, given):
     return {name: _convert(name, value, known[name][0]) for name, value in given.items()}
 
 
-def run(notebook, folder, parameters=None, *, progress=None):
+def with_output_dir(notebook, parameters, folder):
+    """``parameters``, with ``output_dir`` in the run's folder if the notebook has one and it was not given."""
+    if "output_dir" in notebook_parameters(notebook):
+        return {"output_dir": str(Path(folder) / "adapter")} | parameters
+    return parameters
+
+
+def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     """Execute ``notebook`` with ``parameters``; returns ``{"notebook": path, "report": path, "error": None or text}``.
 
     A run that ends well leaves the executed notebook and ``report.html`` in ``folder``. One that fails leaves
     ``failed.ipynb`` and ``failed.html`` and does not touch the results of an earlier good run. Relative paths among
     the parameters mean what they mean to the caller: the kernel works in the caller's directory. What the cells print
-    appears on stdout as they run.
+    appears on stdout as they run, unless ``quiet``.
     """
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
@@ -109,7 +116,7 @@ def run(notebook, folder, parameters=None, *, progress=None):
             parameters,
             kernel_name="python3",
             progress_bar=sys.stderr.isatty() if progress is None else progress,
-            stdout_file=sys.stdout,
+            stdout_file=None if quiet else sys.stdout,
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"

@@ -1,8 +1,8 @@
-"""LoRA supervised fine-tuning of a MoE model with the stock ``transformers.Trainer`` and stock PEFT adapters.
+"""Supervised fine-tuning of a MoE model with the stock ``transformers.Trainer``: stock PEFT adapters, or the weights.
 
 The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for sweeps and ablations:
 
-    check_parameters -> load_model -> add_lora -> train -> exact_match -> save_adapter
+    check_parameters -> estimate_run -> load_model -> prepare -> train -> exact_match -> save
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
@@ -35,21 +36,24 @@ from ktlib.checkpoints import (
     KeepWhole,
     check_space,
     locked,
-    place_adapter,
+    place,
     run_identity,
     start_or_resume,
     writing,
 )
 from ktlib.cpu import cpu_info
-from ktlib.environment import without_cuda
-from ktlib.experts import is_experts
+from ktlib.environment import unusable_cuda, without_cuda
+from ktlib.estimate import estimate
+from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.lora import lora_config
+from ktlib.placement import pin_experts
 from ktlib.tasks import TASKS, load_data
 from ktlib.trace import NonFinite
 
 TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
 PARTS = tuple(TARGETS.values())
 LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FINETUNING = ("lora", "full")
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
@@ -79,6 +83,7 @@ def check_parameters(
     gradient_checkpointing=False,
     output_dir="runs/sft",
     isa=None,
+    finetuning="lora",
 ):
     """Check every parameter of a run before anything heavy happens; returns them as a dict.
 
@@ -92,6 +97,8 @@ def check_parameters(
     - ``targets``: ``"all"`` or parts joined by ``+``: attention, experts (routed), shared (experts), dense (MLP layers)
     - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made
     - ``isa``: None (the best) or an instruction set of this CPU
+    - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
+      lora_dtype have no meaning)
     """
     given = dict(locals())
 
@@ -108,6 +115,7 @@ def check_parameters(
         numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
         need(numeric and 0 < number < float("inf"), name, "a finite number > 0")
     need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
+    need(str(finetuning) in FINETUNING, "finetuning", f"one of {', '.join(FINETUNING)}")
     need(str(lora_dtype) in LORA_DTYPES, "lora_dtype", f"one of {', '.join(LORA_DTYPES)}")
     target_parts(targets)
     for name in ("model", "dataset", "output_dir"):
@@ -136,8 +144,11 @@ def check_parameters(
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(model="base", experts_implementation="ktlib"):
-    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained`` and nothing else."""
+def load_model(model="base", experts_implementation=IMPLEMENTATION):
+    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
+
+    Where there is a GPU, the experts of the operator are pinned to the CPU, so that a Trainer moves all but them.
+    """
     path = BASE if model == "base" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
@@ -145,7 +156,19 @@ def load_model(model="base", experts_implementation="ktlib"):
     loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, experts_implementation=experts_implementation
     )
+    served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
+    if served and torch.cuda.is_available():
+        pin_experts(loaded)
     return loaded, tokenizer
+
+
+def prepare(
+    model, finetuning="lora", targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", seed=0
+):
+    """The model with what is to be trained: :func:`add_lora`, or :func:`train_weights` for ``finetuning="full"``."""
+    if finetuning == "full":
+        return train_weights(model, targets)
+    return add_lora(model, targets, rank, alpha, lora_dtype, seed)
 
 
 def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", seed=0):
@@ -153,6 +176,38 @@ def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lor
 
     Routers are never adapted. Raises ValueError if the model has none of the layers that a part names.
     """
+    chosen = chosen_modules(model, targets)
+    config = lora_config(
+        model,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=[name for part, names in chosen.items() if part != "experts" for name in names],
+        target_parameters=None if chosen.get("experts") else [],
+    )
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(LORA_DTYPES[lora_dtype])
+    return adapted
+
+
+def train_weights(model, targets="attention+experts+shared"):
+    """The model itself with the weights of the chosen parts to be trained and all others frozen.
+
+    Weights, gradients and moments stay in the model's dtype, as in stock training of a bf16 model: steps below about
+    1/256 of a weight round away, so the learning rate must not be too small. Routers, norms and embeddings are frozen.
+    Raises ValueError as :func:`add_lora`.
+    """
+    chosen = {name for names in chosen_modules(model, targets).values() for name in names}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(name in chosen)
+    return model
+
+
+def chosen_modules(model, targets):
+    """``{part: names of its linear layers or experts modules}`` for the parts that ``targets`` names."""
     found = {part: [] for part in PARTS}
     for name, module in model.named_modules():
         part = TARGETS.get(component(name))
@@ -164,19 +219,29 @@ def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lor
     if targets != "all" and (missing := [part for part in parts if not found[part]]):
         has = ", ".join(part for part in found if found[part])
         raise ValueError(f"targets: got {targets!r}, but {type(model).__name__} has no {missing[0]}; it has {has}")
-    config = lora_config(
-        model,
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=[name for part in parts if part != "experts" for name in found[part]],
-        target_parameters=None if "experts" in parts and found["experts"] else [],
+    return {part: found[part] for part in parts}
+
+
+def estimate_run(parameters):
+    """The :class:`ktlib.estimate.Estimate` of a run; ``parameters`` as checked above. Reads the model's config only.
+
+    ``print`` shows it, its ``check()`` raises MemoryError with the numbers if the run cannot fit in what is free here.
+    The built-in model takes no time worth measuring this machine for: its estimate is of memory only.
+    """
+    is_base = parameters["model"] == "base"
+    names = {part: label for label, part in TARGETS.items()}
+    return estimate(
+        AutoConfig.from_pretrained(BASE if is_base else parameters["model"]),
+        finetuning=parameters["finetuning"],
+        rank=parameters["rank"],
+        lora_bytes=LORA_DTYPES[parameters["lora_dtype"]].itemsize,
+        targets=tuple(names[part] for part in target_parts(parameters["targets"])),
+        tokens=parameters["batch_size"] * parameters["sequence_length"],
+        sequence_length=parameters["sequence_length"],
+        checkpointing=parameters["gradient_checkpointing"],
+        gpu=torch.cuda.is_available() and not unusable_cuda(),
+        timing=not is_base,
     )
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(LORA_DTYPES[lora_dtype])
-    return adapted
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -230,6 +295,15 @@ def collator(tokenizer):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+def restore_weights(model, checkpoint):
+    """Load the weights that a Trainer saved of a whole model in ``checkpoint`` into ``model``.
+
+    The stock Trainer (transformers 5) writes experts one by one, as the hub has them, and when it resumes passes over
+    names that the model does not have: it would go on with the experts of the base model.
+    """
+    model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
+
 def train(
     model,
     tokenizer,
@@ -247,14 +321,17 @@ def train(
     progress=True,
     callbacks=(),
 ):
-    """Fine-tune the adapters in place with a stock Trainer (AdamW, cosine schedule with 5 % warm-up, clipping at 1).
+    """Fine-tune what requires gradients, in place, with a stock Trainer.
+
+    AdamW, a cosine schedule with 5 % warm-up, gradients clipped at 1.
 
     A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
-    ``save_adapter`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
+    ``save`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
     model, adapters, data and parameters are the same (ValueError otherwise). OSError if nothing can be written there.
 
-    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches the adapter: the
-    report is ``output_dir/nonfinite.txt``, the adapter as it was ``output_dir/last_good``, and the checkpoints stay.
+    A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches what is trained:
+    the report is ``output_dir/nonfinite.txt``, the adapter or model as it was ``output_dir/last_good``, and the
+    checkpoints stay.
 
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 
@@ -301,7 +378,9 @@ def train(
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
     began = time.perf_counter()
     guard = StopOnNonFinite(folder=output_dir)
-    with writing(output_dir), locked(output_dir), adapter_dtype_kept(model), contextlib.closing(guard):
+    is_peft = hasattr(model, "peft_config")
+    dtype_kept = adapter_dtype_kept(model) if is_peft else contextlib.nullcontext()
+    with writing(output_dir), locked(output_dir), dtype_kept, contextlib.closing(guard):
         check_space(output_dir, model)
         resume, first_step = start_or_resume(checkpoints, identity) or (None, 0)
         trainer = Trainer(
@@ -312,8 +391,11 @@ def train(
             callbacks=[KeepWhole(), *shown, guard, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
+        if resume and not is_peft:
+            restore_weights(model, resume)
         if first_step == steps:  # a Trainer would make one step more
-            model.load_adapter(resume, model.active_adapter, is_trainable=True)
+            if is_peft:
+                model.load_adapter(resume, model.active_adapter, is_trainable=True)
             state = TrainerState.load_from_json(resume / "trainer_state.json")
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -406,37 +488,44 @@ def exact_match(model, tokenizer, rows, batch_size=100, progress=True):
     return sum(hits) / len(hits), answers
 
 
-def save_adapter(model, folder):
-    """Save the adapter in PEFT's format in ``folder``, whole or not at all; its checkpoints there are removed."""
+def save(model, folder, tokenizer=None):
+    """Save an adapter in PEFT's format, or a model and its tokenizer, in ``folder``, whole or not at all.
+
+    Checkpoints of the training that made it are removed there.
+    """
     with writing(folder), locked(folder) as folder:
-        place_adapter(model, folder)
+        place(model, folder, tokenizer)
     return folder
 
 
 def run(progress=True, **parameters):
-    """One whole fine-tuning with the parameters of ``check_parameters``; the adapter goes to ``output_dir``.
+    """One whole fine-tuning with the parameters of ``check_parameters``; adapter or model go to ``output_dir``.
 
     Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
-    ``answers_after``, ``test`` (rows) and ``adapter`` (path).
+    ``answers_after``, ``test`` (rows) and ``saved`` (path). For all but the built-in model the estimate of memory and
+    time is printed. Raises MemoryError before the model is loaded if it cannot fit.
     """
     p = check_parameters(**parameters)
+    estimated = estimate_run(p)
+    if progress and p["model"] != "base":
+        print(estimated, flush=True)
+    estimated.check()
     train_rows, test_rows = load_data(p["dataset"], p["seed"])
     use_isa(p["isa"])
     model, tokenizer = load_model(p["model"])
     before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
-    model = add_lora(model, p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
+    model = prepare(model, p["finetuning"], p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
     accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
     options = {key: p[key] for key in accepted}
     result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
     after, answers_after = exact_match(model, tokenizer, test_rows, progress=progress)
-    adapter = save_adapter(model, p["output_dir"])
     return result | {
         "before": before,
         "after": after,
         "answers_before": answers_before,
         "answers_after": answers_after,
         "test": test_rows,
-        "adapter": adapter,
+        "saved": save(model, p["output_dir"], tokenizer if p["finetuning"] == "full" else None),
     }
 
 

@@ -6,16 +6,17 @@ one pool of normal numbers, a different window for every 4M elements, because th
 """
 
 import copy
+import functools
 import json
-import os
 import zlib
 from pathlib import Path
 
 import torch
 
+from . import stored
+
 POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
 CHUNK = 2**22
-PAGE = 4096
 
 
 def deepseek_v2_lite(**changes):
@@ -127,42 +128,20 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
         ValueError: ``folder`` holds shards of another config or seed.
         OSError: too little space on the disk, said before anything is written.
     """
-    from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    shards = {}
+    shards, pool = {}, functools.cache(lambda: _pool(config, seed))
     for name, tensor in model.state_dict().items():
         if name not in tied:
-            shards.setdefault(_shard_of(name), {})[name] = tensor
-    files = {key: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, key in enumerate(shards, 1)}
-    size = sum(t.numel() * t.element_size() for shard in shards.values() for t in shard.values())
-
-    note, about = folder / "synthetic.json", {"seed": seed, "config": json.loads(config.to_json_string())}
-    if note.is_file() and json.loads(note.read_text()) != about:
-        raise ValueError(f"folder: {folder} holds a synthetic checkpoint of another config or seed")
-    done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
-    space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    if space < size - done:
-        raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
-    note.write_text(json.dumps(about))
-
-    pool = None
-    for key, file in tqdm(files.items(), desc="writing shards", disable=not progress):
-        if not (folder / file).is_file():
-            pool = _pool(config, seed) if pool is None else pool
-            _write(folder / f"{file}.partial", shards[key], pool, seed)
-            os.replace(folder / f"{file}.partial", folder / file)
-    weight_map = {name: files[key] for key, shard in shards.items() for name in shard}
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            shards.setdefault(stored.shard_of(name), {})[name] = _made(name, tensor, pool, seed)
+    about = {"seed": seed, "config": json.loads(config.to_json_string())}
+    stored.write_sharded(folder, list(shards.values()), about, "synthetic.json", progress)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    return folder
+    return Path(folder)
 
 
 @torch.no_grad()
@@ -177,30 +156,15 @@ def fill(tensor, name, pool, seed=0):
         piece.copy_(pool[start : start + len(piece)])
 
 
-def _write(path, shapes, pool, seed):
-    """A safetensors file of one tensor after the other, largest first, its data aligned to pages for memory mapping."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    shapes = sorted(shapes.items(), key=lambda item: -item[1].numel())
-    for name, tensor in shapes:
-        end = offset + tensor.numel() * tensor.element_size()
-        dtype = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in shapes:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype)
-            fill(made, name, pool, seed)
-            file.write(made.view(-1).view(torch.uint8).numpy())
+def _made(name, tensor, pool, seed):
+    def make():
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fill(made, name, pool(), seed)
+        return made
+
+    return stored.Stored(tuple(tensor.shape), tensor.dtype, make)
 
 
 def _pool(config, seed):
     generator = torch.Generator().manual_seed(seed)
     return (config.initializer_range * torch.randn(POOL, generator=generator)).bfloat16()
-
-
-def _shard_of(name):
-    parts = name.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "rest")

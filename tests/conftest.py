@@ -1,11 +1,16 @@
 """Before torch is imported: OpenMP threads that wait sleep, so that the suite also runs well on a shared machine.
 
 ``KTLIB_TEST_EXTENSION`` names another build of the extension to test (``make sanitize``).
+
+Tests marked ``compatible("what")`` are the rows of the README's compatibility table. ``--compatibility FILE`` writes
+what came of them, with the versions they ran on, for ``make compatibility``.
 """
 
 import importlib.util
+import json
 import os
 import sys
+from collections import Counter, defaultdict
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -15,3 +20,37 @@ if extension := os.environ.get("KTLIB_TEST_EXTENSION"):
     spec = importlib.util.spec_from_file_location("ktlib._kernels", extension)
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compatibility", metavar="FILE", help="write the results of tests marked `compatible` as JSON")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compatible(what): a test of this row of the README's compatibility table")
+    if config.getoption("--compatibility"):
+        config.pluginmanager.register(_Compatibility(config.getoption("--compatibility")))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.user_properties += [("compatible", marker.args[0]) for marker in item.iter_markers("compatible")]
+
+
+class _Compatibility:
+    """Counts outcomes by row and writes them at the end of the session."""
+
+    def __init__(self, file):
+        self.file, self.rows = file, defaultdict(Counter)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            for name, what in report.user_properties:
+                if name == "compatible":
+                    self.rows[what][report.outcome] += 1
+
+    def pytest_sessionfinish(self):
+        from ktlib.stamp import facts
+
+        with open(self.file, "w", encoding="utf-8") as file:
+            json.dump({"versions": facts(), "rows": self.rows}, file, indent=1)

@@ -45,6 +45,7 @@ FAMILIES = {
     ),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "intermediate_size": 48, "head_dim": 16}),
 }
+PER_EXPERT = [family for family in FAMILIES if family != "gpt_oss"]  # those that files may hold expert by expert
 
 
 def tiny_config(family, **changes):

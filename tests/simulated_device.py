@@ -37,6 +37,8 @@ class SimTensor(torch.Tensor):
 def _raw(value):
     if isinstance(value, torch.device):
         return torch.device("cpu")
+    if isinstance(value, SimTensor) and value.raw.dtype != value.dtype:
+        value.raw = value.raw.to(value.dtype)  # `parameter.data = parameter.data.float()` changes the outer dtype only
     return value.raw if isinstance(value, SimTensor) else value
 
 

@@ -7,9 +7,12 @@ import sys
 import nbformat
 import pytest
 import torch
-from safetensors.torch import save_file
+from models import random_adapter, tiny_model
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from ktlib import cli
+from ktlib.lora import lora_config
 
 PARAMETERS = """\
 learning_rate: float = 1.0e-3
@@ -147,3 +150,20 @@ def test_audit_with_base_model_and_figure(tmp_path, capsys):
     assert "self_attn: 2 LoRA tensors, the architecture has 4" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert cli.main([*arguments, "--base", str(tmp_path / "nowhere")]) == 2
+
+
+def test_adapter_and_fuse_convert_files(tmp_path, capsys):
+    model = tiny_model("deepseek_v2", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    assert cli.main(["fuse", str(tmp_path / "base"), str(tmp_path / "fused")]) == 0
+    random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "peft")
+    convert = ["adapter", "--base", str(tmp_path / "fused")]
+    assert cli.main([*convert, "--to", "ktransformers", str(tmp_path / "peft"), str(tmp_path / "kt")]) == 0
+    assert cli.main([*convert, str(tmp_path / "kt"), str(tmp_path / "back")]) == 0
+    assert f"adapter   {tmp_path / 'back'}" in capsys.readouterr().out
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert cli.main([*convert, str(tmp_path / "kt"), str(tmp_path / "back")]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert cli.main(["adapter", "--base", str(tmp_path), str(tmp_path / "kt"), str(tmp_path / "new")]) == 2
+    assert cli.main(["fuse", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import compatibility
 import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from ktlib import cli
 from ktlib.base_model import BASE
@@ -69,13 +72,23 @@ def test_supported_ranges_include_the_known_seams():
         assert all(ranges()[name].specifier.contains(one) for one in versions), name
 
 
+def test_the_oldest_environment_is_the_lower_bounds():
+    oldest = by_name(line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if line[0] != "#")
+    assert {"torch", "transformers", "peft"} < set(oldest)
+    for name, requirement in oldest.items():
+        (pin,) = (specifier.version for specifier in requirement.specifier if specifier.operator == "==")
+        (bound,) = (s.version for s in ranges()[name].specifier if s.operator == ">=")
+        assert Version(pin) == Version(bound), f"{name}: tested from {pin}, promised from {bound}"
+        assert ranges()[name].specifier.contains(pin)
+
+
 def make_targets():
-    return set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 
 
 def test_readme_commands_exist():
     code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) + re.findall(r"`([^`\n]+)`", README))
-    targets = set(re.findall(r"\bmake ([a-z]+)", code))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert {"sft", "test"} <= targets <= make_targets()
     commands = set(re.findall(r"\bktlib ([a-z]+)", code))
     (choices,) = [action.choices for action in cli.parser()._actions if action.dest == "command"]
@@ -96,7 +109,7 @@ def test_readme_code_runs():
 
 def test_help_lists_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert make_targets() == set(re.findall(r"^  make ([a-z]+)", done.stdout, re.MULTILINE))
+    assert make_targets() == set(re.findall(r"^  make ([a-z-]+)", done.stdout, re.MULTILINE))
 
 
 def test_ci_runs_what_a_contributor_runs():
@@ -108,7 +121,7 @@ def test_ci_runs_what_a_contributor_runs():
 
 def test_ci_says_how_long_each_stage_took(tmp_path):
     """The script itself, with every command it calls replaced by one that does nothing, or fails."""
-    for name in ("make", "ls"):
+    for name in ("make", "ls", "chromedriver"):
         (tmp_path / name).write_text("#!/bin/sh\n[ $# -eq 1 ] && [ $1 = sanitize ] && [ -e fail ] && exit 3\nexit 0\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".ci").mkdir()
@@ -120,9 +133,8 @@ def test_ci_says_how_long_each_stage_took(tmp_path):
         done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True)
         assert done.returncode == code
         stages = re.findall(r"^ +\d+ s  (.+)$", done.stdout, re.MULTILINE)
-        assert (
-            stages[:2] == ["make test", "make sanitize"] and stages[-1].startswith("together") and "SLOW" in done.stdout
-        )
+        assert stages[0].startswith("a browser") and stages[1:3] == ["make test", "make sanitize"]
+        assert stages[-1].startswith("together") and "SLOW" in done.stdout
         assert any(stage.startswith("FAILED with 3") for stage in stages) == (code == 3)
         (tmp_path / "fail").touch()
 
@@ -138,6 +150,9 @@ NOT_IN_CI = {
 ELSEWHERE = {
     "ktlib info": ("tests/test_cli.py", 'cli.main(["info"])'),
     "ktlib audit": ("tests/test_cli.py", 'cli.main(["audit"'),
+    "ktlib sweep": ("tests/test_sweep.py", 'cli.main(["sweep"'),
+    "ktlib adapter": ("tests/test_cli.py", 'cli.main(["adapter"'),
+    "ktlib fuse": ("tests/test_cli.py", 'cli.main(["fuse"'),
     "pip install": ("Makefile", "--no-build-isolation --editable ."),
     "python -m ktlib.base_model": ("tests/test_base_model.py", "base_model.make("),
 }
@@ -210,3 +225,30 @@ def test_readme_numbers_are_the_recorded_ones():
     rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
     shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
     assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README
+
+
+def test_the_compatibility_table_is_that_of_the_tests():
+    """Every row has tests that carry its name, every such test has its row, and no row claims what did not pass."""
+    marked = set()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        marked |= set(re.findall(r'^@pytest\.mark\.compatible\("(.*)"\)$', path.read_text(), re.MULTILINE))
+    rows = compatibility.rows_of(README)
+    assert set(rows) == marked, "run `make compatibility`"
+    for what, cells in rows.items():
+        passed, of = cells[0].split(" of ")
+        assert passed == of and int(of) > 0, f"{what}: {cells[0]} with the newest versions"
+
+
+def test_the_compatibility_table_is_made_from_results(tmp_path):
+    file = tmp_path / "results.json"
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.compatible('a')\n@pytest.mark.parametrize('x', [1, 2, 3])\ndef test_a(x): assert x < 3\n"
+        "@pytest.mark.compatible('b')\ndef test_b(): pytest.skip('no')\n"
+    )
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "compatible", str(tmp_path)]
+    subprocess.run([*command, "--compatibility", str(file)], cwd=tmp_path, capture_output=True)
+    results = json.loads(file.read_text())
+    lines = compatibility.table(results, {"versions": results["versions"], "rows": {}})
+    assert lines[2:] == ["| a | 2 of 3 | not tested |", "| b | 0 of 1 | not tested |"]

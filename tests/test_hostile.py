@@ -14,7 +14,7 @@ from models import tiny_model
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from ktlib import cli, sft, tasks
+from ktlib import checkpoints, cli, tasks
 from ktlib.audit import audit
 from ktlib.lora import lora_config
 
@@ -177,22 +177,47 @@ def test_a_large_tensor_is_mapped_and_looked_at_in_parts(tmp_path, size, code):
 
 
 def test_folders_that_only_look_like_checkpoints(tmp_path):
-    for name in ("checkpoint-best", "checkpoint-", "checkpoint-٣x", "checkpoint--5"):
-        (tmp_path / name).mkdir()
-        for file in sft.CHECKPOINT_FILES:
-            (tmp_path / name / file).write_text("x")
-    assert sft.complete_checkpoint(tmp_path) is None
+    """Names that are almost right, a file for a folder, and what a Trainer may have written only half of."""
+    for name in ("step-best", "step-", "step-٣", "step-3x", "step--5", "step-+5", "checkpoint-5"):
+        make_checkpoint(tmp_path / name)
+    (tmp_path / "step-7").write_text("x")
+    assert checkpoints.complete_checkpoint(tmp_path) is None
+    make_checkpoint(tmp_path / "step-2")
+    assert checkpoints.complete_checkpoint(tmp_path) == (tmp_path / "step-2", 2)
 
 
-def test_a_damaged_note_of_an_interrupted_run(tmp_path):
-    (tmp_path / "checkpoint-5").mkdir()
-    for file in sft.CHECKPOINT_FILES:
-        (tmp_path / "checkpoint-5" / file).write_text("x")
-    with pytest.raises(ValueError, match=r"interrupted run with another steps \(None, now 5\)"):
-        sft.start_or_resume(tmp_path, {"steps": 5})
-    (tmp_path / "run.json").write_text("{")
+def make_checkpoint(folder):
+    folder.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        (folder / file).write_text("x")
+    (folder / "trainer_state.json").write_text("x")
+
+
+def test_checkpoints_of_someone_else_are_neither_resumed_nor_removed(tmp_path):
+    for name in ("checkpoint-5", "step-5"):
+        make_checkpoint(tmp_path / name)
+        with pytest.raises(ValueError, match="output_dir: .* holds files of something else"):
+            checkpoints.start_or_resume(tmp_path, {"steps": 5})
+        assert len(list((tmp_path / name).iterdir())) == 6
+
+
+NOTES = {
+    "cut off": b"{",
+    "not UTF-8": b'{"steps": 5, "seed": "\xff"}',
+    "a list": b"[5]",
+    "without steps": b"{}",
+    "steps of text": b'{"steps": "9"}',
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", NOTES.values(), ids=NOTES)
+def test_a_damaged_note_of_an_interrupted_run(tmp_path, content):
+    make_checkpoint(tmp_path / "step-5")
+    (tmp_path / checkpoints.NOTE).write_bytes(content)
     with pytest.raises(ValueError, match="output_dir: .*run.json is damaged"):
-        sft.start_or_resume(tmp_path, {"steps": 5})
+        checkpoints.start_or_resume(tmp_path, {"steps": 5})
+    assert (tmp_path / "step-5").is_dir()
 
 
 GOOD = b'{"prompt": "a", "response": "b"}\n'

@@ -1,8 +1,7 @@
-"""Initialisations of A: scales, expert by expert; and the sweep over notebook parameters."""
+"""Initialisations of A: scales, expert by expert."""
 
 import math
 
-import nbformat
 import pytest
 import torch
 
@@ -48,15 +47,3 @@ def test_orthogonal_rows():
 def test_summary():
     curves = {"a": [[9, 9, 9, 1], [9, 9, 9, 3]], "b": [[4.0]]}
     assert inits.summary(curves) == {"a": (2, pytest.approx(math.sqrt(2))), "b": (4, 0)}
-
-
-def test_sweep_runs_every_combination(tmp_path):
-    cells = [
-        nbformat.v4.new_code_cell("a: int = 1\nb: float = 2.0", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("from ktlib.runs import record\nrecord(product=a * b)"),
-    ]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = tmp_path / "n.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebook)
-    rows = inits.sweep(notebook, tmp_path / "runs", a=[2, 3], b=[0.5])
-    assert [(row["a"], row["product"], row["failed"]) for row in rows] == [(2, 1.0, False), (3, 1.5, False)]

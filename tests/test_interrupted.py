@@ -78,7 +78,7 @@ def test_a_finished_training_that_was_not_saved_is_not_done_again(adapted, tmp_p
     assert second["resumed_from"] == 4 and second["log"] == first["log"]
     for name, parameter in again.named_parameters():
         assert name not in expected or (parameter.requires_grad and torch.equal(parameter, expected[name])), name
-    sft.save_adapter(again, tmp_path)
+    sft.save(again, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -114,11 +114,11 @@ def test_disk_full_in_training_keeps_the_checkpoint_before(adapted, tmp_path, fi
 
 def test_disk_full_in_saving_keeps_the_adapter_before(adapted, tmp_path, file_limit):
     model, _ = adapted
-    before = digest(sft.save_adapter(model, tmp_path))
+    before = digest(sft.save(model, tmp_path))
     next(p for p in model.parameters() if p.requires_grad).data.add_(1)
     file_limit(1000)
     with pytest.raises(OSError, match="output_dir: cannot write to"):
-        sft.save_adapter(model, tmp_path)
+        sft.save(model, tmp_path)
     assert digest(tmp_path) == before and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -126,7 +126,7 @@ def test_too_little_room_is_said_first(adapted, tmp_path, monkeypatch):
     model, tokenizer = adapted
     usage = checkpoints.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=500_000))
-    with pytest.raises(OSError, match=r"output_dir: .* has 0.5 MB free, checkpoints and adapter need \d"):
+    with pytest.raises(OSError, match=r"output_dir: .* has 0.5 MB free, checkpoints and result need \d"):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
 
 
@@ -156,12 +156,12 @@ def test_a_read_only_folder_is_refused_first_and_by_name(read_only, adapted, tmp
     import nbclient.exceptions  # noqa: F401
     import papermill.exceptions  # noqa: F401
 
-    sft.save_adapter(adapted[0], tmp_path)  # imports what saving needs
+    sft.save(adapted[0], tmp_path)  # imports what saving needs
     with nobody():
         with pytest.raises(ValueError, match="output_dir: .*need one that can be written to: .*read_only cannot"):
             sft.check_parameters(output_dir=str(read_only / "run" / "adapter"))
         with pytest.raises(OSError, match="output_dir: cannot write to .*Permission denied"):
-            sft.save_adapter(adapted[0], read_only)
+            sft.save(adapted[0], read_only)
         with pytest.raises(PermissionError, match="read_only"):
             runs.run(cli.SFT, read_only / "runs")
 

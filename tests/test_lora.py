@@ -73,6 +73,7 @@ def chosen_experts(model, run):
 # ------------------------------------------------------------------------------------------------ numbers
 
 
+@pytest.mark.compatible("LoRA on all of a model: eight families")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_every_gradient_agree_with_stock(family):
     ours, stock = pair(family)
@@ -121,6 +122,49 @@ def test_ranks_and_scalings(options):
     elif "rank_pattern" in options:
         assert ranks["shared_experts.gate_proj.lora_A.default.weight"] == 3
         assert ranks["shared_experts.up_proj.lora_A.default.weight"] == 4
+
+
+@pytest.mark.compatible("ranks and alphas by layer, adapters on a subset")
+@pytest.mark.parametrize(
+    "options, ranks",
+    [
+        ({"target_parameters": ["experts.down_proj"]}, {(0, "down_proj"): 4, (1, "down_proj"): 4}),
+        ({"target_parameters": ["experts.gate_up_proj"]}, {(0, "gate_up_proj"): 4, (1, "gate_up_proj"): 4}),
+        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, {(1, "down_proj"): 4}),
+        (
+            {"target_parameters": ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]},
+            {(0, "gate_up_proj"): 4, (1, "down_proj"): 4},
+        ),
+        (
+            {
+                "rank_pattern": {"layers.0.mlp.experts.gate_up_proj": 7, r"layers\.1\.mlp\.experts\.down_proj": 1},
+                "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 3},
+            },
+            {(0, "gate_up_proj"): 7, (0, "down_proj"): 4, (1, "gate_up_proj"): 4, (1, "down_proj"): 1},
+        ),
+    ],
+)
+def test_subsets_and_patterns_by_layer(options, ranks):
+    """Adapters on some projections, on some layers, with other ranks and alphas: stock numbers on the fast path."""
+    ours, stock = pair("qwen3_moe", **options)
+    found = {}
+    for name, module in ours.named_modules():
+        if isinstance(module, ParamWrapper) and module.get_param().dim() == 3:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            found[layer, module.parameter_name] = module.factors()[0].shape[0] // module.get_param().shape[0]
+            if "alpha_pattern" in options:
+                alpha = 3 if (layer, module.parameter_name) == (1, "gate_up_proj") else 16
+                assert module.factors()[2] == alpha / found[layer, module.parameter_name]
+    assert found == ranks
+    ids = tokens(seed=1)  # no token of these is so near between two experts that rounding decides
+    routed, got = chosen_experts(ours, lambda model: model(ids).logits)
+    stock_routed, wanted = chosen_experts(stock, lambda model: model(ids).logits)
+    assert all(torch.equal(one, other) for one, other in zip(routed.values(), stock_routed.values(), strict=True))
+    assert relative_error(got, wanted) < FORWARD_BOUND
+    got, wanted = gradients(ours, ids), gradients(stock, ids)
+    experts = [name for name in got if ".experts." in name]
+    assert len(experts) == 2 * len(ranks)
+    assert max(relative_error(got[name], wanted[name]) for name in got if ".lora_" in name) < GRADIENT_BOUND
 
 
 def test_adapters_matter():
@@ -456,6 +500,7 @@ assert not any(name.split(".")[0] == "ktlib" for name in sys.modules), "this pro
 """
 
 
+@pytest.mark.compatible("adapter files of stock PEFT, both ways")
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
 def test_files_are_stock_both_ways(family, tmp_path):
     tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from simulated_device import register
 
 import ktlib
-from ktlib import hybrid, transfer
+from ktlib import hybrid, sft, transfer
 from ktlib.placement import placement
 
 SIM = register()
@@ -109,6 +109,17 @@ def test_gradients_stay_with_their_parameters():
     loss_and_gradients(model)
     model.to(SIM)
     assert all(p.grad is None or p.grad.device == p.device for p in model.parameters())
+
+
+@pytest.mark.parametrize(("cuda", "experts", "stays"), [
+    (True, "ktlib", "cpu"), (True, "eager", "sim"), (False, "ktlib", "sim"),
+])  # fmt: skip
+def test_fine_tuning_pins_the_experts_where_there_is_a_gpu(cuda, experts, stays, monkeypatch):
+    """Those of the operator: stock experts follow the model, as without ktlib."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    model = sft.add_lora(sft.load_model("base", experts)[0], rank=2).to(SIM)
+    assert devices(model, is_expert) == devices(model, is_expert_lora) == {stays}
+    assert devices(model, is_other) == {"sim"}
 
 
 def test_to_empty():
@@ -287,3 +298,15 @@ def test_placement_table_adds_up():
     table = placement(model)
     assert sum(table.values()) == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert {device for part, device, _ in table if part.startswith("routed_experts")} == {"cpu"}
+
+
+def test_moves_from_cpu_to_cpu_copy_nothing():
+    """``cpu:0`` is another name of the same memory, but torch copies for it; a change of dtype still happens."""
+    model = ktlib.pin_experts(tiny_model("deepseek_v2", "ktlib"))
+    experts = model.model.layers[1].mlp.experts
+    address = experts.gate_up_proj.data_ptr()
+    model.to("cpu:0").to("cpu:1")
+    assert experts.gate_up_proj.data_ptr() == address
+    assert model.float().model.layers[1].mlp.experts.gate_up_proj.dtype == torch.float32
+    model.to("cpu:0", torch.bfloat16)
+    assert experts.gate_up_proj.dtype == torch.bfloat16

@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+import transformers
+from memory import measure
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -79,6 +82,8 @@ def test_defaults_are_valid():
         ("output_dir", __file__),
         ("isa", "sse2"),
         ("isa", ""),
+        ("finetuning", "dora"),
+        ("finetuning", None),
     ],
 )
 def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
@@ -256,16 +261,138 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     (tmp_path / "checkpoints" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="output_dir: .*something else"):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
-    sft.save_adapter(model, tmp_path)
+    sft.save(model, tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     with open(tmp_path / "adapter_model.safetensors", "rb") as reader:  # of a file that a later save replaces
         torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
-        sft.save_adapter(model, tmp_path)
+        sft.save(model, tmp_path)
         assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
     assert found >= {"checkpoints", "adapter_model.safetensors", "adapter_config.json"}
     assert not [name for name in found if name.startswith(".")]
     assert (tmp_path / "checkpoints" / "thesis.txt").exists()
+
+
+# ----------------------------------------------------------------------------------------------- the weights themselves
+
+
+def whole(experts="ktlib", targets="experts"):
+    model, tokenizer = sft.load_model("base", experts_implementation=experts)
+    return sft.prepare(model, "full", targets), tokenizer
+
+
+@pytest.mark.parametrize("targets", ["experts", "attention+experts+shared", "all"])
+def test_full_finetuning_trains_the_weights_of_its_targets(targets, tmp_path):
+    model, tokenizer = whole(targets=targets)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    parts = {PARTS[part] for part in sft.target_parts(targets)}
+    wanted = {name for name, p in before.items() if component(name) in parts and p.dim() > 1}
+    assert moved == wanted and all(p.dtype == torch.bfloat16 for p in model.parameters())
+    file = next((sft.BASE).glob("*.safetensors"))
+    assert file.stat().st_mtime < (tmp_path).stat().st_mtime, "training wrote into the mapped checkpoint"
+
+
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
+def test_full_finetuning_follows_stock_experts(tmp_path):
+    """Losses differ from those of stock experts no more than two stock implementations differ from one another."""
+
+    def losses(experts):
+        model, tokenizer = whole(experts)
+        options = SMALL | {"steps": 12, "learning_rate": 1e-3}
+        return torch.tensor([float(e["loss"]) for e in sft.train(model, tokenizer, ROWS, tmp_path, **options)["log"]])
+
+    ours, eager, grouped = map(losses, ("ktlib", "eager", "grouped_mm"))
+    noise = (eager - grouped).abs().max() / eager.mean()
+    assert ours[-3:].mean() < 0.8 * ours[:3].mean(), "it did not learn"
+    assert (ours - eager).abs().max() / eager.mean() < 2 * noise + 0.005, (ours, eager, grouped)
+
+
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
+def test_an_interrupted_full_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    options = SMALL | {"steps": 4, "save_every": 2, "learning_rate": 1e-3}
+    straight, tokenizer = whole()
+    sft.train(straight, tokenizer, ROWS, tmp_path / "whole", **options)
+    broken, _ = whole()
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(broken, tokenizer, ROWS, tmp_path / "cut", **options, callbacks=[StopAt(3)])
+    with pytest.raises(ValueError, match="interrupted run with another adapters"):
+        sft.train(adapted()[0], tokenizer, ROWS, tmp_path / "cut", **options)
+    resumed, again = whole()[0], whole()[0]
+    assert sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options)["resumed_from"] == 2
+    monkeypatch.setattr(sft.Trainer, "training_step", lambda *_: pytest.fail("trained again"))
+    assert sft.train(again, tokenizer, ROWS, tmp_path / "cut", **options)["resumed_from"] == 4
+    for name, expected in weights(straight).items():
+        assert torch.equal(expected, weights(resumed)[name]) and torch.equal(expected, weights(again)[name]), name
+
+
+@pytest.mark.compatible("full-parameter fine-tuning of experts")
+def test_a_model_trained_as_a_whole_is_saved_for_stock_transformers(tmp_path):
+    sft.save(adapted()[0], tmp_path)  # an earlier run's
+    model, tokenizer = whole()
+    sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"learning_rate": 1e-3})
+    sft.save(model, tmp_path, tokenizer)
+    assert not (tmp_path / "checkpoints").exists() and sft.load_model(tmp_path)[1].get_vocab() == tokenizer.get_vocab()
+    loaded, _ = sft.load_model("base")
+    stock = type(loaded).from_pretrained(tmp_path, dtype=torch.bfloat16, experts_implementation="eager")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, stock.state_dict()[name]), name
+    assert not torch.equal(loaded.model.layers[1].mlp.experts.down_proj, stock.model.layers[1].mlp.experts.down_proj)
+
+
+def test_memory_is_estimated_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model, _ = sft.load_model("base")
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    parameters = sft.check_parameters(finetuning="full", targets="experts", output_dir=str(tmp_path))
+    full = sft.estimate_run(parameters)
+    assert full.host["expert weights"] == 2 * experts and full.host["expert gradients, moments"] == 6 * experts
+    assert full.host["other gradients, moments"] == 0 and not full.gpu
+    lora = sft.estimate_run(parameters | {"finetuning": "lora", "rank": 2, "lora_dtype": "bf16"})
+    ranks = sum(p.shape[0] * 2 * sum(p.shape[1:]) for p in model.parameters() if p.dim() == 3)
+    assert lora.host["expert adapters, gradients, moments"] == 8 * ranks
+    monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 1.5e9)
+    with pytest.raises(MemoryError, match="GB of host memory, 1.5 GB are free"):
+        sft.run(finetuning="full", output_dir=str(tmp_path / "out"), progress=False)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, capsys):
+    """A folder with DeepSeek-V3's config and nothing else: 671 billion parameters."""
+    transformers.DeepseekV3Config().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 64e9)
+    with pytest.raises(MemoryError, match=r"needs 1\d{3}\.\d GB of host memory, 64.0 GB are free"):
+        sft.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), rank=8)
+    printed = capsys.readouterr().out
+    assert re.search(r"^host +expert weights +1307\.8\d GB$", printed, re.MULTILINE)
+    assert re.search(r"^time +2048 tokens per step: \d+ tokens/s$", printed, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_estimate_of_full_finetuning_is_what_training_takes():
+    """Anonymous memory of gradients and moments, and of the weights that are no longer those of the mapped file."""
+    setup = """
+import torch
+torch.set_num_threads(1)
+import ktlib
+from models import tiny_model
+model = tiny_model("olmoe", "ktlib", dtype=torch.bfloat16, hidden_size=512, intermediate_size=1024, num_experts=16)
+for p in model.parameters():
+    p.requires_grad_(p.dim() == 3)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained, fused=True)
+x = torch.arange(3, 35)[None]
+size = sum(p.nbytes for p in trained)
+assert size > 90e6
+"""
+    step = "(model(x, labels=x).loss.backward(), optimizer.step())"
+    taken = measure(setup, step)["end"]
+    experts = 2 * 16 * 3 * 512 * 1024
+    assert 0.9 * 6 * experts < taken < 1.2 * 6 * experts
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
 
 
 def test_generation_does_not_depend_on_batching():
@@ -280,9 +407,9 @@ def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in codebook(n_train=30, n_test=1)[0]))
     result = sft.run(dataset=str(path), output_dir=tmp_path / "out", isa="portable", rank=4, **SMALL)
-    assert result["adapter"] == tmp_path / "out" and len(result["test"]) == 3
+    assert result["saved"] == tmp_path / "out" and len(result["test"]) == 3
     assert 0 <= result["before"] <= 1 and len(result["answers_after"]) == 3
-    stored = load_file(result["adapter"] / "adapter_model.safetensors")
+    stored = load_file(result["saved"] / "adapter_model.safetensors")
     model, _ = sft.load_model("base", experts_implementation="eager")
-    loaded = PeftModel.from_pretrained(model, result["adapter"])
+    loaded = PeftModel.from_pretrained(model, result["saved"])
     assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())

@@ -7,10 +7,10 @@ import pytest
 import torch
 from models import tiny_config
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
-from ktlib import synthetic
-from ktlib.estimate import Estimate, estimate, meta_model
+from ktlib import stored, synthetic
+from ktlib.estimate import Estimate, estimate, meta_model, saved_bytes
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
 PARAMS = Path(__file__).parents[1] / "notebooks" / "params"
@@ -44,7 +44,7 @@ def test_an_interrupted_write_goes_on(tmp_path):
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == kept
     assert not list(tmp_path.glob("*.partial"))
-    with pytest.raises(ValueError, match="another config or seed"):
+    with pytest.raises(ValueError, match="made from something else"):
         synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
 
 
@@ -53,7 +53,7 @@ def test_files_are_aligned_and_complete(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     names = set()
     for path in tmp_path.glob("*.safetensors"):
-        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % synthetic.PAGE == 0
+        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % stored.PAGE == 0
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
     assert names == set(index["weight_map"]) == set(meta_model(CONFIG).state_dict())
@@ -63,7 +63,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     class Full:
         f_bavail, f_frsize = 10, 1024
 
-    monkeypatch.setattr(synthetic.os, "statvfs", lambda path: Full)
+    monkeypatch.setattr(stored.os, "statvfs", lambda path: Full)
     with pytest.raises(OSError, match="GB free, the checkpoint needs"):
         synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     assert not list(tmp_path.glob("model*"))
@@ -111,6 +111,20 @@ def test_models_do_not_share_the_config_they_were_made_from():
         synthetic.random_model(CONFIG, experts_implementation=e, progress=False) for e in ("ktlib", "eager")
     )
     assert first.config._experts_implementation == "ktlib" and second.config._experts_implementation == "eager"
+
+
+def test_families_of_other_names_and_layouts():
+    """Transposed weights, another name for top_k, a model without routed experts."""
+    options = {"rank": 2, "tokens": 10, "sequence_length": 10, "gpu": False, "timing": False}
+    model = meta_model(tiny_config("gpt_oss", hidden_size=96))
+    assert estimate(model, **options).host["experts' saved activations"] == 2 * saved_bytes(10, 2, 96, 48, 2)
+    gemma = Gemma4TextConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, enable_moe_block=True, num_experts=8, top_k_experts=3,
+        moe_intermediate_size=32, layer_types=["full_attention"],
+    )  # fmt: skip
+    assert estimate(gemma, **options).host["experts' saved activations"] == saved_bytes(10, 3, 64, 32, 2)
+    dense = estimate(Qwen3Config(vocab_size=99, hidden_size=64, num_hidden_layers=2), **options | {"timing": True})
+    assert dense.host["expert weights"] == 0 < dense.host["other weights"] and dense.seconds["the rest"] > 0
 
 
 def test_what_does_not_fit_is_refused_with_numbers():

@@ -43,6 +43,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.compatible("the stock Trainer")
 def test_stock_trainer_trains(trained):
     trainer, _ = trained
     assert type(trainer) is Trainer
@@ -62,6 +63,7 @@ def test_trained_adapter_is_finite_and_complete(trained):
     assert sum(row.zero for row in result.rows) == 0
 
 
+@pytest.mark.compatible("the stock Trainer")
 def test_resumes_from_a_checkpoint(trained, tmp_path):
     trainer, directory = trained
     resumed = make_trainer(tmp_path)
@@ -73,6 +75,7 @@ def test_resumes_from_a_checkpoint(trained, tmp_path):
     assert any(isinstance(module, ParamWrapper) for module in resumed.model.modules())
 
 
+@pytest.mark.compatible("the stock Trainer")
 def test_saved_checkpoint_gives_the_trained_model(trained):
     trainer, directory = trained
     base = tiny_model("deepseek_v2", "ktlib", dtype=torch.bfloat16)
@@ -82,6 +85,7 @@ def test_saved_checkpoint_gives_the_trained_model(trained):
     assert "ktlib" not in json.dumps(loaded.peft_config["default"].to_dict(), default=str)
 
 
+@pytest.mark.compatible("the stock Trainer")
 def test_checkpointing_trains_the_same(trained, tmp_path):
     trainer, _ = trained
     other = make_trainer(tmp_path, steps=3, gradient_checkpointing=True)

@@ -124,7 +124,7 @@ model, tokenizer = sft.load_model("base")
 model = sft.add_lora(model, rank=2)
 options = {"steps": 1, "batch_size": 2, "sequence_length": 64, "progress": False}
 sft.train(model, tokenizer, dates(n_train=8, n_test=2)[0], sys.argv[1], **options)
-sft.save_adapter(model, sys.argv[1])
+sft.save(model, sys.argv[1])
 """
 
 

@@ -7,8 +7,9 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import ktlib
-from ktlib import hybrid
+from ktlib import hybrid, sft
 from ktlib.placement import placement
+from ktlib.tasks import dates
 from ktlib.transfer import to_device, to_host
 
 NOISE = 0.03  # bf16 attention on another device
@@ -283,3 +284,18 @@ def test_stock_experts_on_the_cpu_say_what_is_wrong():
     model.get_base_model().set_experts_implementation("grouped_mm")
     with pytest.raises(RuntimeError, match="pinned to the CPU"):
         model(tokens().cuda())
+
+
+def test_fine_tuning_keeps_the_experts_on_the_cpu(tmp_path):
+    rows = dates(n_train=64, n_test=4)[0]
+    model, tokenizer = sft.load_model("base")
+    model = sft.add_lora(model, rank=4)
+    options = {"steps": 20, "batch_size": 8, "sequence_length": 64, "progress": False}
+    log = sft.train(model, tokenizer, rows, tmp_path, **options)["log"]
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
+    assert devices(model, is_expert) == devices(model, is_expert_lora) == {"cpu"}
+    assert devices(model, lambda name: ".experts." not in name) == {"cuda"}
+    answers = sft.generate(model, tokenizer, [row["prompt"] for row in rows[:4]], 8, progress=False)
+    stock = PeftModel.from_pretrained(sft.load_model("base", "eager")[0], sft.save(model, tmp_path))
+    theirs = sft.generate(stock, tokenizer, [row["prompt"] for row in rows[:4]], 8, progress=False)
+    assert sum(a == b for a, b in zip(answers, theirs, strict=True)) >= 3  # on the CPU, in another order of rounding

@@ -27,7 +27,7 @@ from ktlib.stamp import facts
 from ktlib.tasks import dates
 
 KERNEL = "the kernel alone"
-PARTIAL = {"a checkpoint": f"{CHECKPOINTS}/checkpoint-*", "the adapter": ".adapter-*"}
+PARTIAL = {"a checkpoint": f"{CHECKPOINTS}/checkpoint-*", "the adapter": ".saved-*"}
 
 
 def fine_tune(folder):
@@ -37,7 +37,7 @@ def fine_tune(folder):
     model = sft.add_lora(model, rank=4, alpha=8)
     rows = dates(n_train=64, n_test=8)[0]
     sft.train(model, tokenizer, rows, folder, steps=12, batch_size=4, sequence_length=64, save_every=2, progress=False)
-    sft.save_adapter(model, folder)
+    sft.save(model, folder)
 
 
 def forked(function, *arguments):

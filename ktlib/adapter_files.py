@@ -1,0 +1,236 @@
+"""Writing the layouts of :mod:`ktlib.adapters`: files and the ``adapter_config.json`` that goes with them."""
+
+import json
+import re
+from typing import NamedTuple
+
+import torch
+
+from . import stored
+from .estimate import meta_model
+from .layouts import FUSED, ExpertLayout, Part
+from .stored import Stored
+
+CONFIG, WEIGHTS, FUSED_FILE = "adapter_config.json", "adapter_model.safetensors", "fused_expert_lora.safetensors"
+PREFIX = "base_model.model."
+
+
+class Pair(NamedTuple):
+    """A LoRA pair with what makes it a number: its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with rslora."""
+
+    a: Stored
+    b: Stored
+    rank: int
+    alpha: float
+
+
+def listed(problems, what):
+    """One line for an error: how many problems of each kind there are, and the first of each."""
+    kinds = {}
+    for problem in problems:
+        kind, _, text = problem.partition(": ")
+        kinds.setdefault(kind, []).append(text)
+    lines = []
+    for kind, texts in kinds.items():
+        more = f" and {len(texts) - 6} more" if len(texts) > 6 else ""
+        lines.append(f"{kind} ({len(texts)}): {'; '.join(texts[:6])}{more}")
+    return "\n".join([what, *lines])
+
+
+# ---------------------------------------------------------------------------------------------------- PEFT's layout
+
+
+def _peft_config(settings, pairs, config):
+    """A stock LoraConfig with these targets, ranks and alphas, and PEFT's own list of the tensors that belong to it.
+
+    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape})``.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    from .audit import bare_modules
+    from .lora import lora_config
+
+    model = meta_model(config)
+    linears = {name for name, module in bare_modules(model) if isinstance(module, torch.nn.Linear)}
+    names = {weight: weight.removesuffix(".weight") for weight in pairs}
+    modules = [name for name in names.values() if name in linears]
+    parameters = [weight for weight, name in names.items() if name not in linears]
+    options = {name: settings[name] for name in ("use_rslora", "modules_to_save", "task_type") if settings.get(name)}
+    made = lora_config(
+        model,
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        target_modules=modules,
+        target_parameters=_short(parameters, model),
+        rank_pattern=_pattern({name: pair.rank for name, pair in pairs.items()}, settings["r"], linears),
+        alpha_pattern=_pattern({name: pair.alpha for name, pair in pairs.items()}, settings["lora_alpha"], linears),
+        **options,
+    )
+    made.base_model_name_or_path = settings.get("base_model_name_or_path")
+    made.inference_mode = True
+    adapted = get_peft_model(model, made, low_cpu_mem_usage=True)
+    shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    slots = {}
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            bare = name.removeprefix(PREFIX).replace(".base_layer", "")
+            weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
+            slots[weight] = tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
+    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}
+
+
+def _short(parameters, model):
+    """Ends of the names, such as "mlp.experts.gate_up_proj", where all that end so are meant; else the whole names."""
+    everything = [name for name, _ in model.named_parameters()]
+    targets = set()
+    for name in parameters:
+        parts = name.split(".")
+        end = ".".join(parts[1 + max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) :])
+        alike = {other for other in everything if other.endswith(f".{end}")}
+        targets.add(end if alike <= set(parameters) else name)
+    return sorted(targets)
+
+
+def _pattern(values, default, linears):
+    """PEFT's pattern table of what differs from the default: by kind for experts that all agree, else by name."""
+    kinds, table = {}, {}
+    for weight, value in values.items():
+        name = weight.removesuffix(".weight")
+        name = name if name in linears else weight
+        _, experts, kind = name.rpartition(".experts.")
+        kinds.setdefault(rf"experts\.{kind}" if experts else name, {})[name] = value
+    for kind, of in kinds.items():
+        of = {kind: next(iter(of.values()))} if len(set(of.values())) == 1 else of
+        table |= {name: value for name, value in of.items() if value != default}
+    return table
+
+
+def check_against_peft(settings, pairs, saved, config):
+    """The LoraConfig and ``{key: Stored}`` of an adapter in PEFT's layout.
+
+    Raises:
+        ValueError: PEFT, asked for these targets, expects other tensors; they are listed.
+    """
+    made, slots, shapes = _peft_config(settings, pairs, config)
+    tensors = {key: matrix for name, pair in pairs.items() for key, matrix in zip(slots[name], pair[:2], strict=True)}
+    tensors |= saved
+    problems = [f"missing: {key}" for key in shapes if key not in tensors]
+    problems += [f"extra: {key}" for key in tensors if key not in shapes]
+    for key, shape in shapes.items():
+        if key in tensors and tensors[key].shape != shape:
+            problems.append(f"wrong shape: {key} is {tensors[key].shape}, needs {shape}")
+    if problems:
+        raise ValueError(listed(problems, "the adapter is not what PEFT expects"))
+    return made, tensors
+
+
+def write_peft(folder, settings, pairs, saved, config):
+    """A stock PEFT adapter for transformers 5 in ``folder``."""
+    made, tensors = check_against_peft(settings, pairs, saved, config)
+    stored.write(folder / WEIGHTS, tensors)
+    made.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------- the other layouts
+
+
+def write_apart(folder, settings, pairs, saved, config, layout):
+    """The adapter with one pair per projection: a tensor per expert, or KTransformers' stacks."""
+    model, spelling = meta_model(config), ExpertLayout(config.model_type)
+    rest, ours = {}, {}
+    for weight, pair in pairs.items():
+        if weight.rpartition(".")[2] in FUSED:
+            ours[weight] = _apart(weight, pair, pairs, settings.get("use_rslora"))
+        else:
+            rest[spelling.old_name(weight).removesuffix(".weight")] = pair
+    settings = settings | {"target_parameters": None, "inference_mode": True}
+    if layout == "ktransformers":
+        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, model)
+        stacks = {}
+        for weight, parts in ours.items():
+            layer = weight.partition(".layers.")[2].partition(".")[0]
+            for part, pair in parts.items():
+                stacks |= {f"layers.{layer}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
+        stored.write(folder / FUSED_FILE, stacks)
+    else:
+        for weight, parts in ours.items():
+            for part, pair in parts.items():
+                for expert in range(pair.a.shape[0]):
+                    name = spelling.per_expert_name(Part(weight, part, expert)).removesuffix(".weight")
+                    rest[name] = pair._replace(a=_slice(pair.a, expert), b=_slice(pair.b, expert))
+    tensors = {}
+    for name, pair in rest.items():
+        tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
+    if tensors or saved:
+        stored.write(folder / WEIGHTS, tensors | saved)
+    settings |= _targets(rest, settings, spelling.linears(model))
+    stored.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _slice(stack, expert):
+    return Stored(stack.shape[1:], stack.dtype, lambda: stored.recent(stack)[expert])
+
+
+def _apart(weight, pair, pairs, rslora):
+    """``{part: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout."""
+    parts, rank, alpha = FUSED[weight.rpartition(".")[2]], pair.rank, pair.alpha
+    experts, inner = pair.a.shape[0] // rank, pair.a.shape[1]
+    out = pair.b.shape[0] // len(parts)
+
+    def b_of_experts():
+        return stored.recent(pair.b).view(len(parts) * out, rank, experts).permute(2, 0, 1)
+
+    down = pairs.get(weight.replace("gate_up_proj", "down_proj"))
+    half = rank // 2
+    blocks = len(parts) == 2 and rank == 2 * half and (down is None or rank == 2 * down.rank)
+    if blocks:
+        b = b_of_experts()
+        blocks = not b[:, :out, half:].any() and not b[:, out:, :half].any()
+    width = half if blocks else rank
+    if blocks:  # undo what the import did, to the same integer
+        alpha = alpha / 2**0.5 if rslora else alpha / 2
+        alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+    result = {}
+    for i, part in enumerate(parts):
+        columns = slice(i * width, (i + 1) * width) if blocks else slice(None)
+        rows = slice(i * out, (i + 1) * out)
+
+        def load_a(columns=columns):
+            return stored.recent(pair.a).view(experts, rank, inner)[:, columns]
+
+        def load_b(rows=rows, columns=columns):
+            return b_of_experts()[:, rows, columns]
+
+        a = Stored((experts, width, inner), pair.a.dtype, load_a)
+        result[part] = Pair(a, Stored((experts, out, width), pair.b.dtype, load_b), width, alpha)
+    return result
+
+
+def _one_rank_and_alpha(ours, settings, model):
+    """``(rank, alpha)`` of all experts; ValueError if KTransformers cannot have these adapters."""
+    lacking = [name for name, value in model.named_parameters() if value.dim() == 3 and name not in ours]
+    kinds = {(pair.rank, pair.alpha) for parts in ours.values() for pair in parts.values()}
+    if lacking:
+        more = " ..." if len(lacking) > 4 else ""
+        raise ValueError(f"layout: ktransformers adapts all experts, not adapted are {', '.join(lacking[:4])}{more}")
+    if len(kinds) > 1:
+        raise ValueError(f"layout: ktransformers has one rank and alpha for all experts, here are {sorted(kinds)}")
+    if settings.get("use_rslora"):
+        raise ValueError("layout: ktransformers has no rslora")
+    return kinds.pop()
+
+
+def _targets(modules, settings, linears):
+    """``target_modules`` and patterns of an adapter_config.json, for modules of the old spelling."""
+    leaves = {name.rpartition(".")[2] for name in modules}
+    alike = {name for name in linears if name.rpartition(".")[2] in leaves}
+    result = {"target_modules": sorted(leaves) if alike <= set(modules) else "|".join(sorted(set(map(_any, modules))))}
+    for pattern, default, field in (("rank_pattern", "r", "rank"), ("alpha_pattern", "lora_alpha", "alpha")):
+        values = {_any(name): getattr(pair, field) for name, pair in modules.items()}
+        result[pattern] = {name: value for name, value in values.items() if value != settings[default]}
+    return result
+
+
+def _any(name):
+    """The name as a regular expression, whatever the number of the expert in it."""
+    return re.sub(r"(?<=\.experts\\\.)\d+", r"\\d+", name.replace(".", r"\."))

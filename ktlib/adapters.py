@@ -1,0 +1,383 @@
+"""Adapters in and out: stock PEFT, one module per expert (transformers 4), and KTransformers' fused files.
+
+====================  ====================================================================  =======================
+layout                tensors of routed experts, E experts, rank r                          rest
+====================  ====================================================================  =======================
+peft                  experts.base_layer.lora_A (E*r, H), lora_B (2I, r*E): gate_up_proj;   the same names in
+                      experts.lora_A (E*r, I), lora_B (H, r*E): down_proj                   all three layouts:
+per_expert            experts.3.gate_proj.lora_A (r, H), lora_B (I, r), also up and down    attention, shared
+ktransformers         layers.1.experts.gate_lora_a (E, r, H), gate_lora_b (E, I, r), ...    experts, dense MLPs
+====================  ====================================================================  =======================
+
+PEFT gives gate and up one A. Two separate adapters of rank r, ``s B_g A_g`` and ``s B_u A_u``, are one of rank 2r::
+
+    A = [A_g; A_u] (2r, H)      B = [[B_g, 0], [0, B_u]] (2I, 2r)      alpha doubled (rslora: times sqrt 2): same s
+
+If A_g equals A_u in every expert of a layer, it is ``A = A_g, B = [B_g; B_u]`` of rank r. The other way, any adapter
+of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form above, with twice the rank of down_proj's
+adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from . import stored
+from .adapter_files import (
+    CONFIG,
+    FUSED_FILE,
+    PREFIX,
+    WEIGHTS,
+    Pair,
+    check_against_peft,
+    listed,
+    write_apart,
+    write_peft,
+)
+from .audit import matches
+from .estimate import meta_model
+from .experts import is_experts
+from .layouts import FUSED, ExpertLayout, Part
+from .stored import Stored
+
+LAYOUTS = ("peft", "per_expert", "ktransformers")
+_UNSUPPORTED = ("use_dora", "lora_bias", "trainable_token_indices", "layers_to_transform", "exclude_modules")
+
+
+def import_adapter(source, out, base):
+    """Write the adapter in folder ``source``, in any of the layouts above, as a stock PEFT adapter; returns ``out``.
+
+    The result is for ``PeftModel.from_pretrained`` with transformers 5 (with or without :func:`ktlib.factor_adapters`).
+    Values are moved, not computed; one layer is in memory at a time; ``out`` appears complete or not at all.
+
+    Args:
+        source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or
+            ``fused_expert_lora.safetensors``, or both. Another checkpoint or partial folder is refused.
+        out: a folder that does not exist or is empty.
+        base: the base model's checkpoint folder, its transformers config, or the model: weights are not looked at.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: ``out`` is not empty.
+        ValueError: not an adapter of this base model: missing, extra and wrongly shaped tensors are listed, also ranks
+            that differ from the settings, or that differ between experts of a layer; settings that none of the
+            layouts has (DoRA, biases, ...).
+    """
+    with _new_folder(out) as folder:
+        settings, tensors, config = _read(Path(source), base)
+        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
+        write_peft(folder, settings, pairs, modules_to_save, config)
+    return Path(out)
+
+
+def export_adapter(source, out, base, layout="per_expert"):
+    """Write the stock PEFT adapter in folder ``source`` in another layout, for servers that want it; returns ``out``.
+
+    Args:
+        source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's layout.
+        out, base: as in :func:`import_adapter`.
+        layout: "per_expert" (vLLM, SGLang, PEFT on transformers 4), "ktransformers", or "peft" (checks and copies).
+
+    Raises:
+        ValueError: besides the errors of :func:`import_adapter`, an unknown layout, or what it cannot represent:
+            KTransformers has one rank and scaling for all experts and adapts gate, up and down together.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")
+    with _new_folder(out) as folder:
+        settings, tensors, config = _read(Path(source), base)
+        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
+        if layout == "peft":
+            write_peft(folder, settings, pairs, modules_to_save, config)
+        else:
+            check_against_peft(settings, pairs, modules_to_save, config)
+            write_apart(folder, settings, pairs, modules_to_save, config, layout)
+    return Path(out)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+class _new_folder:
+    """A temporary folder beside ``out`` that takes its place at the end, if all went well."""
+
+    def __init__(self, out):
+        self.out = Path(out)
+
+    def __enter__(self):
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise FileExistsError(f"out: {self.out} exists and is not an empty folder")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
+        return self.folder
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.folder.chmod(0o755)
+                os.replace(self.folder, self.out)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(source, base):
+    """Settings (dict of adapter_config.json), tensors (name: Stored) and the base model's config."""
+    if not (source / CONFIG).is_file():
+        raise FileNotFoundError(f"source: {source} has no {CONFIG}, which says the rank and the scaling")
+    settings = json.loads((source / CONFIG).read_text())
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"source: peft_type is {settings.get('peft_type')!r}, needs 'LORA'")
+    if unsupported := [name for name in _UNSUPPORTED if settings.get(name)]:
+        raise ValueError(f"source: {unsupported[0]} is {settings[unsupported[0]]!r}, which has no place in the layouts")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"source: bias is {settings['bias']!r}, which has no place in the layouts")
+    files = [source / name for name in (WEIGHTS, FUSED_FILE) if (source / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"source: {source} has neither {WEIGHTS} nor {FUSED_FILE}")
+    return settings, stored.read(*files), _config(base)
+
+
+def _config(base):
+    from transformers import AutoConfig
+
+    if isinstance(base, torch.nn.Module):
+        return base.config
+    return AutoConfig.from_pretrained(base) if isinstance(base, str | os.PathLike) else base
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _pairs(settings, tensors, config, source):
+    """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)``, experts fused, from any layout."""
+    try:
+        layout = ExpertLayout(config.model_type)
+    except ValueError:  # a family that exists in transformers 5 only
+        layout = None
+    model = meta_model(config)
+    names = _shapes(model)
+    experts = [name for name, module in model.named_modules() if is_experts(module)]
+    halves, parts, saved, unknown = {}, {}, {}, []
+    for key, tensor in tensors.items():
+        weight, letter = _weight_of(key, experts)
+        part = letter and layout and layout.part(weight)
+        if letter and part:
+            parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})[letter] = tensor
+        elif letter and key.startswith("layers."):
+            parameter, one = _ktransformers_part(key, experts)
+            parts.setdefault((parameter, one), {}).setdefault("all", {})[letter] = tensor
+        elif letter and layout:
+            halves.setdefault(layout.fused_name(weight), {})[letter] = tensor
+        elif letter:
+            halves.setdefault(weight, {})[letter] = tensor
+        elif any(f".{name}." in f".{key}" for name in settings.get("modules_to_save") or ()):
+            saved[key] = tensor
+        else:
+            unknown.append(key)
+    problems = [f"unknown: {key}" for key in unknown]
+    pairs = _plain_pairs(halves, names, settings, problems)
+    for parameter in dict.fromkeys(parameter for parameter, _ in parts):
+        found = {part: of for (one, part), of in parts.items() if one == parameter}
+        pair = _fuse(parameter, found, names.get(parameter), settings, problems, layout)
+        if pair:
+            pairs[parameter] = pair
+    stacked = any("all" in of for of in parts.values())
+    targeted = _targeted(settings, model, layout if parts else None, experts if stacked else [])
+    named = {*halves, *pairs, *(parameter for parameter, _ in parts)}
+    problems += [f"missing: both matrices of {weight}" for weight in targeted if weight not in named]
+    if problems:
+        raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
+    if not pairs:
+        raise ValueError(f"{source}: no LoRA tensors")
+    return pairs, saved
+
+
+def _shapes(model):
+    """``{weight: (E, out, in)}`` of everything that LoRA can adapt, E = 1 where there are no experts."""
+    shapes = {}
+    for name, module in model.named_modules():
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.dim() in (2, 3):
+                *experts, out, inner = value.shape
+                if getattr(module, "is_transposed", False) and experts:
+                    out, inner = inner, out
+                shapes[f"{name}.{parameter}"] = (*experts, out, inner) if experts else (1, out, inner)
+    return shapes
+
+
+def _targeted(settings, model, layout, stacked_experts):
+    """Weights that an adapter with these settings must have: a file that lacks a layer is noticed by it."""
+    linears = {name: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if layout is not None:
+        linears = layout.linears(model)
+    targets = settings.get("target_modules")
+    if str(targets).lower() == "all-linear":
+        targets = [name for name in linears if name != "lm_head"]
+    weights = {weight for name, weight in linears.items() if matches(name, targets)}
+    weights |= {f"{name}.{parameter}" for name in stacked_experts for parameter in FUSED}
+    return weights | {name for name, _ in model.named_parameters() if matches(name, settings.get("target_parameters"))}
+
+
+def _weight_of(key, experts):
+    """``(name of the weight that a tensor adapts, "a" or "b")``; (key, None) for what is no LoRA tensor."""
+    stem, dot, letter = key.removesuffix(".weight").rpartition(".lora_")
+    if letter in ("A", "B") and dot:
+        stem = stem.removeprefix(PREFIX)
+        module = stem.removesuffix(".base_layer")
+        if module in experts:  # the outer wrapper is down_proj's, as PEFT nests them; alone, it is whatever there is
+            inner = stem != module
+            return f"{module}.{'gate_up_proj' if inner else 'down_proj'}", letter.lower()
+        return f"{stem}.weight", letter.lower()
+    stem, dot, letter = key.rpartition("_lora_")
+    return (key, letter) if dot and letter in ("a", "b") else (key, None)
+
+
+def _ktransformers_part(key, experts):
+    """``("model.layers.1.mlp.experts.gate_up_proj", "gate")`` of ``layers.1.experts.gate_lora_a``."""
+    _, layer, _, name = key.split(".")
+    module = next((name for name in experts if f".layers.{layer}." in f".{name}."), f"layers.{layer}.mlp.experts")
+    part = name.partition("_lora_")[0]
+    return f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}", part
+
+
+def _plain_pairs(halves, names, settings, problems):
+    pairs = {}
+    for weight, of in halves.items():
+        if weight.endswith(".down_proj") and weight in names and _is_gate_up(of, names[weight]):
+            weight = weight.replace("down_proj", "gate_up_proj")
+        if missing := {"a", "b"} - set(of):
+            problems.append(f"missing: lora_{missing.pop().upper()} of {weight}")
+            continue
+        if weight not in names:
+            problems.append(f"extra: {weight} is not in the base model")
+            continue
+        pair = _pair(weight, of["a"], of["b"], names[weight], settings, problems)
+        if pair:
+            pairs[weight] = pair
+    return pairs
+
+
+def _is_gate_up(of, shape):
+    """Whether tensors in the place of down_proj's have a shape that down_proj's cannot have: gate_up_proj alone."""
+    return {"a", "b"} <= set(of) and (of["b"].shape[0], of["a"].shape[-1]) != shape[1:]
+
+
+def _pair(weight, a, b, shape, settings, problems):
+    """A pair as PEFT stores it, if it fits the parameter and the settings."""
+    experts, out, inner = shape
+    by_parameter = matches(weight, settings.get("target_parameters"))
+    rank, alpha = _rank_and_alpha(settings, weight if by_parameter else weight.removesuffix(".weight"))
+    wanted = (experts * rank, inner), (out, rank * experts)
+    if (a.shape, b.shape) != wanted:
+        problems.append(
+            f"wrong shape: {weight} has lora_A {a.shape} and lora_B {b.shape}, needs {wanted[0]} and {wanted[1]} at "
+            f"rank {rank}"
+        )
+        return None
+    return Pair(a, b, rank, alpha)
+
+
+def _rank_and_alpha(settings, name):
+    """What PEFT gives a module of this name: the first pattern that matches the end of it, else r and lora_alpha."""
+    from peft.utils.other import get_pattern_key
+
+    values = []
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        table = settings.get(pattern) or {}
+        values.append(table.get(get_pattern_key(table, name), settings[default]))
+    return values
+
+
+# ------------------------------------------------------------------------------------------- many tensors into one pair
+
+
+def _fuse(parameter, found, value, settings, problems, layout):
+    """One Pair for a fused parameter from the tensors of its parts and experts."""
+    if value is None:
+        problems.append(f"extra: {parameter} is not in the base model")
+        return None
+    experts, wanted = value[0], FUSED[parameter.rpartition(".")[2]]
+    before = len(problems)
+    stacks = {}
+    for part in wanted:
+        of = found.get(part, {})
+        stacked = "all" in of
+        for one in ["all"] if stacked else range(experts):
+            where = f"{part} in {parameter}" + ("" if stacked else f", expert {one}")
+            lacking = [letter for letter in "ab" if letter not in of.get(one, {})]
+            problems += [f"missing: lora_{letter.upper()} of {where}" for letter in lacking]
+        problems += [f"extra: {part} of {parameter}, expert {e}" for e in of if e != "all" and e >= experts]
+        if len(problems) == before:
+            out, inner = value[1] // len(wanted), value[2]
+            stacks[part] = _stack(parameter, part, of, (experts, out, inner), settings, problems, layout)
+    if len(problems) > before:
+        return None
+    if len({(pair.rank, pair.alpha) for pair in stacks.values()}) > 1:
+        problems.append(f"wrong rank: gate and up of {parameter} differ in rank or alpha, PEFT has one for both")
+        return None
+    return _joined(list(stacks.values()), experts, settings.get("use_rslora"))
+
+
+def _stack(parameter, part, of, shape, settings, problems, layout):
+    """``Pair`` of A (E, r, in) and B (E, out, r) of one projection, from one stack or from one tensor per expert."""
+    experts, out, inner = shape
+    stacked = "all" in of
+    if stacked:
+        names = [f"{parameter.rpartition('.')[0]}.{part}_proj"]
+    else:
+        names = [layout.per_expert_name(Part(parameter, part, e)).removesuffix(".weight") for e in range(experts)]
+    kinds = {tuple(_rank_and_alpha(settings, name)) for name in names}
+    rank, alpha = min(kinds)
+    if len(kinds) > 1:
+        problems.append(f"wrong rank: experts of {part} in {parameter} have different ranks or alphas: {sorted(kinds)}")
+        return None
+    for letter, (rows, columns) in (("a", (rank, inner)), ("b", (out, rank))):
+        wanted = (experts, rows, columns) if stacked else (rows, columns)
+        for one, tensors in of.items():
+            if tensors[letter].shape != wanted:
+                where = f"lora_{letter.upper()} of {part} in {parameter}" + ("" if stacked else f", expert {one}")
+                problems.append(f"wrong shape: {where} is {tensors[letter].shape}, needs {wanted} at rank {rank}")
+    if any(text.startswith("wrong shape") for text in problems):
+        return None
+    dtypes = {tensors[letter].dtype for tensors in of.values() for letter in "ab"}
+    if len(dtypes) > 1:
+        problems.append(f"wrong dtype: tensors of {part} in {parameter} are {sorted(map(str, dtypes))}, need one")
+        return None
+
+    def all_of(letter, rows, columns):
+        def load():
+            if stacked:
+                return of["all"][letter].load()
+            return torch.stack([of[e][letter].load() for e in range(experts)])
+
+        return Stored((experts, rows, columns), min(dtypes, key=str), load)
+
+    return Pair(all_of("a", rank, inner), all_of("b", out, rank), rank, alpha)
+
+
+def _joined(stacks, experts, rslora):
+    """The pair in PEFT's layout of one projection, or of two side by side (see the formula at the top)."""
+    rank, alpha = stacks[0].rank, stacks[0].alpha
+    shared = len(stacks) == 1 or torch.equal(stacks[0].a.load(), stacks[1].a.load())
+    out, inner = stacks[0].b.shape[1], stacks[0].a.shape[2]
+    if not shared:
+        rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
+
+    def load_a():
+        return torch.cat([pair.a.load() for pair in (stacks[:1] if shared else stacks)], dim=1).flatten(0, 1)
+
+    def load_b():
+        columns = [pair.b.load() for pair in stacks]
+        if shared:
+            b = torch.cat(columns, dim=1)
+        else:
+            b = torch.zeros(experts, 2 * out, rank, dtype=columns[0].dtype)
+            b[:, :out, : rank // 2], b[:, out:, rank // 2 :] = columns
+        return b.permute(1, 2, 0).flatten(1)
+
+    a = Stored((experts * rank, inner), stacks[0].a.dtype, load_a)
+    return Pair(a, Stored((len(stacks) * out, rank * experts), stacks[0].b.dtype, load_b), rank, alpha)

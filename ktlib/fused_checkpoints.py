@@ -1,0 +1,121 @@
+"""Checkpoints with one tensor per expert, written once as ``from_pretrained`` can use them without a copy.
+
+transformers reads the hub's layout of such models (``experts.3.gate_proj.weight``) by stacking, which needs the whole
+model once in memory beside the files, at every load. Files with fused experts are mapped into memory instead: a load
+takes no memory of its own, and processes on one machine share it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from . import stored
+from .estimate import meta_model
+from .layouts import FUSED, ExpertLayout
+
+NOTE = "fused_from.json"
+
+
+def fuse_checkpoint(source, out, progress=True):
+    """Write the checkpoint folder ``source`` with fused experts to the folder ``out``; returns ``out``.
+
+    Values are copied bit for bit, in their dtype. At most the experts' weight of one layer is in memory. Each file
+    appears whole or not at all, and files that are there already are kept: call it again after an interruption.
+    Everything else in the folder (config, tokenizer, ...) is copied. A checkpoint that is fused already is copied too,
+    into files whose tensors are aligned to pages.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a file of it is missing.
+        ValueError: quantised weights; a family whose layout transformers does not know; tensors missing or of another
+            shape than the config says (they are listed); ``out`` is ``source`` or holds something else.
+        OSError: too little space on the disk, said before anything is written.
+    """
+    from transformers import AutoConfig
+
+    source, out = Path(source), Path(out)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"source: {source} has no config.json")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"out: {out} is the source itself, needs another folder")
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"source: {source} is quantised, needs weights in bf16, fp16 or fp32")
+    files = checkpoint_files(source)
+    tensors = fused_tensors(stored.read(*files), ExpertLayout(config.model_type))
+    _check(tensors, config, source)
+
+    shards = {}
+    for name, tensor in tensors.items():
+        shards.setdefault(stored.shard_of(name), {})[name] = tensor
+    about = {"files": {file.name: file.stat().st_size for file in files}, "config": config.to_dict()}
+    about = json.loads(json.dumps(about, default=str))
+    stored.write_sharded(out, list(shards.values()), about, NOTE, progress)
+    for path in source.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != NOTE:
+            shutil.copyfile(path, out / path.name)
+    return out
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a checkpoint folder: those of its index, or all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"source: {folder} lacks {', '.join(missing)}")
+    if not files:
+        raise FileNotFoundError(f"source: {folder} has no *.safetensors file")
+    return files
+
+
+def fused_tensors(tensors, layout):
+    """``{name in transformers 5: Stored}``; a fused weight is stacked from its experts when it is loaded.
+
+    Raises:
+        ValueError: an expert or a projection is missing, or they differ in shape or dtype.
+    """
+    result, experts = {}, {}
+    for name, tensor in tensors.items():
+        if part := layout.part(name):
+            experts.setdefault(part.parameter, {})[part.part, part.expert] = tensor
+        else:
+            result[layout.fused_name(name)] = tensor
+    for parameter, found in experts.items():
+        parts = FUSED[parameter.rpartition(".")[2]]
+        count = 1 + max(expert for _, expert in found)
+        if missing := [f"{part} of expert {e}" for part in parts for e in range(count) if (part, e) not in found]:
+            raise ValueError(f"{parameter}: missing {len(missing)}: {', '.join(missing[:8])}")
+        kinds = {(found[one].shape, found[one].dtype) for one in found}
+        if len(kinds) > 1:
+            raise ValueError(f"{parameter}: its experts differ in shape or dtype: {sorted(map(str, kinds))}")
+        ((rows, columns), dtype) = kinds.pop()
+
+        def load(found=found, parts=parts, count=count, rows=rows, columns=columns, dtype=dtype):
+            fused = torch.empty(count, len(parts), rows, columns, dtype=dtype)
+            for (part, expert), tensor in found.items():
+                fused[expert, parts.index(part)] = tensor.load()
+            return fused.flatten(1, 2)
+
+        result[parameter] = stored.Stored((count, len(parts) * rows, columns), dtype, load)
+    return result
+
+
+def _check(tensors, config, source):
+    """ValueError with the list if the tensors are not those of a model of this config."""
+    model = meta_model(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [
+        f"{name} is {tensors[name].shape}, needs {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"source: {source} does not fit its config: {'; '.join(problems[:8])}{more}")

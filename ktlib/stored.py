@@ -1,0 +1,158 @@
+"""Safetensors files as tables of tensors that are read when asked for, and written one tensor at a time.
+
+What is larger than memory passes through here: checkpoints of tens of gigabytes, and the adapters made for them.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PAGE = 4096
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Stored(NamedTuple):
+    """A tensor that is not in memory: its shape, its dtype, and the function that makes or reads it."""
+
+    shape: tuple
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self):
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@functools.lru_cache(maxsize=2)
+def recent(tensor):
+    """``tensor.load()``, kept until two others were asked for or a file is complete: for slices of one stack."""
+    return tensor.load()
+
+
+def read(*files):
+    """``{name: Stored}`` of safetensors files. A file stays mapped as long as one of its tensors is referred to.
+
+    Raises:
+        ValueError: a file is damaged, no safetensors file, or holds a tensor that another one holds too.
+        FileNotFoundError: a file is not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+        for name in opened.keys():
+            if name in tensors:
+                raise ValueError(f"{file}: tensor {name} is in another file as well")
+            view = opened.get_slice(name)
+            tensors[name] = Stored(
+                tuple(view.get_shape()), DTYPES[view.get_dtype()], lambda name=name, of=opened: of.get_tensor(name)
+            )
+    return tensors
+
+
+def write(path, tensors):
+    """Write ``{name: Stored}`` as the safetensors file ``path``, largest tensor first, its data aligned to pages.
+
+    At most one tensor is in memory. The file appears whole under its name or not at all: an interruption leaves what
+    was there before.
+
+    Raises:
+        ValueError: a loaded tensor has not the shape and dtype announced.
+    """
+    path = Path(path)
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
+    for name, tensor in ordered:
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in ordered:
+                value = tensor.load()
+                if value.dtype != tensor.dtype or tuple(value.shape) != tuple(tensor.shape):
+                    got = f"{tuple(value.shape)} {value.dtype}"
+                    raise ValueError(f"{name}: announced {tuple(tensor.shape)} {tensor.dtype}, came {got}")
+                file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
+                del value
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        recent.cache_clear()
+        partial.unlink(missing_ok=True)
+
+
+def write_sharded(folder, shards, about, note, progress=True):
+    """Write a checkpoint of several files, going on where an earlier call was interrupted; returns the folder.
+
+    Args:
+        folder: gets ``model-00001-of-N.safetensors`` ..., and at the end ``model.safetensors.index.json``.
+        shards: one ``{name: Stored}`` for each file. Files that are there already are kept.
+        about: a dict that says what these weights are, stored as JSON in the file ``note``.
+
+    Raises:
+        ValueError: ``folder`` holds shards of something else than ``about``.
+        OSError: too little space on the disk, said before anything is written.
+    """
+    from tqdm.auto import tqdm
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads((folder / note).read_text()) if (folder / note).is_file() else about
+    files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if before != about or (not (folder / note).is_file() and any(folder.glob("*.safetensors"))):
+        raise ValueError(f"folder: {folder} holds a checkpoint that was made from something else ({note} differs)")
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
+    space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if space < size - done:
+        raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
+    (folder / note).write_text(json.dumps(about))
+    for file, shard in zip(tqdm(files, desc="writing shards", disable=not progress), shards, strict=True):
+        if not file.is_file():
+            write(file, shard)
+    weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    return folder
+
+
+def write_text(path, text):
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def shard_of(name):
+    """Which file a tensor goes to: one for each layer, as "model.layers.3", and "rest"."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "rest")

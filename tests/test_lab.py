@@ -1,0 +1,125 @@
+"""JupyterLab in a browser: a notebook is opened, all its cells are run from the menu, and it ends without an error."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+         "disable-component-update", "disable-sync", "window-size=1400,1200")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """URL with token, and folder, of a JupyterLab on a copy of the environment notebook, started as `make lab` does."""
+    folder = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.read(ROOT / "notebooks" / "01_environment.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / "environment.ipynb")
+    line = re.search(r"^lab:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    command = line.replace("$(PY)", sys.executable).replace(" notebooks", f" {folder}").split()
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+    environment |= {"JUPYTER_CONFIG_DIR": str(folder / "config"), "IPYTHONDIR": str(folder / "ipython")}
+    log = open(folder / "log", "w+")
+    server = subprocess.Popen([*command, "--allow-root", "--port", "0"], stdout=log, stderr=log, env=environment)
+    try:
+        yield wait_for(lambda: re.search(r"http://(?:127.0.0.1|localhost):\d+/lab\S*", log_text(log)), 90)[0], folder
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+
+
+def log_text(log):
+    log.seek(0)
+    return log.read()
+
+
+def wait_for(condition, seconds):
+    """What ``condition`` returns as soon as that is true; AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.5)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+def test_make_lab_prints_a_url_without_a_display(lab):
+    base, _, token = lab[0].partition("lab?token=")
+    with urllib.request.urlopen(f"{base}api/contents?token={token}", timeout=20) as answer:
+        assert "environment.ipynb" in [item["name"] for item in json.load(answer)["content"]]
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no Chromium with chromedriver (Debian: apt install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is in environment.yml")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in QUIET:
+        options.add_argument(f"--{argument}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.compatible("JupyterLab in Chromium")
+def test_all_cells_run_from_the_menu(lab, browser, tmp_path):
+    def click(text):
+        """The menu (entry) of this text; JupyterLab shortens none of them at this width."""
+        script = """
+            const all = [...document.querySelectorAll('.lm-MenuBar-itemLabel, .lm-Menu-itemLabel')];
+            return all.find(one => one.innerText.trim() === arguments[0] && one.offsetParent) || null;"""
+        wait_for(lambda: browser.execute_script(script, text), 60).click()
+
+    def prompts():
+        script = "return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(one => one.innerText)"
+        return browser.execute_script(script)
+
+    def idle():
+        """Whether the status bar says that the kernel has started and waits."""
+        return browser.execute_script(
+            "return document.querySelector('#jp-main-statusbar').innerText.includes('| Idle')"
+        )
+
+    def accept():
+        """JupyterLab may ask which kernel to start."""
+        browser.execute_script("document.querySelector('.jp-Dialog .jp-mod-accept')?.click()")
+
+    url, folder = lab
+    browser.get(url.replace("/lab", "/lab/tree/environment.ipynb", 1))
+    try:
+        wait_for(lambda: prompts() and (idle() or accept()), 120)
+        click("Run")
+        click("Run All Cells")
+        wait_for(lambda: re.search(r"[*\d]", "".join(prompts())), 60)
+        wait_for(lambda: "*" not in "".join(prompts()) and finished(browser, folder / "environment.ipynb"), 300)
+    finally:
+        browser.save_screenshot(str(tmp_path / "lab.png"))
+
+
+def finished(browser, path):
+    """Whether the notebook, saved from the page, has a number at every code cell; AssertionError if one failed."""
+    browser.execute_script("document.querySelector('jp-button[data-command=\"docmanager:save\"]').click()")
+    try:
+        code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    except (FileNotFoundError, ValueError):  # it is being written
+        return False
+    errors = [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not errors, errors[0]["evalue"]
+    return bool(code) and all(cell["execution_count"] for cell in code)
