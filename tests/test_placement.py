@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from models import FAMILIES, expert_modules, random_adapter, relative_error, tiny_model, tokens
+from packaging.version import Version
 from peft import get_peft_model
 from simulated_device import register
 
@@ -162,6 +164,8 @@ def test_what_has_no_experts_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora_device", ["cpu", "sim"])
 def test_same_numbers_as_on_the_cpu(family, lora_device):
+    if family == "gpt_oss" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its mask calls torch.tensor(device=...), which the simulation does not know")
     model = adapted(family, lora_device, dtype=torch.float32)
     assert devices(model, is_expert) == {"cpu"} and devices(model, is_other) == {"sim"}
     assert_same(loss_and_gradients(model), loss_and_gradients(adapted(family, device="cpu", dtype=torch.float32)))
