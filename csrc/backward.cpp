@@ -51,7 +51,7 @@ struct Inner {
   Buffer<bf16> for_B;  // [2 * rank][ld]: s * t, times the routing weight likewise
 
   Inner(const Kernels& k, const LoraForm& lora, const Plan& plan, int64_t slots) {
-    if (!lora) return;
+    if (!lora || slots == 0) return;
     ld = plan.depth.back();
     const int64_t size = lora.rows * ld;
     rows = Buffer<bf16>((slots + k.row_unit) * lora.depth);

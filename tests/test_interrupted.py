@@ -90,34 +90,42 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         pass
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def file_limit():
-    """A function that lets this process write files up to so many bytes: to a program, much like a full disk."""
+    """A function that lets this process write files up to so many bytes: to a program, much like a full disk.
+
+    Ends with the block, before pytest itself writes, perhaps to a log file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_disk_full_in_training_keeps_the_checkpoint_before(adapted, tmp_path, file_limit):
+def test_disk_full_in_training_keeps_the_checkpoint_before(adapted, tmp_path):
     model, tokenizer = adapted
 
     class FillUp(sft.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 3:
-                file_limit(100_000)
+                limit(100_000)
 
-    with pytest.raises(OSError, match="output_dir: cannot write to .*intact.*goes on from its last checkpoint"):
+    with (
+        file_limit() as limit,
+        pytest.raises(OSError, match="output_dir: cannot write to .*intact.*goes on from its last checkpoint"),
+    ):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL, callbacks=[FillUp()])
     assert checkpoints.complete_checkpoint(tmp_path / "checkpoints")[1] == 2
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
 
 
-def test_disk_full_in_saving_keeps_the_adapter_before(adapted, tmp_path, file_limit):
+def test_disk_full_in_saving_keeps_the_adapter_before(adapted, tmp_path):
     model, _ = adapted
     before = digest(sft.save(model, tmp_path))
     next(p for p in model.parameters() if p.requires_grad).data.add_(1)
-    file_limit(1000)
-    with pytest.raises(OSError, match="output_dir: cannot write to"):
+    with file_limit() as limit, pytest.raises(OSError, match="output_dir: cannot write to"):
+        limit(1000)
         sft.save(model, tmp_path)
     assert digest(tmp_path) == before and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
