@@ -138,7 +138,9 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 
     // 4. y = down . h
     const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
-    const auto part_of_outputs = [&](int64_t index) { return int((first + outputs[index].first) * int64_t(in.parts) / hidden); };
+    const auto part_of_outputs = [&](int64_t index) {
+      return int(int64_t(first + outputs[index].first) * in.parts / hidden);
+    };
     parallel_tasks(k, threads, int64_t(outputs.size()), in.parts, part_of_outputs, [&](int64_t index, int thread) {
       const Task& task = outputs[index];
       const int64_t feature = first + task.first;

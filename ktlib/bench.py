@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import torch
 from ktlib import _kernels
 from ktlib.cpu import cpu_info
 from ktlib.ops import moe_experts
+from ktlib.stored import write_text
 
 # experts, top_k, hidden, intermediate
 SHAPES = {
@@ -249,10 +249,7 @@ def main():
             arguments.repeat, arguments.budget,
         )  # fmt: skip
     if arguments.json:
-        target = Path(arguments.json)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(result, indent=1))
-        os.replace(partial, target)
+        write_text(Path(arguments.json), json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The guard for ``transformers.Trainer``: stops before a non-finite value reaches the adapter."""
+"""Callbacks for ``transformers.Trainer``: a guard that keeps non-finite values from the adapter, and progress."""
 
 import json
 import warnings
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ktlib.trace import Finding, Tracer, bad_ones, describe, short
@@ -90,3 +91,27 @@ def _first_bad(phase, named):
     name, tensor = bad[0]
     reason = f"the first of {len(bad)} that are not finite, of {len(named)}"
     return Finding(phase, short(name), what, reason, tensors=[describe(what, tensor)])
+
+
+class ShowProgress(TrainerCallback):
+    """A tqdm bar with the latest loss, or ten printed lines, over the optimiser steps."""
+
+    def __init__(self, lines=False):
+        self.lines, self.bar = lines, None
+
+    def on_train_begin(self, args, state, control, **_):
+        if not self.lines:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:
+            return
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        elif state.global_step % max(1, state.max_steps // 10) == 0:
+            print(f"step {state.global_step:>5} of {state.max_steps}  loss {float(logs['loss']):.4f}", flush=True)
+
+    def on_train_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.close()

@@ -134,14 +134,6 @@ def gate_of(experts):
     return None if found is None else dict(zip(("gate", "limit", "alpha"), found, strict=True))
 
 
-# In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one). Before
-# 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another begins
-# after it.
-_new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-_outside_of_graphs = torch.compiler.assume_constant_result if _new_torch else torch.compiler.disable
-
-
-@_outside_of_graphs
 def _known_gate(experts):
     key = _gate_key(experts)
     if key not in _gates:
@@ -150,6 +142,18 @@ def _known_gate(experts):
 
 
 _gates = {}
+
+
+@functools.cache
+def _keep_gate_out_of_graphs():
+    """In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one).
+
+    Before 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another
+    begins after it. Either imports torch's compiler, which transformers does too, but ``import ktlib`` should not.
+    """
+    global _known_gate
+    new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    _known_gate = (torch.compiler.assume_constant_result if new_torch else torch.compiler.disable)(_known_gate)
 
 
 def _gate_key(experts):
@@ -176,7 +180,7 @@ def _probe_gate(experts):
     width = experts.down_proj.shape[1 if experts.is_transposed else 2]
     rows = torch.arange(-(-gate.numel() // width) * width, device="cpu").reshape(-1, width) % gate.numel()
     gate, up = gate[rows], up[rows]
-    alternate = not getattr(experts, "is_concatenated", True)
+    alternate = layout(experts)["interleaved"]
     got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
     numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
     for name in checks.GATES:
@@ -205,16 +209,21 @@ class _RegisterOnImport:
 
         def execute_and_register(module):
             execute(module)
-            module.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+            _register_with(module)
 
         spec.loader.exec_module = execute_and_register
         return spec
 
 
+def _register_with(interface):
+    interface.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+    _keep_gate_out_of_graphs()
+
+
 def register():
     """Make ``experts_implementation="ktlib"`` known to transformers, now or when its interface is first imported."""
     if _INTERFACE in sys.modules:
-        sys.modules[_INTERFACE].ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+        _register_with(sys.modules[_INTERFACE])
     elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterOnImport())
 

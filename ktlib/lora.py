@@ -6,6 +6,9 @@ subclass here hands ``(A, B, scaling)`` to the experts function instead. Paramet
 PEFT's own: adapters saved here load in stock PEFT without ktlib, and stock adapters load here.
 """
 
+import contextlib
+import functools
+
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -246,3 +249,13 @@ def _taken_by_peft(model, targets):
             if target not in trial.target_modules:
                 taken.add(target)
     return taken
+
+
+@contextlib.contextmanager
+def adapter_dtype_kept(model):
+    """Let a Trainer that resumes load bf16 adapters as bf16: PEFT's ``load_adapter`` makes them fp32 by default."""
+    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
+    try:
+        yield
+    finally:
+        del model.load_adapter

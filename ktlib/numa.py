@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ktlib import _kernels
 from ktlib.checks import check_count
-from ktlib.experts import is_experts
+from ktlib.experts import is_experts, layout
 
 ONLINE = Path("/sys/devices/system/node/online")
 
@@ -45,12 +45,12 @@ def place_experts(model, parts=None):
     modules = [module for module in model.modules() if is_experts(module)]
     if not modules:
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
-    if any(module.is_transposed for module in modules):
+    if any(layout(module)["transposed"] for module in modules):
         raise ValueError("model: its expert weights are transposed; needs rows that run along the inputs")
     for module in modules:
         gate_up = module.gate_up_proj
         # the gate and the up rows of a feature lie in the same part; interleaved ones do so by themselves
-        halves = [gate_up] if not getattr(module, "is_concatenated", True) else gate_up.chunk(2, dim=1)
+        halves = [gate_up] if layout(module)["interleaved"] else gate_up.chunk(2, dim=1)
         for rows in (*halves, module.down_proj):
             for expert in rows.detach():
                 for part, piece in enumerate(row_slices(len(expert), parts)):

@@ -90,8 +90,7 @@ def repeat(run, notebook, folder, changes=None):
     if result["error"]:
         return result | {"results": None, "circumstances": None}
     now = recorded(result["notebook"])
-    now["parameters"]["isa"] = before["parameters"][
-        "isa"
-    ]  # named above, chosen there: the environment says if it differs
+    # named above, chosen there; the environment says if it differs
+    now["parameters"]["isa"] = before["parameters"]["isa"]
     results, circumstances = differences(before, now)
     return result | {"results": results, "circumstances": circumstances}

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from ktlib.stored import write_text
+
 FAILED = "failed.ipynb"
 MIME = "application/vnd.ktlib.record+json"
 PARTIAL = "partial.ipynb"  # what a run writes to until it ends
@@ -139,9 +141,7 @@ def _export_html(notebook, report, *, title):
     from nbconvert import HTMLExporter
 
     html, _ = HTMLExporter().from_filename(str(notebook), resources={"metadata": {"name": title}})
-    partial = report.with_suffix(".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, report)
+    write_text(report, html)
 
 
 def _convert(name, value, annotation):

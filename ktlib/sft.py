@@ -6,7 +6,6 @@ The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for
 """
 
 import contextlib
-import functools
 import inspect
 import os
 import resource
@@ -23,14 +22,13 @@ from transformers import (
     AutoTokenizer,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
 )
 
 from ktlib.audit import component
 from ktlib.base_model import BASE
-from ktlib.callback import StopOnNonFinite
+from ktlib.callback import ShowProgress, StopOnNonFinite
 from ktlib.checkpoints import (
     CHECKPOINTS,
     KeepWhole,
@@ -45,7 +43,7 @@ from ktlib.cpu import cpu_info
 from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate
 from ktlib.experts import IMPLEMENTATION, is_experts
-from ktlib.lora import lora_config
+from ktlib.lora import adapter_dtype_kept, lora_config
 from ktlib.placement import pin_experts
 from ktlib.tasks import TASKS, load_data
 from ktlib.trace import NonFinite
@@ -413,40 +411,6 @@ def train(
         "resumed_from": first_step,
         "identity": identity,
     }
-
-
-class ShowProgress(TrainerCallback):
-    """A tqdm bar with the latest loss, or ten printed lines, over the optimiser steps."""
-
-    def __init__(self, lines=False):
-        self.lines, self.bar = lines, None
-
-    def on_train_begin(self, args, state, control, **_):
-        if not self.lines:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:
-            return
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-        elif state.global_step % max(1, state.max_steps // 10) == 0:
-            print(f"step {state.global_step:>5} of {state.max_steps}  loss {float(logs['loss']):.4f}", flush=True)
-
-    def on_train_end(self, args, state, control, **_):
-        if self.bar is not None:
-            self.bar.close()
-
-
-@contextlib.contextmanager
-def adapter_dtype_kept(model):
-    """Let a Trainer that resumes load bf16 adapters as bf16: PEFT's ``load_adapter`` makes them fp32 by default."""
-    model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
-    try:
-        yield
-    finally:
-        del model.load_adapter
 
 
 def peak_rss_mib():

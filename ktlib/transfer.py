@@ -2,8 +2,8 @@
 
 On CUDA the copies go through pinned memory of torch's caching host allocator (buffers of the size of this batch, reused
 by later calls): all copies of one direction are queued on the current stream, then the host waits for one event of that
-stream. There is no device-wide synchronisation, and copies back to the device do not block the host at all. Whoever
-allocates results in pinned memory if the input was pinned saves a copy through a bounce buffer of the driver.
+stream. There is no device-wide synchronisation, and copies back to the device do not block the host at all: the
+operator (ops.py) makes its results in pinned memory where its input is.
 """
 
 import torch

@@ -12,6 +12,8 @@ import os
 import sys
 from collections import Counter, defaultdict
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if extension := os.environ.get("KTLIB_TEST_EXTENSION"):
@@ -20,6 +22,17 @@ if extension := os.environ.get("KTLIB_TEST_EXTENSION"):
     spec = importlib.util.spec_from_file_location("ktlib._kernels", extension)
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny steps are fastest on one thread, above all when the tests share the machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser):

@@ -222,6 +222,10 @@ def test_readme_numbers_are_the_recorded_ones():
         rates = {row["tokens"]: str(round(row["tokens_per_s"])) for row in table if row["name"] == name}
         numbers = [rates.get(tokens, "not measured") for tokens in (512, 2048, 8192)]
         assert f"| {label} | " + " | ".join(numbers) + " |" in README
+    names = ("ktlib amx_bf16", "kt-kernel amx")
+    ours, theirs = ([row["tokens_per_s"] for row in rows if row["name"] == name] for name in names)
+    few, many = (f"{ours[i] / theirs[i]:.2f}" for i in (0, 2))
+    assert f"{few} times as fast as kt-kernel at 512 tokens, {many} times at 8192" in README
     rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
     shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
     assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README

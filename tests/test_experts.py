@@ -68,7 +68,8 @@ import sys, types
 package = sys.modules["ktlib"] = types.ModuleType("ktlib")
 package.__path__ = {list(ktlib.__path__)!r}
 import ktlib.experts
-assert {bool(first)} or "transformers" not in sys.modules, "importing ktlib.experts must not pay for transformers"
+for heavy in ("transformers", "torch._dynamo"):
+    assert {bool(first)} or heavy not in sys.modules, f"importing ktlib.experts must not pay for {{heavy}}"
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert ALL_EXPERTS_FUNCTIONS["ktlib"] is ktlib.experts.experts_forward
 assert not any("RegisterOnImport" in type(finder).__name__ for finder in sys.meta_path)

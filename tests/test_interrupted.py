@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from ktlib import checkpoints, cli, runs, sft
 from ktlib.repeat import digest
@@ -24,12 +25,9 @@ IDENTITY = {"steps": 9, "seed": 1}
 
 
 @pytest.fixture
-def adapted():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def adapted(one_thread):
     model, tokenizer = sft.load_model("base")
-    yield sft.add_lora(model, rank=2, alpha=4), tokenizer
-    torch.set_num_threads(before)
+    return sft.add_lora(model, rank=2, alpha=4), tokenizer
 
 
 def test_killed_four_times_and_the_same_bits():
@@ -106,7 +104,7 @@ def file_limit():
 def test_disk_full_in_training_keeps_the_checkpoint_before(adapted, tmp_path):
     model, tokenizer = adapted
 
-    class FillUp(sft.TrainerCallback):
+    class FillUp(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 3:
                 limit(100_000)

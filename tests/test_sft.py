@@ -25,13 +25,7 @@ ROWS, TEST = dates(n_train=64, n_test=8)
 SMALL = {"steps": 3, "batch_size": 4, "sequence_length": 64, "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny steps are fastest on one thread, above all when the tests share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapted(**options):

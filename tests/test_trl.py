@@ -14,12 +14,7 @@ datasets = pytest.importorskip("datasets")
 ROWS, _ = dates(n_train=48, n_test=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def message(role, text):

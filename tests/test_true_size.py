@@ -87,7 +87,7 @@ def test_compact_joins_spans_and_drops_paths(script):
         "audit_adapter": {"table": "/tmp/x\ncomponent", "clean": True},
         "reduced": {"error": "OSError: full", "traceback": "..."},
     }
-    options = {"out": "/root/out.json", "device": "cuda", "steps": "8", "in_memory": "True", "tokens": "4096"}
+    options = {"out": "/elsewhere/out.json", "device": "cuda", "steps": "8", "in_memory": "True", "tokens": "4096"}
     result = {"recorded": {"date": "2026-01-01"}, "options": options, "parts": parts}
     small = script.compact(result)
     assert small["recorded"]["command"] == "python tests/gpu/true_size.py --out result.json --steps 8 --in-memory"

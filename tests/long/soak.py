@@ -18,6 +18,7 @@ import time
 
 import psutil
 import torch
+from transformers import TrainerCallback
 
 import ktlib
 from ktlib import sft
@@ -32,7 +33,7 @@ def memory():
     return psutil.Process().memory_info().rss / MIB
 
 
-class Watch(sft.TrainerCallback):
+class Watch(TrainerCallback):
     """Notes resident memory at every step, and dies like a killed process at one of them."""
 
     def __init__(self, die_at, pipe):
