@@ -23,6 +23,13 @@ namespace ktlib {
 namespace {
 
 constexpr int kRowsSmall = 128;  // rows of one task of the products with lora_B
+constexpr int kRowsAhead = 2;    // rows fetched ahead of the one that is worked on
+
+// Harmless where there is no such memory.
+template <bool write>
+void prefetch(const bf16* row, int count) {
+  for (int i = 0; i < count; i += 64 / int(sizeof(bf16))) __builtin_prefetch(row + i, write);
+}
 
 // grad[rank][columns] (+)= t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
 // and low.
@@ -112,10 +119,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
-  const Buffer<bf16> dy((slots + k.row_unit) * hidden_stride);              // [row][hidden]: grad_output, sorted
-  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride);      // [row][2 * inter]
+  const Buffer<bf16> dy((slots + k.row_unit) * hidden_stride, threads);     // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride, threads);  // [row][2 * inter]
   const int range = output_range(slots, hidden);
-  const Buffer<float> dx(want_x ? slots * range : 0);                      // [row][range]
+  const Buffer<float> dx(want_x ? slots * range : 0, threads);             // [row][range]
   const bool bias_matters = in.down_bias && grads.top_k_weights;
   const int partials = inter_blocks + (bias_matters ? 1 : 0);
   const Buffer<float> d_weight(slots * partials);                          // [row][block]: partial <dh, h>; <dy, bias>
@@ -164,6 +171,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       const int64_t row = task.row + i;
       const bf16* gate_up = saved.gate_up + row * 2 * inter;
       bf16* d_row = d_gate_up + row * gate_up_stride;
+      for (const GateUp::Range& range : block) {  // short runs of far rows, which no hardware prefetcher foresees
+        prefetch<false>(gate_up + kRowsAhead * 2 * inter + range.first, range.count);
+        prefetch<true>(d_row + kRowsAhead * gate_up_stride + range.first, range.count);
+      }
       d_weight[row * partials + task.first / kColumnsOut] =
           k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
                           d_row + block.gate, d_row + block.up, task.count);
@@ -250,7 +261,7 @@ void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& i
   const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
   threads = useful_threads(shape, threads);
   if (grads.hidden_states)
-    prefer_huge_pages(grads.hidden_states.data, shape.tokens * shape.hidden * grads.hidden_states.element_size());
+    populate(threads, grads.hidden_states.data, shape.tokens * shape.hidden * grads.hidden_states.element_size());
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,

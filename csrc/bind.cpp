@@ -117,7 +117,10 @@ NB_MODULE(_kernels, m) {
   });
   m.def("pack_pairs", [](const std::string& isa, uintptr_t panel, int64_t panel_depth, int width, uintptr_t src,
                          int64_t ld, uintptr_t rows, int depth, int columns) {
-    select_isa(isa).pack_pairs(at<bf16>(panel), panel_depth, width, at<const bf16>(src), ld, at<const int32_t>(rows), depth, columns);
+    const Kernels& k = select_isa(isa);
+    if (k.thread_begin) k.thread_begin();
+    k.pack_pairs(at<bf16>(panel), panel_depth, width, at<const bf16>(src), ld, at<const int32_t>(rows), depth, columns);
+    if (k.thread_end) k.thread_end();
   });
   m.def("multiply", [](const std::string& isa, uintptr_t c, int64_t ldc, uintptr_t a, int64_t lda, uintptr_t panel,
                        int width, int rows, int depth, bool accumulate) {

@@ -50,12 +50,12 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   const int64_t slots = shape.slots(), columns = plan.column[shape.experts];
   const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
 
-  const Buffer<bf16> x_panels(columns * hidden_depth);                // [column][hidden_depth] by panels
-  const Buffer<bf16> h_panels(columns * inter_depth);                 // [column][inter_depth] by panels
+  const Buffer<bf16> x_panels(columns * hidden_depth, threads);       // [column][hidden_depth] by panels
+  const Buffer<bf16> h_panels(columns * inter_depth, threads);        // [column][inter_depth] by panels
   const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
   const Buffer<bf16> down_t(columns * down_lora.depth);
   const int range = output_range(slots, hidden);
-  const Buffer<float> y(output ? slots * range : 0);                               // [row][range]: each expert's output
+  const Buffer<float> y(output ? slots * range : 0, threads);                      // [row][range]: each expert's output
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
@@ -171,8 +171,8 @@ void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in
   threads = useful_threads(shape, threads);
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
-  if (saved.gate_up) prefer_huge_pages(saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
-  prefer_huge_pages(output.data, shape.tokens * shape.hidden * output.element_size());
+  if (saved.gate_up) populate(threads, saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
+  if (output) populate(threads, output.data, shape.tokens * shape.hidden * output.element_size());
   for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;
     part.tokens = tokens;

@@ -22,8 +22,8 @@ struct PaddedRows {
   int64_t size, stride;
   Buffer<bf16> memory;
 
-  PaddedRows(const Kernels& k, int64_t rows, int64_t size)
-      : size(size), stride(row_stride<bf16>(size)), memory((rows + k.row_unit) * stride) {}
+  PaddedRows(const Kernels& k, int threads, int64_t rows, int64_t size)
+      : size(size), stride(row_stride<bf16>(size)), memory((rows + k.row_unit) * stride, threads) {}
   bf16* operator[](int64_t row) const { return memory + row * stride; }
   void clear_tail(int64_t row) const {
     std::memset((*this)[row] + size, 0, size_t(stride - size) * sizeof(bf16));
@@ -38,11 +38,11 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
   const Plan plan(shape, in.top_k_index);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots();
-  const PaddedRows x(k, slots, hidden), h(k, slots, inter);
+  const PaddedRows x(k, threads, slots, hidden), h(k, threads, slots, inter);
   const Buffer<bf16> gate_up_t((slots + k.row_unit) * gate_up_lora.depth);  // [row][depth]
   const Buffer<bf16> down_t((slots + k.row_unit) * down_lora.depth);
   const int range = output_range(slots, hidden);
-  const Buffer<float> y(output ? slots * range : 0);  // [row][range]: each expert's output
+  const Buffer<float> y(output ? slots * range : 0, threads);  // [row][range]: each expert's output
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> h_scratch(threads, kFeatures);
   const ThreadBuffer<bf16> panel_scratch(threads, kPanels);

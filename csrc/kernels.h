@@ -52,7 +52,8 @@ struct Kernels {
   // depth_unit, to which the packers pad panels with zeros. Callers keep the memory readable and finite.
   int row_unit, depth_unit;
 
-  // Around the work of one thread in a parallel region (AMX: tile configuration); either may be null.
+  // Around the work of one thread in a parallel region, pack_pairs and multiply above all (AMX: tile configuration);
+  // either may be null.
   void (*thread_begin)();
   void (*thread_end)();
 

@@ -39,8 +39,8 @@ inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const 
   if constexpr (RowTiles > 1 && ColumnTiles > 1) Tiles::template store<3>(c1 + 16, c_stride);
 }
 
-// Depth in steps, so that a step of the panel (kDepthStep x width) stays in L1 while all rows meet it.
-constexpr int kDepthStep = 256;
+// Depth in steps, so that 32 columns of a panel's step stay in L1 while all rows meet them.
+constexpr int kDepthStep = 512;
 
 template <class Tiles>
 void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
@@ -49,19 +49,19 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
   for (int d = 0; d < depth; d += kDepthStep) {
     const int step = depth - d < kDepthStep ? depth - d : kDepthStep;
     const bool add = accumulate || d > 0;
-    for (int r = 0; r < rows; r += 32) {
-      const bf16* rows_a = a + r * lda + d;
-      float* rows_c = c + r * ldc;
-      for (int j = 0; j < width; j += 32) {
-        const bf16* b = panel + int64_t(j) * depth + d * kColumns;
+    for (int j = 0; j < width; j += 32) {
+      const bf16* b = panel + int64_t(j) * depth + d * kColumns;
+      for (int r = 0; r < rows; r += 32) {
+        const bf16* rows_a = a + r * lda + d;
+        float* block_c = c + r * ldc + j;
         if (r + 16 < rows && j + 16 < width)
-          tile_block<Tiles, 2, 2>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
+          tile_block<Tiles, 2, 2>(block_c, ldc, rows_a, lda, b, group_size, step, add);
         else if (r + 16 < rows)
-          tile_block<Tiles, 2, 1>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
+          tile_block<Tiles, 2, 1>(block_c, ldc, rows_a, lda, b, group_size, step, add);
         else if (j + 16 < width)
-          tile_block<Tiles, 1, 2>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
+          tile_block<Tiles, 1, 2>(block_c, ldc, rows_a, lda, b, group_size, step, add);
         else
-          tile_block<Tiles, 1, 1>(rows_c + j, ldc, rows_a, lda, b, group_size, step, add);
+          tile_block<Tiles, 1, 1>(block_c, ldc, rows_a, lda, b, group_size, step, add);
       }
     }
   }

@@ -27,8 +27,8 @@ LoraForm::LoraForm(const Kernels& k, int threads, int64_t experts, const std::ve
   rows = int(round_up(2 * rank, k.row_unit));
   depth = int(round_up(2 * rank, k.depth_unit));
   in_depth = round_up(in, k.depth_unit);
-  A = Buffer<bf16>(experts * rows * in_depth);
-  B = Buffer<bf16>((experts * out + k.row_unit) * depth);
+  A = Buffer<bf16>(experts * rows * in_depth, threads);
+  B = Buffer<bf16>((experts * out + k.row_unit) * depth, threads);
 
   parallel_tasks(k, threads, int64_t(used.size()), [&](int64_t task, int) {
     const int64_t expert = used[task];

@@ -14,7 +14,8 @@
 namespace ktlib {
 namespace {
 
-constexpr int64_t kPooled = int64_t(2) << 20;        // smaller blocks are malloc's business
+constexpr int64_t kHuge = int64_t(2) << 20;          // a huge page
+constexpr int64_t kPooled = kHuge;                   // smaller blocks are malloc's business
 constexpr int64_t kStoreLimit = int64_t(512) << 20;  // bytes kept between calls, at most
 
 struct Store {
@@ -36,15 +37,28 @@ Store& store() {
   return *instance;
 }
 
-Block allocate(int64_t bytes, int64_t align) {
+Block allocate(int64_t bytes, int64_t align, int threads) {
   const int64_t size = round_up(bytes, align);
   void* memory = std::aligned_alloc(size_t(align), size_t(size));
   if (!memory) throw std::bad_alloc();
-  prefer_huge_pages(memory, size);
+  populate(threads, memory, size);
   return {memory, size};
 }
 
 }  // namespace
+
+void populate(int threads, void* memory, int64_t bytes) {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, refused before Linux 5.14 and without consequence
+  constexpr Kernels kPlain{};
+  const uintptr_t begin = round_up(uintptr_t(memory), kHuge);  // pages at the edges may be in use already
+  const int64_t pages = (int64_t(uintptr_t(memory)) + bytes - int64_t(begin)) / kHuge;
+  if (pages <= 0) return;
+  madvise(reinterpret_cast<void*>(begin), size_t(pages * kHuge), MADV_HUGEPAGE);
+  if (threads == 1) return;
+  parallel_tasks(kPlain, threads, pages, [&](int64_t page, int) {
+    madvise(reinterpret_cast<void*>(begin + uintptr_t(page * kHuge)), size_t(kHuge), kPopulateWrite);
+  });
+}
 
 void place_pages(void* memory, int64_t bytes, int node) {
   constexpr uintptr_t kPage = 4096;
@@ -64,8 +78,8 @@ int threads_here(int threads) {
   return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
 }
 
-Block take_block(int64_t bytes) {
-  if (bytes < kPooled) return allocate(bytes, 64);
+Block take_block(int64_t bytes, int threads) {
+  if (bytes < kPooled) return allocate(bytes, 64, 1);
   {
     // try_lock: after a fork the lock may be held forever by a thread that does not exist here.
     std::unique_lock<std::mutex> lock(store().mutex, std::try_to_lock);
@@ -79,7 +93,7 @@ Block take_block(int64_t bytes) {
       if (best < blocks.size()) return store().remove(best);
     }
   }
-  return allocate(bytes, kPooled);
+  return allocate(bytes, kPooled, threads);
 }
 
 void give_block(const Block& block) {

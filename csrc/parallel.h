@@ -79,14 +79,11 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, int parts, con
   });
 }
 
-// Asks for huge pages where [memory, memory + bytes) spans them: 512 times fewer page faults on first touch, which
-// otherwise cost more than the arithmetic that fills the memory. Only a hint; changes no contents.
-inline void prefer_huge_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const uintptr_t begin = (uintptr_t(memory) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
+// Readies fresh memory that many threads are about to fill. Asks for huge pages, 512 times fewer page faults, which
+// otherwise cost more than the arithmetic that fills them; and has each page cleared by one thread, where threads that
+// first touch the same huge page together would each clear one, and all but one throw theirs away: a fifth of a training
+// step on 16 CPUs. Only hints to the operating system; changes no contents.
+void populate(int threads, void* memory, int64_t bytes);
 
 // Uninitialized memory for the duration of one call. Large blocks come from, and return to, a small process-wide store of
 // raw memory: fresh pages must be cleared by the operating system, which took a quarter of a training step. Nothing is
@@ -99,15 +96,16 @@ struct Block {
 // at the edges go where most of them lies. Throws std::runtime_error if the operating system refuses.
 void place_pages(void* memory, int64_t bytes, int node);
 
-Block take_block(int64_t bytes);
+Block take_block(int64_t bytes, int threads);
 void give_block(const Block& block);
 
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) {
-    if (count > 0) block_ = take_block(count * int64_t(sizeof(T)));
+  // threads: of the region that fills it.
+  explicit Buffer(int64_t count, int threads = 1) {
+    if (count > 0) block_ = take_block(count * int64_t(sizeof(T)), threads);
   }
   Buffer(Buffer&& other) noexcept { std::swap(block_, other.block_); }
   Buffer& operator=(Buffer&& other) noexcept {
@@ -131,7 +129,7 @@ template <class T>
 class ThreadBuffer {
  public:
   ThreadBuffer(int threads, int64_t count)
-      : stride_(round_up(count, 4096 / sizeof(T)) + 4096 / sizeof(T)), buffer_(threads * stride_) {}
+      : stride_(round_up(count, 4096 / sizeof(T)) + 4096 / sizeof(T)), buffer_(threads * stride_, threads) {}
   T* operator[](int thread) const { return buffer_ + thread * stride_; }
 
  private:

@@ -31,8 +31,9 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
                     const float* scale, const Factor& right, bf16* dst) {
   const int64_t tokens = plan.depth[experts];  // each expert's padded with zeros
   const int64_t ld = row_stride<bf16>(tokens), columns = round_up(right.size, kColumns);
-  const Buffer<bf16> turned((left.size + k.row_unit) * ld);  // [left.size][tokens]
-  const Buffer<bf16> panels(tokens * columns);               // by expert
+  populate(threads, dst, experts * left.size * right.size * int64_t(sizeof(bf16)));
+  const Buffer<bf16> turned((left.size + k.row_unit) * ld, threads);  // [left.size][tokens]
+  const Buffer<bf16> panels(tokens * columns, threads);               // by expert
   const ThreadBuffer<float> c_scratch(threads, std::max(kTokenBlock * kMaxWidth, (kRows + k.row_unit) * kMaxWidth));
 
   const std::vector<Task> turns = block_tasks(plan, kTokenBlock, left.size, kMaxWidth);
@@ -101,7 +102,7 @@ void weight_grads(const Kernels& k, int threads, const Plan& plan, const Shape& 
     outer({d_gate_up, d_gate_up_ld, 2 * inter, nullptr}, {in.hidden_states, hidden, hidden, plan.token_of_row.data()},
           nullptr, grads.gate_up_proj);
   if (grads.down_proj) {
-    const Buffer<bf16> h(shape.slots() * inter);  // [row][inter], from gate and up as saved
+    const Buffer<bf16> h(shape.slots() * inter, threads);  // [row][inter], from gate and up as saved
     const GateUp all(in, inter, 0, inter);
     const ThreadBuffer<float> scratch(threads, 3 * int64_t(inter));
     const std::vector<Task> blocks = row_tasks(plan, kTokenBlock);
