@@ -135,6 +135,17 @@ class Buffer {
 // One slice of scratch per thread, slices a page apart from each other.
 template <class T>
 class ThreadBuffer {
+#ifdef KTLIB_GUARD_PAGES
+ public:
+  ThreadBuffer(int threads, int64_t count) {
+    for (int thread = 0; thread < threads; thread++) buffers_.emplace_back(count);
+  }
+  T* operator[](int thread) const { return buffers_[thread].get(); }
+
+ private:
+  std::vector<Buffer<T>> buffers_;
+};
+#else
  public:
   ThreadBuffer(int threads, int64_t count)
       : stride_(round_up(count, 4096 / sizeof(T)) + 4096 / sizeof(T)), buffer_(threads * stride_) {}
@@ -144,5 +155,6 @@ class ThreadBuffer {
   int64_t stride_;
   Buffer<T> buffer_;
 };
+#endif
 
 }  // namespace ktlib

@@ -218,9 +218,14 @@ def _split(arguments):
     return _Tensors(*arguments[:count]), _Settings(*arguments[count:-1]), arguments[-1]
 
 
+def _empty(shape, dtype, pin_memory=False):
+    """Memory for C++ to write."""
+    return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+
+
 def _empty_like(tensor, dtype=None):
     """Contiguous; in pinned memory if ``tensor`` is, because what becomes of the one becomes of the other."""
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=tensor.is_pinned())
+    return _empty(tensor.shape, dtype or tensor.dtype, tensor.is_pinned())
 
 
 def _kept_shapes(tensors, settings, save):
@@ -231,7 +236,7 @@ def _forward(*arguments):
     tensors, settings, save = _split(arguments)
     counts, inputs, held = _arguments(tensors, settings)
     output = _empty_like(tensors.hidden_states)
-    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
+    saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
     threads = torch.get_num_threads()
     _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
@@ -248,7 +253,7 @@ def _backward(grad_output, *arguments):
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     threads, shapes = torch.get_num_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
-        saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        saved = [_empty(shape, torch.bfloat16) for shape in shapes]
         addresses = tuple(t.data_ptr() for t in saved)
         _kernels.forward(settings.isa, threads, counts, inputs, (0, False), addresses, settings.whole)
     names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")

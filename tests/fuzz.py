@@ -13,6 +13,7 @@ import re
 import tempfile
 from unittest import mock
 
+import extension
 import torch
 
 import ktlib
@@ -118,9 +119,9 @@ def _layer(choose):
 
 def _in_other_memory(choose, tensor, contiguous):
     """The same values: as they are, at an odd address, in a read-only file, or with other strides."""
-    form = choose.pick(
-        ["plain", "odd address", "file"] if contiguous else ["plain", "odd address", "strided", "columns"]
-    )
+    form = choose.pick(["plain", "odd address", *(["file"] if contiguous else ["strided", "columns"])])
+    if extension.PAGES and form == "plain":
+        return extension.guarded(tensor.shape, tensor.dtype).copy_(tensor)
     if form == "odd address":
         buffer = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
         return buffer[3:].view(tensor.shape).copy_(tensor)
