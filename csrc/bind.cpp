@@ -59,6 +59,31 @@ Saved saved(const SavedArgs& args) {
   return {at<bf16>(std::get<0>(args)), at<bf16>(std::get<1>(args)), at<bf16>(std::get<2>(args))};
 }
 
+// Runs the handlers of signals that have arrived; whether one raised an exception.
+bool signal_raised() {
+  const nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+// work(kernels) without the GIL. On Python's main thread, where it has signal handlers run, one that raises (Ctrl-C)
+// ends the call with its exception.
+template <class Work>
+void interruptible(const std::string& isa, const Work& work) {
+  Kernels k = select_isa(isa);
+  Interruption interruption(signal_raised);
+  if (getpid() == syscall(SYS_gettid)) k.interruption = &interruption;
+  bool raised = false;
+  {
+    const nb::gil_scoped_release release;
+    try {
+      work(k);
+    } catch (const Interrupted&) {
+      raised = true;
+    }
+  }
+  if (raised) throw nb::python_error();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -70,9 +95,9 @@ NB_MODULE(_kernels, m) {
   m.def("select_isa", [](const std::string& name) { return std::string(select_isa(name).isa); });
   m.def("forward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
                       const MatrixArgs& output, const SavedArgs& save, bool whole) {
-    const Kernels& k = select_isa(isa);
-    nb::gil_scoped_release release;
-    forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save), whole);
+    interruptible(isa, [&](const Kernels& k) {
+      forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save), whole);
+    });
   });
   m.def("backward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
                        const SavedArgs& save, uintptr_t grad_output, const MatrixArgs& grad_hidden_states,
@@ -80,8 +105,6 @@ NB_MODULE(_kernels, m) {
                        const std::tuple<MatrixArgs, MatrixArgs>& down_lora,
                        const std::tuple<uintptr_t, uintptr_t>& weights,
                        const std::tuple<MatrixArgs, MatrixArgs>& biases, bool whole) {
-    const Kernels& k = select_isa(isa);
-    nb::gil_scoped_release release;
     Grads grads;
     grads.hidden_states = matrix(grad_hidden_states);
     grads.top_k_weights = at<float>(grad_top_k_weights);
@@ -93,7 +116,9 @@ NB_MODULE(_kernels, m) {
     grads.down_proj = at<bf16>(std::get<1>(weights));
     grads.gate_up_bias = matrix(std::get<0>(biases));
     grads.down_bias = matrix(std::get<1>(biases));
-    backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
+    interruptible(isa, [&](const Kernels& k) {
+      backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
+    });
   });
   m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
   m.def("peak_rate", [](const std::string& isa, int threads) {

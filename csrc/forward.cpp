@@ -23,7 +23,7 @@ constexpr int kOutputs = 128;  // down rows of one task
 template <class Body>
 void for_panels(const Kernels& k, const Plan& plan, const Task& task, const Body& body) {
   const int64_t offset = task.row - plan.begin[task.expert];
-  for (int i = 0; i < task.rows; i += k.panel_width) {
+  for (int i = 0; i < task.rows && !interrupted(k); i += k.panel_width) {
     const int tokens = std::min(k.panel_width, task.rows - i);
     body(task.row + i, tokens, int(round_up(tokens, kColumns)), plan.column[task.expert] + offset + i);
   }

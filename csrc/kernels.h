@@ -44,6 +44,8 @@ static constexpr int64_t row_stride(int64_t columns) {
   return (lines | 1) * line;
 }
 
+class Interruption;
+
 struct Kernels {
   const char* isa;
 
@@ -99,6 +101,9 @@ struct Kernels {
   // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
   // floating-point operations done. Null where there is no such ceiling to speak of.
   int64_t (*burn)(int64_t iterations);
+
+  // Not of an instruction set but of one call: what may end it early (interrupt.h), or null.
+  Interruption* interruption = nullptr;
 };
 
 const Kernels& kernels_portable();

@@ -16,7 +16,10 @@ void multiply_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf1
   for (int d = 0; d < depth; d += 2) {
     const bf16* pairs = group + d * kColumns;
     for (int r = 0; r < Rows; r++) {
-      const float even = to_float(a[r * lda + d]), odd = to_float(a[r * lda + d + 1]);
+      // As one load: GCC 12 at -O3 makes two into vectors of rows, of which it reads some that do not exist.
+      uint32_t pair;
+      __builtin_memcpy(&pair, a + r * lda + d, 4);
+      const float even = bits_to_float(pair << 16), odd = bits_to_float(pair & 0xffff0000u);
       for (int j = 0; j < kColumns; j++)
         sum[r][j] += even * to_float(pairs[2 * j]) + odd * to_float(pairs[2 * j + 1]);
     }

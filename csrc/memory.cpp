@@ -12,10 +12,82 @@
 #include "parallel.h"
 
 namespace ktlib {
+
+void populate(int threads, void* memory, int64_t bytes) {
+  constexpr int64_t kHuge = int64_t(2) << 20;
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, refused before Linux 5.14 and without consequence
+  constexpr Kernels kPlain{};
+  const uintptr_t begin = round_up(uintptr_t(memory), kHuge);  // pages at the edges may be in use already
+  const int64_t pages = (int64_t(uintptr_t(memory)) + bytes - int64_t(begin)) / kHuge;
+  if (pages <= 0) return;
+  madvise(reinterpret_cast<void*>(begin), size_t(pages * kHuge), MADV_HUGEPAGE);
+  if (threads == 1) return;
+  parallel_tasks(kPlain, threads, pages, [&](int64_t page, int) {
+    madvise(reinterpret_cast<void*>(begin + uintptr_t(page * kHuge)), size_t(kHuge), kPopulateWrite);
+  });
+}
+
+void place_pages(void* memory, int64_t bytes, int node) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (uintptr_t(memory) + kPage / 2) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes) + kPage / 2) / kPage * kPage;
+  constexpr int kBits = 8 * sizeof(unsigned long), kNodes = 1024;
+  unsigned long mask[kNodes / kBits] = {};
+  mask[node / kBits] = 1ul << node % kBits;
+  if (begin < end && syscall(SYS_mbind, begin, end - begin, MPOL_PREFERRED, mask, kNodes, MPOL_MF_MOVE) != 0)
+    throw std::runtime_error("NUMA node " + std::to_string(node) + ": " + std::strerror(errno));
+}
+
+int threads_here(int threads) {
+  static std::atomic<pid_t> process_of_pool{0};
+  const pid_t here = getpid();
+  pid_t first = 0;
+  return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
+}
+
+#ifdef KTLIB_GUARD_PAGES
+// For tests: a mapping for every block, which ends right before a page that may not be touched, or, every third time,
+// begins right after one. Processor instructions that no sanitizer sees, such as tile loads and stores, fault there too.
+// What is left of its pages must keep its contents; and memory that was not written is NaN.
 namespace {
 
-constexpr int64_t kHuge = int64_t(2) << 20;          // a huge page
-constexpr int64_t kPooled = kHuge;                   // smaller blocks are malloc's business
+constexpr int64_t kGuard = 4096;
+constexpr unsigned char kUntouched = 0xff;
+
+struct Mapping {
+  unsigned char *begin, *end;  // of the accessible pages
+};
+
+Mapping mapping(const Block& block) {
+  unsigned char* memory = static_cast<unsigned char*>(block.memory);
+  unsigned char* begin = memory - uintptr_t(memory) % kGuard;
+  return {begin, begin + round_up(memory - begin + block.bytes, kGuard)};
+}
+
+}  // namespace
+
+Block take_block(int64_t bytes, int) {
+  static std::atomic<unsigned> blocks{0};
+  const int64_t size = round_up(bytes, kGuard);
+  void* memory = mmap(nullptr, size_t(size + 2 * kGuard), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  unsigned char* begin = static_cast<unsigned char*>(memory) + kGuard;
+  mprotect(begin, size_t(size), PROT_READ | PROT_WRITE);
+  std::memset(begin, kUntouched, size_t(size));
+  return {blocks++ % 3 == 0 ? begin : begin + size - bytes, bytes};
+}
+
+void give_block(const Block& block) {
+  const Mapping pages = mapping(block);
+  unsigned char *first = static_cast<unsigned char*>(block.memory), *last = first + block.bytes;
+  for (unsigned char* byte = pages.begin; byte < pages.end; byte++)
+    if ((byte < first || byte >= last) && *byte != kUntouched) std::abort();
+  munmap(pages.begin - kGuard, size_t(pages.end - pages.begin + 2 * kGuard));
+}
+#else
+namespace {
+
+constexpr int64_t kPooled = int64_t(2) << 20;        // smaller blocks are malloc's business
 constexpr int64_t kStoreLimit = int64_t(512) << 20;  // bytes kept between calls, at most
 
 struct Store {
@@ -46,37 +118,6 @@ Block allocate(int64_t bytes, int64_t align, int threads) {
 }
 
 }  // namespace
-
-void populate(int threads, void* memory, int64_t bytes) {
-  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, refused before Linux 5.14 and without consequence
-  constexpr Kernels kPlain{};
-  const uintptr_t begin = round_up(uintptr_t(memory), kHuge);  // pages at the edges may be in use already
-  const int64_t pages = (int64_t(uintptr_t(memory)) + bytes - int64_t(begin)) / kHuge;
-  if (pages <= 0) return;
-  madvise(reinterpret_cast<void*>(begin), size_t(pages * kHuge), MADV_HUGEPAGE);
-  if (threads == 1) return;
-  parallel_tasks(kPlain, threads, pages, [&](int64_t page, int) {
-    madvise(reinterpret_cast<void*>(begin + uintptr_t(page * kHuge)), size_t(kHuge), kPopulateWrite);
-  });
-}
-
-void place_pages(void* memory, int64_t bytes, int node) {
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (uintptr_t(memory) + kPage / 2) / kPage * kPage;
-  const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes) + kPage / 2) / kPage * kPage;
-  constexpr int kBits = 8 * sizeof(unsigned long), kNodes = 1024;
-  unsigned long mask[kNodes / kBits] = {};
-  mask[node / kBits] = 1ul << node % kBits;
-  if (begin < end && syscall(SYS_mbind, begin, end - begin, MPOL_PREFERRED, mask, kNodes, MPOL_MF_MOVE) != 0)
-    throw std::runtime_error("NUMA node " + std::to_string(node) + ": " + std::strerror(errno));
-}
-
-int threads_here(int threads) {
-  static std::atomic<pid_t> process_of_pool{0};
-  const pid_t here = getpid();
-  pid_t first = 0;
-  return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
-}
 
 Block take_block(int64_t bytes, int threads) {
   if (bytes < kPooled) return allocate(bytes, 64, 1);
@@ -109,5 +150,6 @@ void give_block(const Block& block) {
   }
   std::free(block.memory);
 }
+#endif
 
 }  // namespace ktlib

@@ -17,6 +17,7 @@
 #include <omp.h>
 #endif
 
+#include "interrupt.h"
 #include "kernels.h"
 
 namespace ktlib {
@@ -26,7 +27,8 @@ namespace ktlib {
 int threads_here(int threads);
 
 // body(task, thread) for every task, taken in order by whichever thread is free. Each output element belongs to one
-// task and no task depends on another's thread, so results do not depend on the number of threads.
+// task and no task depends on another's thread, so results do not depend on the number of threads. Throws Interrupted,
+// with tasks left undone, if the call is to end.
 template <class Body>
 void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& body) {
   if (count == 0) return;
@@ -36,7 +38,8 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
   std::atomic<int64_t> next{0};
   const auto work = [&](int thread) {
     if (k.thread_begin) k.thread_begin();
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task, thread);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      if (!interrupted(k)) body(task, thread);
     if (k.thread_end) k.thread_end();
   };
   std::vector<std::thread> team;
@@ -48,10 +51,12 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
   {
     if (k.thread_begin) k.thread_begin();
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < count; task++) body(task, omp_get_thread_num());
+    for (int64_t task = 0; task < count; task++)
+      if (!interrupted(k)) body(task, omp_get_thread_num());
     if (k.thread_end) k.thread_end();
   }
 #endif
+  if (k.interruption && k.interruption->stopped()) throw Interrupted();
 }
 
 // The NUMA node of the CPU that the calling thread is on.
@@ -74,7 +79,8 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, int parts, con
     for (int i = 0; i < parts; i++) {
       const int part = (numa_node() + i) % parts;
       const int64_t size = int64_t(tasks[part].size());
-      for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;) body(tasks[part][n], thread);
+      for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;)
+        if (!interrupted(k)) body(tasks[part][n], thread);
     }
   });
 }
@@ -127,6 +133,17 @@ class Buffer {
 // One slice of scratch per thread, slices a page apart from each other.
 template <class T>
 class ThreadBuffer {
+#ifdef KTLIB_GUARD_PAGES
+ public:
+  ThreadBuffer(int threads, int64_t count) {
+    for (int thread = 0; thread < threads; thread++) buffers_.emplace_back(count);
+  }
+  T* operator[](int thread) const { return buffers_[thread].get(); }
+
+ private:
+  std::vector<Buffer<T>> buffers_;
+};
+#else
  public:
   ThreadBuffer(int threads, int64_t count)
       : stride_(round_up(count, 4096 / sizeof(T)) + 4096 / sizeof(T)), buffer_(threads * stride_, threads) {}
@@ -136,5 +153,6 @@ class ThreadBuffer {
   int64_t stride_;
   Buffer<T> buffer_;
 };
+#endif
 
 }  // namespace ktlib

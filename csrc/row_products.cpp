@@ -12,7 +12,7 @@ int panel_width(int columns, int j) { return int(round_up(std::min(kMaxWidth, co
 // c[rows][columns] (+)= one term, w packed into panels of kMaxWidth columns.
 void product(const Kernels& k, float* c, const Term& term, int rows, int columns, bool accumulate, bf16* panels) {
   const int64_t ldw = term.ldw;
-  for (int d = 0; d < term.depth; d += kDepth) {
+  for (int d = 0; d < term.depth && !interrupted(k); d += kDepth) {
     const int count = std::min(kDepth, term.depth - d);
     const int64_t padded = round_up(count, k.depth_unit);
     if (term.by_column)

@@ -72,7 +72,7 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
     float* c = c_scratch[thread];
     bf16* out = dst + (int64_t(expert) * left.size + first) * right.size;
     const int depth = int(plan.depth[expert + 1] - plan.depth[expert]);
-    for (int j = begin; j < end; j += kMaxWidth) {
+    for (int j = begin; j < end && !interrupted(k); j += kMaxWidth) {
       const int count = std::min(kMaxWidth, end - j), width = int(round_up(count, kColumns));
       if (depth > 0) {
         k.multiply(c, width, turned + first * ld + plan.depth[expert], ld, panel(expert, j), width, rows, depth, false);

@@ -3,10 +3,11 @@
 import math
 
 import torch
+from torch.autograd import forward_ad
 
 GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels.h, enum Activation
 ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
-_LARGEST_SCALING = torch.finfo(torch.float32).max
+_LARGEST = torch.finfo(torch.float32).max  # C++ has numbers as fp32
 
 
 def check_all(tensors, lora, transposed):
@@ -25,11 +26,39 @@ def check_all(tensors, lora, transposed):
     )
 
 
-def check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, needs an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, needs at least 1")
+def check_parts(parts):
+    if isinstance(parts, bool) or not isinstance(parts, int):
+        raise TypeError(f"parts: got {type(parts).__name__}, needs an int")
+    if not 1 <= parts <= 1024:  # as many NUMA nodes as Linux can have
+        raise ValueError(f"parts: got {parts}, needs at least 1 and at most 1024")
+
+
+def check_flags(**flags):
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs a bool")
+
+
+def check_isa(isa):
+    """The name alone; whether there is such an instruction set is C++'s to say."""
+    if isa is not None and not isinstance(isa, str):
+        raise TypeError(f"isa: got {type(isa).__name__}, needs None or a name")
+
+
+def check_no_tangents(names, tensors):
+    """torch would drop the tangents of a registered op that has no forward-mode derivative, without a word."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and _has_tangent(tensor):
+            raise NotImplementedError(
+                f"{name}: got a tensor with a tangent: forward-mode derivatives are not implemented"
+            )
+
+
+def _has_tangent(tensor):
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # a batch of torch.func.vmap inside of torch.func.jvp cannot be unpacked
+        return True
 
 
 def describe(value):
@@ -112,13 +141,13 @@ def check_bias(name, bias, shape, why):
 
 def check_gate(gate, limit, alpha):
     """``(limit, alpha)`` as the registered op takes them: infinity is no limit."""
-    if gate not in GATES:
+    if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
     for name, value in (("limit", limit), ("alpha", alpha)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"{name}: got {type(value).__name__}, needs None or a number")
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name}: got {value}, needs None or a finite number")
+        if value is not None and not abs(value) <= _LARGEST:  # also NaN
+            raise ValueError(f"{name}: got {value}, needs None or a finite number in the range of fp32")
     if limit is not None and limit <= 0:
         raise ValueError(f"limit: got {limit}, needs None or a positive number")
     if alpha is not None and gate != "swiglu_oai":
@@ -144,6 +173,6 @@ def check_lora(name, lora, experts, in_features, out_features):
     check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
     if not isinstance(scaling, int | float):
         raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
-    if not abs(scaling) <= _LARGEST_SCALING:  # also NaN; C++ has it as a float
+    if not abs(scaling) <= _LARGEST:  # also NaN
         raise ValueError(f"{name} scaling: got {scaling}, needs a finite number in the range of fp32")
     return lora_A, lora_B, float(scaling)

@@ -8,7 +8,7 @@ parts, so no result depends on their number. The backward pass contracts over ro
 from pathlib import Path
 
 from ktlib import _kernels
-from ktlib.checks import check_count
+from ktlib.checks import check_parts
 from ktlib.experts import is_experts, layout
 
 ONLINE = Path("/sys/devices/system/node/online")
@@ -32,16 +32,16 @@ def place_experts(model, parts=None):
     """Spread the routed experts' weights over NUMA nodes, and let the operator know. Returns ``model``.
 
     Moves pages, copies nothing. Call it when the weights are loaded; with a memory-mapped checkpoint the pages of the
-    file move. ``parts`` (default: the number of nodes) may be any number; 1 undoes the preference of threads.
+    file move. ``parts`` (default: the number of nodes) need not be that number; 1 undoes the preference of threads.
 
     Raises:
-        TypeError, ValueError: parts is not an int of at least 1; the model has no routed experts, or has transposed
+        TypeError, ValueError: parts is not an int from 1 to 1024; the model has no routed experts, or has transposed
             ones (their rows are not features of one part).
         RuntimeError: the operating system does not let this process place memory.
     """
     nodes = numa_nodes()
     parts = len(nodes) if parts is None else parts
-    check_count("parts", parts)
+    check_parts(parts)
     modules = [module for module in model.modules() if is_experts(module)]
     if not modules:
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")

@@ -14,9 +14,12 @@ from ktlib import _kernels
 from ktlib.checks import (
     GATES,
     check_all,
-    check_count,
+    check_flags,
     check_gate,
+    check_isa,
     check_memory,
+    check_no_tangents,
+    check_parts,
     check_shape,
     check_tensor,
     describe,
@@ -86,7 +89,7 @@ def moe_experts(
         gate: what becomes of gate and up: ``"silu"``, ``"gelu"`` (erf) or ``"gelu_tanh"`` of the gate, times up; or
             ``"swiglu_oai"``, ``gate * sigmoid(alpha * gate) * (up + 1)``.
         limit: ``None`` or a positive number: before that the gate is clamped to at most ``limit``, and up to
-            ``[-limit, limit]`` (gradients as torch.clamp's: zero beyond).
+            ``[-limit, limit]`` (gradients as torch.clamp's: zero beyond; but those of NaN pass).
         alpha: of ``"swiglu_oai"`` only, default 1.702.
         transposed: the weights are stored as (experts, in, out): gate_up_proj (experts, hidden, 2 * intermediate),
             down_proj (experts, intermediate, hidden). LoRA keeps its shapes, as in PEFT.
@@ -109,15 +112,20 @@ def moe_experts(
     With ``recompute`` the term in ``intermediate`` and ``rank`` is gone.
 
     Raises:
-        TypeError: an argument is not a tensor (or not such a tuple), or has the wrong dtype.
+        TypeError: an argument is not a tensor (or not such a tuple), has the wrong dtype, or is not of its type.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
-            not positive and finite, an alpha that is not finite or not the gate's.
+            not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024].
         RuntimeError: ``isa`` cannot run on this machine.
+        NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
+            ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
+            works, one element of the batch after the other.
     """
+    check_flags(transposed=transposed, interleaved=interleaved, recompute=recompute)
+    check_isa(isa)
+    check_parts(parts)
     tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
     _, gate_up_lora, down_lora = check_all(tensors, (gate_up_lora, down_lora), transposed)
     limit, alpha = check_gate(gate, limit, alpha)
-    check_count("parts", parts)
 
     device = hidden_states.device
     hidden_states, top_k_index, top_k_weights, *others = to_host(
@@ -127,11 +135,21 @@ def moe_experts(
     base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     whole = grad and any(t is not None and t.requires_grad for t in base)
     save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
-    output, *_ = torch.ops.ktlib.moe_experts(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, gate_up_lora[2], down_lora[2],
-        gate, limit, alpha, bool(transposed), bool(interleaved), isa or os.environ.get("KTLIB_ISA", ""),
-        bool(recompute), parts, whole, save,
+    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others)
+    check_no_tangents(_NAMES, tensors)
+    settings = (
+        gate_up_lora[2], down_lora[2], gate, limit, alpha, transposed, interleaved,
+        isa or os.environ.get("KTLIB_ISA", ""), recompute, parts, whole,
     )  # fmt: skip
+    try:
+        output, *_ = torch.ops.ktlib.moe_experts(*tensors, *settings, save)
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        # of ops registered with torch.library (https://github.com/pytorch/pytorch/issues/179652)
+        raise NotImplementedError(
+            "ktlib.moe_experts: torch.func.grad and what is made of it are not implemented; use torch.autograd.grad"
+        ) from error
     return to_device(output, device)
 
 
@@ -200,9 +218,14 @@ def _split(arguments):
     return _Tensors(*arguments[:count]), _Settings(*arguments[count:-1]), arguments[-1]
 
 
+def _empty(shape, dtype, pin_memory=False):
+    """Memory for C++ to write."""
+    return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+
+
 def _empty_like(tensor, dtype=None):
     """Contiguous; in pinned memory if ``tensor`` is, because what becomes of the one becomes of the other."""
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=tensor.is_pinned())
+    return _empty(tensor.shape, dtype or tensor.dtype, tensor.is_pinned())
 
 
 def _kept_shapes(tensors, settings, save):
@@ -213,7 +236,7 @@ def _forward(*arguments):
     tensors, settings, save = _split(arguments)
     counts, inputs, held = _arguments(tensors, settings)
     output = _empty_like(tensors.hidden_states)
-    saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
+    saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
     threads = torch.get_num_threads()
     _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
@@ -230,7 +253,7 @@ def _backward(grad_output, *arguments):
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     threads, shapes = torch.get_num_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
-        saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        saved = [_empty(shape, torch.bfloat16) for shape in shapes]
         addresses = tuple(t.data_ptr() for t in saved)
         _kernels.forward(settings.isa, threads, counts, inputs, (0, False), addresses, settings.whole)
     names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")
@@ -283,6 +306,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad_output, *_):
     result = dict.fromkeys(_Tensors._fields)
     if grad_output is not None:
+        check_no_tangents(["grad_output"], [grad_output])
         needs = dict(zip(_Tensors._fields, ctx.needs_input_grad, strict=False))
         wanted = [needs[name] for name in _DIFFERENTIABLE]
         grads = torch.ops.ktlib.moe_experts_backward(grad_output, *ctx.saved_tensors, *ctx.settings, wanted)

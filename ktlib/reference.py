@@ -29,8 +29,9 @@ def apply_gate(gate_proj, up_proj, gate="silu", limit=None, alpha=None):
 
     Both GELUs are written without the sum 1 + erf or 1 + tanh, which loses the lower tail even in float64.
     """
-    if limit is not None:
-        gate_proj, up_proj = gate_proj.clamp(max=limit), up_proj.clamp(min=-limit, max=limit)
+    if limit is not None:  # not torch.clamp: at a NaN its gradient is 0, which would hide it
+        gate_proj = torch.where(gate_proj > limit, limit, gate_proj)
+        up_proj = torch.where(up_proj > limit, limit, torch.where(up_proj < -limit, -limit, up_proj))
     if gate == "silu":
         return F.silu(gate_proj) * up_proj
     if gate == "gelu":

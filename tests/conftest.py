@@ -1,27 +1,18 @@
 """Before torch is imported: OpenMP threads that wait sleep, so that the suite also runs well on a shared machine.
 
-``KTLIB_TEST_EXTENSION`` names another build of the extension to test (``make sanitize``).
-
 Tests marked ``compatible("what")`` are the rows of the README's compatibility table. ``--compatibility FILE`` writes
 what came of them, with the versions they ran on, for ``make compatibility``.
 """
 
-import importlib.util
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-if extension := os.environ.get("KTLIB_TEST_EXTENSION"):
-    import torch  # noqa: F401  its OpenMP runtime first
-
-    spec = importlib.util.spec_from_file_location("ktlib._kernels", extension)
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
+import extension  # noqa: F401  before anything imports ktlib
 
 
 @pytest.fixture

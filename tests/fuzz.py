@@ -11,19 +11,41 @@ import mmap
 import random
 import re
 import tempfile
+from unittest import mock
 
+import extension
 import torch
 
 import ktlib
-from ktlib import ops, reference
+from ktlib import checks, ops, reference
 
-NAMES = tuple(name for name in ops._NAMES if not name.endswith("bias"))
+NAMES = ops._NAMES
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place
 # Elements may err by this many roundings of the sum of their terms' magnitudes: gate and up, their derivatives, h, the
 # result, and two LoRA matrices on the way, half a unit each.
 ROUNDINGS = 4
+NO_NUMBERS = (math.nan, math.inf, -math.inf, "1", True, [1.0], torch.tensor(1.0))
+NO_FLAGS = ("no", None, 0, 1, torch.tensor(True))
+
+# Keyword arguments that are no tensors: how a valid value is drawn, and what must be refused. One more goes here, and
+# to REFERENCE where the definition has it too.
+SETTINGS = {
+    "gate": (lambda choose: choose.pick(checks.GATES), ("relu", "SiLU", None, 0, ["silu"], torch.tensor(0))),
+    "limit": (
+        lambda choose: choose.pick([None, 1, 10.0, choose.integer(1, 3000) / 1000]),
+        (0, -1.5, 1e39, 10**400, *NO_NUMBERS),
+    ),
+    # with another gate than its own every alpha is wrong: _computed leaves it out there, the mistake lets it be
+    "alpha": (lambda choose: choose.pick([None, 0, 1, 1.702, -0.8, 20.0]), (1e39, -(10**400), *NO_NUMBERS)),
+    "transposed": (lambda choose: choose.chance(50), NO_FLAGS),
+    "interleaved": (lambda choose: choose.chance(50), NO_FLAGS),
+    "isa": (lambda choose: choose.pick(ISAS), ("sse9", "AVX2", 0, False, b"avx2", ["portable"])),
+    "recompute": (lambda choose: choose.chance(25), NO_FLAGS),
+    "parts": (lambda choose: choose.integer(1, 5), (0, -1, 1025, 2.0, None, True, "2", 2**31, 2**70)),
+}
+REFERENCE = ("gate", "limit", "alpha", "transposed", "interleaved")
 
 
 class Seeded:
@@ -66,6 +88,7 @@ def _layer(choose):
     tokens, experts, top_k = choose.pick([0, 1, choose.integer(2, 40)]), choose.integer(1, 6), choose.integer(1, 4)
     hidden, inter = choose.integer(1, 40), choose.integer(1, 40)
     floats = (torch.bfloat16, torch.float32)
+    settings = {name: draw(choose) for name, (draw, _) in SETTINGS.items()}
     generator = torch.Generator().manual_seed(choose.integer(0, 2**31))
 
     def normal(*shape, dtype=torch.bfloat16, scale=1.0):
@@ -78,6 +101,12 @@ def _layer(choose):
         "gate_up_proj": normal(experts, 2 * inter, hidden, scale=hidden**-0.5),
         "down_proj": normal(experts, hidden, inter, scale=inter**-0.5),
     }
+    if settings["transposed"]:
+        for name in ("gate_up_proj", "down_proj"):
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    for name, size in (("gate_up_bias", 2 * inter), ("down_bias", hidden)):
+        if choose.chance(50):
+            tensors[name] = normal(experts, size, dtype=choose.pick(floats), scale=choose.pick([0.0, 1.0]))
     for name, inner, outer in (("gate_up_lora", hidden, 2 * inter), ("down_lora", inter, hidden)):
         if choose.chance(75):
             rank, dtype = choose.integer(1, 9), choose.pick(floats)
@@ -85,15 +114,14 @@ def _layer(choose):
             tensors[f"{name} lora_B"] = normal(outer, rank * experts, dtype=dtype, scale=choose.pick([0.0, 0.3]))
     for name in tensors:
         tensors[name] = _in_other_memory(choose, tensors[name], contiguous=name in ("gate_up_proj", "down_proj"))
-    scaling = choose.pick([0.0, 1, 2.0, -0.5])
-    return tensors, {"scaling": scaling, "isa": choose.pick(ISAS), "grad": _memory_of_gradient(choose)}
+    return tensors, settings | {"scaling": choose.pick([0.0, 1, 2.0, -0.5])}
 
 
 def _in_other_memory(choose, tensor, contiguous):
     """The same values: as they are, at an odd address, in a read-only file, or with other strides."""
-    form = choose.pick(
-        ["plain", "odd address", "file"] if contiguous else ["plain", "odd address", "strided", "columns"]
-    )
+    form = choose.pick(["plain", "odd address", *(["file"] if contiguous else ["strided", "columns"])])
+    if extension.PAGES and form == "plain":
+        return extension.guarded(tensor.shape, tensor.dtype).copy_(tensor)
     if form == "odd address":
         buffer = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
         return buffer[3:].view(tensor.shape).copy_(tensor)
@@ -108,36 +136,37 @@ def _in_other_memory(choose, tensor, contiguous):
 
 def _mapped(tensor):
     with tempfile.TemporaryFile() as file:
-        file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
         file.flush()
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)  # warns that nobody may write
 
 
-def _memory_of_gradient(choose):
-    return choose.pick(["plain", "strided", "expanded"])
-
-
-def call(tensors, options, function=ktlib.moe_experts, **other):
-    """``function`` of the tensors by name."""
-    lora = {}
+def call(tensors, options, function=ktlib.moe_experts):
+    """``function`` of the tensors by name and of the settings that it has; ``options``: these and LoRA's scaling."""
+    arguments = {name: options[name] for name in (REFERENCE if function is reference.moe_experts else SETTINGS)}
     for name in ("gate_up_lora", "down_lora"):
         if f"{name} lora_A" in tensors:
-            lora[name] = (tensors[f"{name} lora_A"], tensors[f"{name} lora_B"], options["scaling"])
-    return function(*(tensors[name] for name in NAMES[:5]), **lora, **other)
+            arguments[name] = (tensors[f"{name} lora_A"], tensors[f"{name} lora_B"], options["scaling"])
+    arguments |= {name: tensor for name, tensor in tensors.items() if "lora" not in name}
+    return function(**arguments)
 
 
 def _computed(choose, tensors, options):
     """Output and a random subset of the gradients are those of the reference, and only those are there."""
-    poison = _poison(choose, tensors) if choose.chance(25) else None
+    poison = _poison(choose, tensors, options["limit"]) if choose.chance(25) else None
     if choose.chance(15):
         _overlap(choose, tensors)
+    options = options | {
+        "alpha": options["alpha"] if options["gate"] == "swiglu_oai" else None,
+        "limit": _between_values(options["limit"], tensors, options),
+    }
     wanted = [name for name in tensors if name in DIFFERENTIABLE and choose.chance(50)]
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
-    output = call(leaves, options, isa=options["isa"])
+    output = call(leaves, options)
     assert output.dtype == tensors["hidden_states"].dtype and output.shape == tensors["hidden_states"].shape
     assert output.requires_grad == bool(wanted)
-    gradient = _gradient(choose, output, options["grad"])
+    gradient = _gradient(choose, output)
     got = {"output": output.detach()}
     if wanted:
         _between(choose, tensors, options)
@@ -145,7 +174,8 @@ def _computed(choose, tensors, options):
         got |= {name: leaves[name].grad for name in wanted}
     assert all((leaf.grad is not None) == (name in wanted) for name, leaf in leaves.items())
 
-    exact, size = (_reference(tensors, options, gradient, wanted, change) for change in (lambda t: t, torch.abs))
+    exact = _reference(tensors, options, gradient, wanted)
+    size = _reference(tensors, _magnitudes(options), gradient, wanted, torch.abs)
     for name, value in got.items():
         assert name == "output" or value.dtype == tensors[name].dtype
         want, most, value = exact[name], size[name], value.double()
@@ -156,10 +186,12 @@ def _computed(choose, tensors, options):
         assert not bad.any(), f"{name}: {int(bad.sum())} of {bad.numel()}, error {error[bad][:3]}, {allowed[bad][:3]}"
 
 
-def _poison(choose, tensors):
-    """One NaN or Inf somewhere."""
+def _poison(choose, tensors, limit):
+    """One NaN or Inf somewhere; no Inf in LoRA that a limit bounds: its product with the low part of an inner value
+    (csrc/lora.h) may be NaN."""
     value = choose.pick([math.nan, math.inf, -math.inf])
-    name = choose.pick([name for name in tensors if name in DIFFERENTIABLE])
+    names = [name for name in tensors if name in DIFFERENTIABLE]
+    name = choose.pick([n for n in names if "lora" not in n] if limit and not math.isnan(value) else names)
     if tensors[name].numel():
         tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         tensors[name].view(-1)[choose.integer(0, tensors[name].numel() - 1)] = value
@@ -177,7 +209,8 @@ def _overlap(choose, tensors):
         tensors[small] = shared.view(-1)[: a.numel()].view(a.shape)
 
 
-def _gradient(choose, output, memory):
+def _gradient(choose, output):
+    memory = choose.pick(["plain", "strided", "expanded"])
     if memory == "expanded":
         return torch.ones((), dtype=output.dtype).expand(output.shape)
     values = torch.randn(output.shape, generator=torch.Generator().manual_seed(choose.integer(0, 2**31)))
@@ -199,18 +232,48 @@ def _between(choose, tensors, options):
         gc.collect()
 
 
-def _reference(tensors, options, gradient, wanted, change):
+def _in_float64(tensors, change=lambda tensor: tensor):
+    """The arguments as the operator rounds them, each then changed."""
+    exact = ("top_k_weights", "gate_up_bias", "down_bias")
+    return {
+        name: t if name == "top_k_index" else change((t if name in exact else t.bfloat16()).detach().double())
+        for name, t in tensors.items()
+    }
+
+
+def _magnitudes(options):
+    """With these and the magnitudes of all tensors the reference sums magnitudes of terms, and of derivatives."""
+    alpha = None if options["alpha"] is None else abs(options["alpha"])
+    return options | {"scaling": abs(options["scaling"]), "alpha": alpha, "limit": None}
+
+
+def _between_values(limit, tensors, options):
+    """``limit``, moved up to where no gate or up is so near that fp32 may see it on the other side: there the gradient
+    jumps."""
+    if limit is None:
+        return None
+    seen = []
+
+    def see(gate, up, *_):
+        seen[-1] += [gate.flatten(), up.flatten()]
+        return gate
+
+    with mock.patch.object(reference, "apply_gate", see):
+        for settings, change in ((options | {"limit": None}, torch.clone), (_magnitudes(options), torch.abs)):
+            seen.append([torch.zeros(1, dtype=torch.float64)])
+            call(_in_float64(tensors, change), settings, reference.moe_experts)
+    values, near = torch.cat(seen[0]).abs(), torch.cat(seen[1]) * 2.0**-15
+    values, near = values[near.isfinite()], near[near.isfinite()]
+    while (close := (values - limit).abs() <= near).any():
+        limit = ((values + near)[close].max() * (1 + 2.0**-20)).item()
+    return limit
+
+
+def _reference(tensors, options, gradient, wanted, change=torch.clone):
     """Output and gradients in float64, of the arguments as the operator rounds them. With ``torch.abs`` for ``change``
     they are sums of magnitudes: where what is summed may cancel, errors are measured by these."""
-    leaves = {}
-    for name, tensor in tensors.items():
-        if name == "top_k_index":
-            leaves[name] = tensor
-            continue
-        rounded = tensor if name == "top_k_weights" else tensor.bfloat16()
-        leaves[name] = change(rounded.detach().double()).clone().requires_grad_()
-    output = call(leaves, options | {"scaling": change(torch.tensor(float(options["scaling"]))).item()},
-                  reference.moe_experts)  # fmt: skip
+    leaves = {n: t if n == "top_k_index" else t.requires_grad_() for n, t in _in_float64(tensors, change).items()}
+    output = call(leaves, options, reference.moe_experts)
     if output.requires_grad:
         output.backward(change(gradient.double()))
     # an expert, or a whole batch, without tokens leaves no gradient in plain torch
@@ -226,6 +289,7 @@ def _refused(choose, mistake, tensors, options):
     """The mistake is a Python exception whose message begins with the name of an argument. False if it cannot be made
     with these sizes."""
     wanted = choose.chance(50)
+    options = options | {"alpha": options["alpha"] if options["gate"] == "swiglu_oai" else None}
     tensors = {
         name: t.detach().clone().requires_grad_(wanted and name in DIFFERENTIABLE) for name, t in tensors.items()
     }
@@ -239,7 +303,7 @@ def _refused(choose, mistake, tensors, options):
         call_it()
     except (TypeError, ValueError, RuntimeError) as error:
         words = str(error)
-        assert expected or re.match("|".join(("gate", "isa", "down_lora", *NAMES)), words), f"{mistake}: {error!r}"
+        assert expected or re.match("|".join((*SETTINGS, "down_lora", *NAMES)), words), f"{mistake}: {error!r}"
         assert not expected or re.search(expected[0], words), f"{mistake}: {error!r}"
         return True
     raise AssertionError(f"{mistake}: accepted")
@@ -265,7 +329,8 @@ def _wrong_dtype(choose, tensors, options):
 
 def _no_tensor(choose, tensors, options):
     name = _some(choose, tensors)
-    tensors[name] = choose.pick([None, 1.0, "x", [[1.0]], tensors[name].detach().float().numpy()])
+    others = [1.0, "x", [[1.0]], tensors[name].detach().float().numpy()]
+    tensors[name] = choose.pick(others if name.endswith("bias") else [None, *others])
     return _changed(tensors, options)
 
 
@@ -331,12 +396,28 @@ def _wrong_lora(choose, tensors, options):
     wrong = choose.pick(
         [(), (1, 2), "abc", 3, tensors["hidden_states"], {"A": 1, "B": 2, "scaling": 3}, (None, None, 1.0)]
     )
-    return functools.partial(ktlib.moe_experts, *(tensors[n] for n in NAMES[:5]), down_lora=wrong)
+    arguments = {name: t for name, t in tensors.items() if "lora" not in name} | {n: options[n] for n in SETTINGS}
+    return functools.partial(ktlib.moe_experts, **arguments, down_lora=wrong)
 
 
-def _wrong_word(choose, tensors, options):
-    word = choose.pick([{"gate": "relu"}, {"gate": None}, {"isa": "sse9"}, {"isa": "AVX2"}])
-    return functools.partial(call, tensors, options, **word)
+def _wrong_setting(name):
+    """One of the values that must be refused; the message begins with the name."""
+
+    def mistake(choose, tensors, options):
+        changed = {name: choose.pick(SETTINGS[name][1])}
+        return _changed(tensors, options | {"gate": "swiglu_oai"} | changed)
+
+    return mistake, f"^{name}"
+
+
+def _alpha_of_another_gate(choose, tensors, options):
+    gate = choose.pick([gate for gate in checks.GATES if gate != "swiglu_oai"])
+    return _changed(tensors, options | {"gate": gate, "alpha": choose.pick([0.0, 1.702])})
+
+
+def _other_layout(choose, tensors, options):
+    """No size makes one layout look like the other."""
+    return _changed(tensors, options | {"transposed": not options["transposed"]})
 
 
 def _freed(tensor):
@@ -377,6 +458,14 @@ def _swap(choose, tensors):
     tensors[name].data = torch.cat([tensors[name].detach()] * 2, dim=dim)
 
 
+def _reroute(choose, tensors):
+    """Past autograd's notice: an expert id that there is not."""
+    index = tensors["top_k_index"]
+    if not index.numel():
+        return False
+    index.data[-1, -1] = choose.pick([-1, tensors["down_proj"].shape[0], 2**40])
+
+
 def _edit(choose, tensors):
     name = _some(choose, tensors)
     with torch.no_grad():
@@ -395,9 +484,12 @@ MISTAKES = {
     "rank": (_rank_that_does_not_divide,),
     "scaling": (_wrong_scaling,),
     "lora": (_wrong_lora,),
-    "gate or isa": (_wrong_word,),
+    **{name: _wrong_setting(name) for name in SETTINGS},
+    "alpha of another gate": (_alpha_of_another_gate, "^alpha"),
+    "other layout": (_other_layout, "^gate_up_proj"),
     "freed": (_freed_before,),
     "freed before backward": (_before_backward(_free),),
     "another shape before backward": (_before_backward(_swap),),
+    "expert id before backward": (_before_backward(_reroute), "^top_k_index"),
     "edited before backward": (_before_backward(_edit), "modified by an inplace operation"),
 }

@@ -2,12 +2,14 @@
 
 The calls are made in child processes; the parent notices when one dies or is silent for too long, notes the call, and
 starts another child behind it. A call is its seed: ``--calls 1 --seed S`` makes it again. Exit code 1 on any failure.
+``--seconds`` bounds the time as well; ``KTLIB_TEST_EXTENSION`` names another build of the extension (extension.py).
 """
 
 import argparse
 import collections
 import datetime
 import json
+import math
 import os
 import selectors
 import signal
@@ -21,9 +23,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def child(arguments):
     """Make the calls of this job, one line before and one after each."""
+    import extension  # noqa: F401  before ktlib is imported
     import fuzz
 
     for seed in range(arguments.first, arguments.seed + arguments.calls, arguments.jobs):
+        if time.monotonic() > arguments.until:
+            return
         print("begin", seed, flush=True)
         if seed == arguments.hang:
             time.sleep(3600)
@@ -38,9 +43,10 @@ def child(arguments):
 class Job:
     """One chain of children."""
 
-    def __init__(self, first):
+    def __init__(self, first, until):
         self.current, self.heard, self.rest = None, time.monotonic(), b""
-        command = [sys.executable, "-W", "ignore", __file__, "--child", "--first", str(first), *sys.argv[1:]]
+        command = [sys.executable, "-W", "ignore", __file__, "--child", "--first", str(first), "--until", str(until)]
+        command += sys.argv[1:]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
 
     def lines(self):
@@ -54,6 +60,7 @@ def main():
     """Run, print progress, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no call after this many")
     parser.add_argument("--seed", type=int, default=0, help="of the first call; the next has the next")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="child processes at a time")
@@ -62,16 +69,17 @@ def main():
     parser.add_argument("--crash", type=int, help="likewise")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return child(arguments)
 
-    began, kinds, failures = time.monotonic(), collections.Counter(), []
+    began, begun, kinds, failures = time.monotonic(), 0, collections.Counter(), []
     selector = selectors.DefaultSelector()
 
     def start(first):
         if first < arguments.seed + arguments.calls:
-            job = Job(first)
+            job = Job(first, began + arguments.seconds)
             selector.register(job.process.stdout, selectors.EVENT_READ, job)
 
     def finish(job, what):
@@ -83,8 +91,9 @@ def main():
             start(job.current + arguments.jobs if job.current is not None else arguments.seed + arguments.calls)
 
     def hear(job, word, rest):
+        nonlocal begun
         if word == "begin":
-            job.current = int(rest)
+            job.current, begun = int(rest), begun + 1
             return
         found = json.loads(rest)
         kinds[found.get("kind", "failed")] += 1
@@ -111,6 +120,7 @@ def main():
                 key.data.process.kill()
                 finish(key.data, "hang")
 
+    import extension  # noqa: F401
     import fuzz
     import torch
 
@@ -120,7 +130,7 @@ def main():
         "processor": fuzz.ktlib.cpu_info()["model"],
         "isas": fuzz.ISAS,
         "torch": torch.__version__,
-        "calls": arguments.calls,
+        "calls": begun,
         "seconds": round(time.monotonic() - began),
         "kinds": dict(sorted(kinds.items())),
         "failures": failures,

@@ -250,7 +250,8 @@ def test_the_compatibility_table_is_made_from_results(tmp_path):
         "@pytest.mark.compatible('a')\n@pytest.mark.parametrize('x', [1, 2, 3])\ndef test_a(x): assert x < 3\n"
         "@pytest.mark.compatible('b')\ndef test_b(): pytest.skip('no')\n"
     )
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for name in ("conftest.py", "extension.py"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "compatible", str(tmp_path)]
     subprocess.run([*command, "--compatibility", str(file)], cwd=tmp_path, capture_output=True)
     results = json.loads(file.read_text())

@@ -61,21 +61,46 @@ class HalfTheGradient(torch.autograd.Function):
         return gradient / 2
 
 
-@pytest.mark.parametrize("wrong", [lambda output: output * 1.25, without_last_token, HalfTheGradient.apply])
-def test_wrong_results_are_noticed(wrong, monkeypatch):
-    """In a good part of the calls that are valid, have tokens and (for gradients) want some: a sixth of all."""
-    call, failures = fuzz.call, 0
-
-    def wrong_call(tensors, options, function=None, **other):
-        return call(tensors, options, function, **other) if function else wrong(call(tensors, options, **other))
-
-    monkeypatch.setattr(fuzz, "call", wrong_call)
-    for seed in range(80):
+def failures(monkeypatch, wrong_call, calls):
+    """How many of the calls ``tests/fuzz.py`` finds wrong when its ``call`` is replaced by ``wrong_call(call)``."""
+    monkeypatch.setattr(fuzz, "call", wrong_call(fuzz.call))
+    found = 0
+    for seed in range(calls):
         try:
             fuzz.try_one(fuzz.Seeded(seed))
         except AssertionError:
-            failures += 1
-    assert failures > 6
+            found += 1
+    return found
+
+
+@pytest.mark.parametrize("wrong", [lambda output: output * 1.25, without_last_token, HalfTheGradient.apply])
+def test_wrong_results_are_noticed(wrong, monkeypatch):
+    """In a good part of the calls that are valid, have tokens and (for gradients) want some: a sixth of all."""
+
+    def wrong_call(call):
+        return lambda *given: call(*given) if len(given) == 3 else wrong(call(*given))  # the third: the reference
+
+    assert failures(monkeypatch, wrong_call, calls=80) > 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "change"),
+    [
+        ("gate", lambda gate: {"silu": "gelu", "gelu": "silu"}.get(gate, gate)),
+        ("limit", lambda limit: None),
+        ("alpha", lambda alpha: None),
+        ("interleaved", lambda interleaved: not interleaved),
+    ],
+)
+def test_a_setting_that_is_not_obeyed_is_noticed(setting, change, monkeypatch):
+    def wrong_call(call):
+        def changed(tensors, options, *function):
+            return call(tensors, options if function else options | {setting: change(options[setting])}, *function)
+
+        return changed
+
+    monkeypatch.setattr(fuzz, "MISTAKES", {"dtype": fuzz.MISTAKES["dtype"]})
+    assert failures(monkeypatch, wrong_call, calls=80) > 3
 
 
 def test_the_long_run(tmp_path):

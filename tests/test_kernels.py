@@ -2,6 +2,7 @@
 
 import math
 
+import extension
 import pytest
 import torch
 
@@ -35,12 +36,12 @@ def assert_guard(buffer):
 
 
 def product(isa, a, panel, width, rows, depth, c=None):
-    """``multiply`` with the padding that the table asks for; a (rows, depth) bf16."""
+    """``multiply`` with the padding that the table asks for, and with no memory beside it; a (rows, depth) bf16."""
     _, row_unit, depth_unit = _kernels.table(isa)
-    padded = torch.zeros(round_up(rows, row_unit), round_up(depth, depth_unit), dtype=torch.bfloat16)
+    padded = extension.guarded((round_up(rows, row_unit), round_up(depth, depth_unit)), torch.bfloat16).zero_()
     padded[:rows, :depth] = a
     accumulate = c is not None
-    out = torch.full((round_up(rows, row_unit), width), GUARD) if c is None else c
+    out = extension.guarded((round_up(rows, row_unit), width), torch.float32).fill_(GUARD) if c is None else c
     _kernels.multiply(
         isa, out.data_ptr(), width, padded.data_ptr(), padded.shape[1], panel.data_ptr(), width, rows, padded.shape[1],
         accumulate,

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -27,16 +28,19 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in QUANTITIES)
 
 
-def in_child(code, timeout=120):
-    """Standard output of a Python process of its own; it starts with a layer and what it gives."""
-    begin = f"""
+# A child process starts with a layer and what it gives.
+BEGIN = f"""
 import os, resource, torch, ktlib
 from ktlib.validation import random_layer
 torch.set_num_threads(2)
 layer = random_layer("trained", **{SIZES})
 want = ktlib.moe_experts(**layer)
 """
-    command = [sys.executable, "-c", begin + textwrap.dedent(code)]
+
+
+def in_child(code, timeout=120):
+    """Standard output of a Python process of its own."""
+    command = [sys.executable, "-c", BEGIN + textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-3000:])
     return done.stdout
@@ -115,29 +119,80 @@ def test_an_exception_between_forward_and_backward(layer):
     assert same(evaluate(ktlib.moe_experts, layer), wanted)
 
 
-def test_keyboard_interrupt_during_a_long_call(layer):
-    """Ctrl-C takes effect at the end of the layer that is being computed, and nothing is left half done."""
-    wanted = evaluate(ktlib.moe_experts, layer)
-    long = random_layer("trained", **SIZES | {"tokens": 3000, "hidden": 512, "intermediate": 512})
-    start = time.perf_counter()
-    ktlib.moe_experts(**long, isa="portable")
-    one_call = time.perf_counter() - start
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("isa", ["portable", "amx_emulated"])
+def test_ctrl_c_ends_a_long_call_at_once(direction, isa):
+    """A call of several seconds, as a process of its own gets SIGINT; nothing is left half done."""
+    code = f"""
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background processes
+    long = random_layer("trained", tokens=2000, experts=4, top_k=2, hidden=1024, intermediate=1024, rank=4)
+    x = long["hidden_states"].requires_grad_()
+    output = ktlib.moe_experts(**long, isa="{isa}") if "{direction}" == "backward" else None
+    for leaf in (x, *long["down_lora"][:2]):
+        leaf.requires_grad_()
+    print("begin", flush=True)
+    began = time.monotonic()
     try:
-        signal.setitimer(signal.ITIMER_REAL, one_call / 4)
-        start = time.perf_counter()
-        with pytest.raises(KeyboardInterrupt):
-            while time.perf_counter() < start + 60:
-                ktlib.moe_experts(**long, isa="portable")
-        assert time.perf_counter() - start < 5 * one_call + 1
+        ktlib.moe_experts(**long, isa="{isa}") if output is None else output.sum().backward()
+        print("done", time.monotonic() - began)
+    except KeyboardInterrupt:
+        print("interrupted", time.monotonic())
+    assert x.grad is None
+    output = None
+    print(torch.equal(ktlib.moe_experts(**layer), want))
+    """
+    child = subprocess.Popen([sys.executable, "-c", BEGIN + textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begin\n"
+    time.sleep(0.5)
+    sent = time.monotonic()  # the same clock in all processes
+    child.send_signal(signal.SIGINT)
+    what, when, same = child.communicate(timeout=120)[0].split()
+    assert (what, same, child.returncode) == ("interrupted", "True", 0)
+    assert float(when) - sent < 0.2
+
+
+@pytest.mark.parametrize("isa", {"portable", "amx_emulated", ktlib.cpu_info()["isa"]})
+def test_a_signal_handler_may_use_the_operator(layer, isa):
+    """It runs in the middle of a call, on one of its threads, and that call goes on to the same bits."""
+    sizes = (
+        {"tokens": 6000, "hidden": 1024, "intermediate": 512} if isa == ktlib.cpu_info()["isa"] else {"tokens": 3000}
+    )
+    long = random_layer("trained", **SIZES | sizes)
+    wanted, want_long, inside = ktlib.moe_experts(**layer), evaluate(ktlib.moe_experts, long, isa=isa), []
+
+    def handler(signum, frame):
+        if frame.f_code.co_name in ("_forward", "_backward"):
+            inside.append(torch.equal(ktlib.moe_experts(**layer), wanted))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        end = time.monotonic() + 20
+        while not inside and time.monotonic() < end:
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.02)
+            got = evaluate(ktlib.moe_experts, long, isa=isa)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert same(got, want_long)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert same(evaluate(ktlib.moe_experts, layer), wanted)
+    assert inside and all(inside)
+
+
+def test_signals_in_other_threads(layer):
+    """Python runs handlers on its main thread alone; a call on another one is not disturbed."""
+    long = random_layer("trained", **SIZES | {"tokens": 3000})
+    want, seen, got = ktlib.moe_experts(**long, isa="portable"), [], []
+    before = signal.signal(signal.SIGALRM, lambda *_: seen.append(threading.current_thread()))
+    try:
+        thread = threading.Thread(target=lambda: got.append(ktlib.moe_experts(**long, isa="portable")))
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        thread.start()
+        thread.join()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert torch.equal(got[0], want) and set(seen) == {threading.main_thread()}
 
 
 def test_too_little_memory_is_an_error_and_no_more():
