@@ -22,6 +22,7 @@ from ktlib.checks import (
     describe,
     sizes,
 )
+from ktlib.threads import operator_threads
 from ktlib.transfer import to_device, to_host
 
 _library = torch.library.Library("ktlib", "DEF")
@@ -215,7 +216,7 @@ def _forward(*arguments):
     output = _empty_like(tensors.hidden_states)
     saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
-    threads = torch.get_num_threads()
+    threads = operator_threads()
     _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
     del held
     return output, *saved
@@ -228,7 +229,7 @@ def _backward(grad_output, *arguments):
     check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
     check_memory("grad_output", grad_output)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
-    threads, shapes = torch.get_num_threads(), _saved_shapes(tensors, settings)
+    threads, shapes = operator_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
         saved = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
         addresses = tuple(t.data_ptr() for t in saved)
