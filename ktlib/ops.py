@@ -5,6 +5,7 @@ function to call. The C++ side (csrc/) sees addresses of tensors that were check
 the call; it stores nothing.
 """
 
+import functools
 import os
 from collections import namedtuple
 
@@ -22,6 +23,7 @@ from ktlib.checks import (
     describe,
     sizes,
 )
+from ktlib.keeping import once
 from ktlib.threads import operator_threads
 from ktlib.transfer import to_device, to_host
 
@@ -295,7 +297,7 @@ def _no_second_derivative(ctx, *_):
     raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
 
 
-_library.impl("moe_experts", _forward, "CPU")
+_library.impl("moe_experts", functools.partial(once, _forward), "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)

@@ -42,6 +42,7 @@ from ktlib.cpu import cpu_info
 from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate
 from ktlib.experts import IMPLEMENTATION, is_experts
+from ktlib.keeping import CHECKPOINTING
 from ktlib.lora import adapter_dtype_kept, lora_config
 from ktlib.placement import pin_experts
 from ktlib.tasks import TASKS, collator, encode, load_data, prompt_ids
@@ -326,7 +327,7 @@ def train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=seed,
-        **{checkpointing: gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        **{checkpointing: gradient_checkpointing, f"{checkpointing}_kwargs": CHECKPOINTING},
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
         save_steps=save_every,
