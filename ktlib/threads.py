@@ -1,14 +1,17 @@
 """How many threads compute what: the operator as many as there are, stock torch in a training run a fixed number.
 
-The operator gives the same bits on any number of threads; stock torch on a CPU does not. Re-run with the same inputs on
-1 to 16 threads, these operations of a run gave other bits (torch 2.13; the other 70 kinds never did):
+The operator gives the same bits on any number of threads; stock torch on a CPU does not. Each operation of fine-tuning
+runs was repeated with the same inputs on 1, 2, 3, 4 and 7 threads (torch 2.13). Two of the 74 kinds of an ordinary run
+of the built-in model gave other bits, the second and the last here; others did at larger sizes:
 
-- matrix products of larger sizes, fp32 (MKL) and bf16 (oneDNN): the sum is split where threads are left over. In fp32
-  ``MKL_CBWR=AVX2,STRICT`` ends that, on Intel's processors and set before torch is imported; for bf16 there is no such
-  setting (``torch.use_deterministic_algorithms`` and ``torch.backends.mkldnn.deterministic`` change nothing).
-- ``_softmax_backward_data``, in eager attention and in SDPA's: one thread runs another copy of the loop than several
-  do, with products and sums fused elsewhere.
-- sums of a whole tensor to one number from 32,768 elements on: one part per thread.
+- matrix products whose sum is split where threads are left over, fp32 (MKL) and bf16 (oneDNN); for LoRA's gradients at
+  width 256 from some 1,000 tokens on. ``MKL_CBWR=AVX2,STRICT``, set before torch is imported, ends that in fp32 on
+  Intel's processors; in bf16 nothing does (not ``torch.use_deterministic_algorithms``, which has no effect on this, nor
+  ``torch.backends.mkldnn.deterministic``).
+- softmax's backward, in eager attention and in SDPA's where heads of keys and values differ in size: one thread gives
+  other bits than several, which agree. Fused attention, forward and backward, gives the same on all.
+- layer_norm's weight gradient, silu's backward, and ``index_put`` that accumulates.
+- sums and means of a whole tensor to one number, beyond 32,768 elements. (Norms, hence clipping, give the same bits.)
 
 So the number that stock torch uses belongs to a run like its seed; :func:`stock_threads` holds it while training.
 """
