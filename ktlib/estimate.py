@@ -186,7 +186,7 @@ def saved_bytes(tokens, top_k, hidden, intermediate, rank):
 
 
 def staging_bytes(tokens, top_k, hidden):
-    """Bytes of pinned memory that one layer's copies take beside what is kept: gradients of the output and of the hidden
+    """Bytes of pinned memory that one layer's copies take beside what is kept: gradients of the output and the hidden
     states in bf16, of the routing weights in fp32, each rounded up to a power of two by torch's allocator."""
     parts = (2 * tokens * hidden, 2 * tokens * hidden, 4 * tokens * top_k)
     return sum(1 << (part - 1).bit_length() for part in parts if part)
