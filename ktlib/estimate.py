@@ -11,9 +11,10 @@ import torch
 from .audit import component
 from .experts import is_experts
 
-GPU_OVERHEAD = 0.6e9  # CUDA context and libraries
+GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
+LEFT = "other weights, left in the file's map"  # resident after they went to the GPU, dropped when memory is short
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
 
@@ -44,7 +45,8 @@ class Estimate:
             host_available = available_memory()
         if self.gpu and gpu_available is None and torch.cuda.is_available():
             gpu_available = torch.cuda.mem_get_info()[0]
-        for where, need, have in (("host", self.host_bytes, host_available), ("GPU", self.gpu_bytes, gpu_available)):
+        host = self.host_bytes - self.host.get(LEFT, 0)
+        for where, need, have in (("host", host, host_available), ("GPU", self.gpu_bytes, gpu_available)):
             if have is not None and need * MARGIN > have:
                 raise MemoryError(f"needs {need * MARGIN / 1e9:.1f} GB of {where} memory, {have / 1e9:.1f} GB are free")
         return self
@@ -108,8 +110,9 @@ def estimate(
 
     Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments; full: 6 bytes
     per trained weight) + for each MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values,
-    and hidden states in and out. Time of the experts = the larger of arithmetic (4 FLOP per active weight and token,
-    forward and backward; full: 6) and of reading every expert twice.
+    and hidden states in and out; with a GPU, the buffers of one layer's copies, and the weights that went there, whose
+    pages of the checkpoint stay resident until something needs the memory. Time of the experts = the larger of
+    arithmetic (4 FLOP per active weight and token, forward and backward; full: 6) and of reading every expert twice.
 
     Raises:
         ValueError: another ``finetuning``.
@@ -149,7 +152,10 @@ def estimate(
     }
     (host if lora_device == "cpu" or not gpu else other)[f"expert {trained}"] = state * routed_lora
     device = other | {"program": GPU_OVERHEAD} if gpu else {}
-    if not gpu:
+    if gpu:
+        host["pinned buffers of copies"] = staging_bytes(tokens, top_k, hidden) if experts else 0
+        host[LEFT] = 2 * rest
+    else:
         host |= other
 
     if not timing:
@@ -177,6 +183,13 @@ def saved_bytes(tokens, top_k, hidden, intermediate, rank):
     """Bytes that one layer's experts keep from forward for backward: for each token ``hidden_states`` in and out, and
     for each of its experts gate and up and the inner values of LoRA (to 16 bits of mantissa, so twice), all in bf16."""
     return 2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)
+
+
+def staging_bytes(tokens, top_k, hidden):
+    """Bytes of pinned memory that one layer's copies take beside what is kept: gradients of the output and the hidden
+    states in bf16, of the routing weights in fp32, each rounded up to a power of two by torch's allocator."""
+    parts = (2 * tokens * hidden, 2 * tokens * hidden, 4 * tokens * top_k)
+    return sum(1 << (part - 1).bit_length() for part in parts if part)
 
 
 def meta_model(config):

@@ -4,14 +4,13 @@ What the notebook ``08_hybrid_training`` and the true-size measurement share. Ev
 adapters, torch's AdamW and checkpointing; the timeline comes from torch's profiler.
 """
 
-import functools
 import resource
 import time
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from .keeping import CHECKPOINTING
 from .lora import lora_config
 from .placement import pin_experts
 
@@ -27,12 +26,10 @@ def checkpoint_all_but_experts(model):
 
     GPU memory shrinks to the layers' inputs, and the slow part of a layer is not computed twice.
     """
-    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.ktlib.moe_experts.default])
-    options = {"use_reentrant": False, "context_fn": keep}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     return model
 
 

@@ -5,6 +5,7 @@ function to call. The C++ side (csrc/) sees addresses of tensors that were check
 the call; it stores nothing.
 """
 
+import functools
 import os
 from collections import namedtuple
 
@@ -25,6 +26,8 @@ from ktlib.checks import (
     describe,
     sizes,
 )
+from ktlib.keeping import once
+from ktlib.threads import operator_threads
 from ktlib.transfer import to_device, to_host
 
 _library = torch.library.Library("ktlib", "DEF")
@@ -238,7 +241,7 @@ def _forward(*arguments):
     output = _empty_like(tensors.hidden_states)
     saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
-    threads = torch.get_num_threads()
+    threads = operator_threads()
     _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
     del held
     return output, *saved
@@ -251,7 +254,7 @@ def _backward(grad_output, *arguments):
     check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
     check_memory("grad_output", grad_output)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
-    threads, shapes = torch.get_num_threads(), _saved_shapes(tensors, settings)
+    threads, shapes = operator_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
         saved = [_empty(shape, torch.bfloat16) for shape in shapes]
         addresses = tuple(t.data_ptr() for t in saved)
@@ -318,7 +321,7 @@ def _no_second_derivative(ctx, *_):
     raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
 
 
-_library.impl("moe_experts", _forward, "CPU")
+_library.impl("moe_experts", functools.partial(once, _forward), "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)

@@ -1,10 +1,9 @@
 """What a fine-tuning run was made of and came to, in its notebook; and the same run once more, compared.
 
-Same seed and parameters, same instruction set, same versions: the same adapter, bit for bit.
+Same seed and parameters, same instruction set, same versions: the same adapter, bit for bit, on any number of threads.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -85,7 +84,6 @@ def repeat(run, notebook, folder, changes=None):
     parameters = before["parameters"] | {"isa": before["isa"], "output_dir": str(Path(folder) / "adapter")}
     if "ablation_steps" in runs.notebook_parameters(notebook):
         parameters["ablation_steps"] = 0
-    os.environ["OMP_NUM_THREADS"] = str(before["threads"])  # of the notebook's kernel; this process has its own by now
     result = runs.run(notebook, folder, parameters | (changes or {}))
     if result["error"]:
         return result | {"results": None, "circumstances": None}

@@ -10,7 +10,6 @@ import inspect
 import os
 import resource
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -43,9 +42,11 @@ from ktlib.cpu import cpu_info
 from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate
 from ktlib.experts import IMPLEMENTATION, is_experts
+from ktlib.keeping import CHECKPOINTING
 from ktlib.lora import adapter_dtype_kept, lora_config
 from ktlib.placement import pin_experts
-from ktlib.tasks import TASKS, load_data
+from ktlib.tasks import TASKS, collator, encode, load_data, prompt_ids
+from ktlib.threads import default_threads, stock_threads
 from ktlib.trace import NonFinite
 
 TARGETS = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
@@ -82,6 +83,7 @@ def check_parameters(
     output_dir="runs/sft",
     isa=None,
     finetuning="lora",
+    torch_threads=None,
 ):
     """Check every parameter of a run before anything heavy happens; returns them as a dict.
 
@@ -97,6 +99,8 @@ def check_parameters(
     - ``isa``: None (the best) or an instruction set of this CPU
     - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
       lora_dtype have no meaning)
+    - ``torch_threads``: None (by the model's size) or a whole number >= 1: threads of stock torch on the CPU while
+      training, on which its rounding depends (:mod:`ktlib.threads`); the operator takes all there are
     """
     given = dict(locals())
 
@@ -108,6 +112,8 @@ def check_parameters(
     for name, minimum in least.items():
         whole = isinstance(given[name], int) and not isinstance(given[name], bool)
         need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
+    whole = isinstance(torch_threads, int) and not isinstance(torch_threads, bool) and torch_threads >= 1
+    need(torch_threads is None or whole, "torch_threads", "none or a whole number >= 1")
     for name in ("alpha", "learning_rate"):
         number = given[name]
         numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
@@ -242,54 +248,6 @@ def estimate_run(parameters):
     )
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-def prompt_ids(tokenizer, prompt):
-    """Token ids of a user prompt up to where the answer starts: the chat template if there is one, else a newline."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n")["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def encode(tokenizer, rows, sequence_length, progress=False):
-    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
-
-    Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
-    """
-    examples = []
-    for row in tqdm(rows, desc="tokenising", leave=False, disable=not progress):
-        prompt = prompt_ids(tokenizer, row["prompt"])
-        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(prompt) + len(response) <= sequence_length:
-            examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    if not examples:
-        raise ValueError(f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits")
-    if len(examples) < len(rows):
-        left_out = len(rows) - len(examples)
-        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=2)
-    return examples
-
-
-def collator(tokenizer):
-    """A function that pads examples on the right to their longest: int64 tensors ``(batch, longest)``."""
-
-    def collate(examples):
-        longest = max(len(example["input_ids"]) for example in examples)
-
-        def pad(rows, filler):
-            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
-        return {
-            "input_ids": pad([example["input_ids"] for example in examples], tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0),
-            "labels": pad([example["labels"] for example in examples], -100),
-        }
-
-    return collate
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +273,7 @@ def train(
     learning_rate=3e-3,
     seed=0,
     gradient_checkpointing=False,
+    torch_threads=None,
     save_every=100,
     progress=True,
     callbacks=(),
@@ -322,6 +281,9 @@ def train(
     """Fine-tune what requires gradients, in place, with a stock Trainer.
 
     AdamW, a cosine schedule with 5 % warm-up, gradients clipped at 1.
+
+    On the CPU the result is the same for any number of threads: stock torch, whose rounding depends on it, works on
+    ``torch_threads`` of them, by default ``ktlib.threads.default_threads``; the operator on as many as there are.
 
     A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
     ``save`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
@@ -338,6 +300,7 @@ def train(
     (step), ``identity`` (of ``checkpoints.run_identity``).
     """
     examples = encode(tokenizer, rows, sequence_length, progress is True)
+    torch_threads = torch_threads or default_threads(model.config)
     identity = run_identity(
         model,
         examples,
@@ -347,6 +310,7 @@ def train(
         sequence_length=sequence_length,
         learning_rate=learning_rate,
         seed=seed,
+        torch_threads=torch_threads,
     )
     checkpoints = Path(output_dir) / CHECKPOINTS
     names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
@@ -363,7 +327,7 @@ def train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=seed,
-        **{checkpointing: gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        **{checkpointing: gradient_checkpointing, f"{checkpointing}_kwargs": CHECKPOINTING},
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
         save_steps=save_every,
@@ -378,7 +342,7 @@ def train(
     guard = StopOnNonFinite(folder=output_dir)
     is_peft = hasattr(model, "peft_config")
     dtype_kept = adapter_dtype_kept(model) if is_peft else contextlib.nullcontext()
-    with writing(output_dir), locked(output_dir), dtype_kept, contextlib.closing(guard):
+    with writing(output_dir), locked(output_dir), dtype_kept, contextlib.closing(guard), stock_threads(torch_threads):
         check_space(output_dir, model)
         resume, first_step = start_or_resume(checkpoints, identity) or (None, 0)
         trainer = Trainer(

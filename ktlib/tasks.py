@@ -1,4 +1,4 @@
-"""Instruction data for fine-tuning: built-in tasks with leak-free splits, and JSONL files of prompt/response rows.
+"""Instruction data for fine-tuning: built-in tasks with leak-free splits, JSONL files of prompt/response rows, batches.
 
 A row is ``{"prompt": str, "response": str}``. The embedded base model (``ktlib.base_model``) has seen none of the
 built-in tasks: its documents contain no date in digits, and they use its words without a code.
@@ -7,7 +7,11 @@ built-in tasks: its documents contain no date in digits, and they use its words 
 import calendar
 import json
 import random
+import warnings
 from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
 
 MONTHS = calendar.month_name[1:]
 
@@ -128,3 +132,48 @@ def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
     train = [row for row in rows if row["prompt"] not in held_out]
     test = list({row["prompt"]: row for row in rows if row["prompt"] in held_out}.values())
     return train, test
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids of a user prompt up to where the answer starts: the chat template if there is one, else a newline."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt + "\n")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode(tokenizer, rows, sequence_length, progress=False):
+    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
+
+    Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
+    """
+    examples = []
+    for row in tqdm(rows, desc="tokenising", leave=False, disable=not progress):
+        prompt = prompt_ids(tokenizer, row["prompt"])
+        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(prompt) + len(response) <= sequence_length:
+            examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    if not examples:
+        raise ValueError(f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits")
+    if len(examples) < len(rows):
+        left_out = len(rows) - len(examples)
+        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=2)
+    return examples
+
+
+def collator(tokenizer):
+    """A function that pads examples on the right to their longest: int64 tensors ``(batch, longest)``."""
+
+    def collate(examples):
+        longest = max(len(example["input_ids"]) for example in examples)
+
+        def pad(rows, filler):
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+        return {
+            "input_ids": pad([example["input_ids"] for example in examples], tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0),
+            "labels": pad([example["labels"] for example in examples], -100),
+        }
+
+    return collate

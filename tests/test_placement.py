@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from models import FAMILIES, expert_modules, random_adapter, relative_error, tiny_model, tokens
 from packaging.version import Version
 from peft import get_peft_model
@@ -14,6 +15,7 @@ from simulated_device import register
 import ktlib
 from ktlib import hybrid, sft, transfer
 from ktlib.placement import placement
+from ktlib.tasks import dates
 
 SIM = register()
 NOISE = 2**-7  # the simulated device rounds like the CPU, but takes other kernels
@@ -124,6 +126,33 @@ def test_fine_tuning_pins_the_experts_where_there_is_a_gpu(cuda, experts, stays,
     assert devices(model, is_other) == {"sim"}
 
 
+def test_fine_tuning_with_the_rest_on_a_gpu(tmp_path, monkeypatch, one_thread):
+    """sft with a Trainer that takes the simulated device, from which nothing can be saved, for its own: same losses."""
+
+    class NothingSaved(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = False
+
+    rows, losses, tensor = dates(n_train=16, n_test=4)[0], [], torch.tensor
+    # the simulated device cannot make a tensor of Python numbers
+    monkeypatch.setattr(torch, "tensor", lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device))
+    for device in (torch.device("cpu"), SIM):
+        for owner, state in ((transformers.TrainingArguments, "_setup_devices"), (Accelerator, "state")):
+            chosen = property(lambda self, state=state, device=device: getattr(self, state) and device)
+            monkeypatch.setattr(owner, "device", chosen)
+        model, tokenizer = sft.load_model("base")
+        ktlib.pin_experts(model)  # load_model does it where there is CUDA
+        model.config.use_cache = False
+        model = sft.prepare(model, targets="all", rank=4)
+        options = {"steps": 3, "batch_size": 2, "sequence_length": 64, "gradient_checkpointing": True}
+        options |= {"progress": False, "callbacks": [NothingSaved()]}
+        log = sft.train(model, tokenizer, rows, tmp_path / str(device), **options)["log"]
+        losses.append([entry["loss"] for entry in log])
+        assert devices(model, is_expert) == devices(model, is_expert_lora) == {"cpu"}
+        assert devices(model, is_other) == {device.type}
+    assert losses[1] == pytest.approx(losses[0], rel=SAME)
+
+
 def test_to_empty():
     with torch.device("meta"):
         model = tiny_model.__globals__["transformers"].AutoModelForCausalLM.from_config(
@@ -210,7 +239,8 @@ def test_checkpointing(kind):
     assert_same(loss_and_gradients(model), wanted, bound=SAME)
 
 
-def test_selective_checkpointing_computes_experts_once(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", SIM], ids=str)
+def test_selective_checkpointing_computes_experts_once(device, monkeypatch):
     from ktlib import ops
 
     calls, forward = [], ops._kernels.forward
@@ -225,7 +255,7 @@ def test_selective_checkpointing_computes_experts_once(monkeypatch):
 
     monkeypatch.setattr(ops, "_kernels", Counted)
     for enable, wanted in ((hybrid.checkpoint_all_but_experts, 1), (lambda m: m.gradient_checkpointing_enable(), 2)):
-        model = adapted(device="cpu")
+        model = adapted(device=device)
         enable(model)
         calls.clear()
         loss_and_gradients(model)

@@ -100,17 +100,21 @@ def test_digest_sees_every_bit_and_name(tmp_path):
     assert len(set(different)) == len(different) and of(a=base) == different[0]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_same_seed_same_bits_after_50_steps(threads, tmp_path):
+@pytest.mark.parametrize("isa, threads", [(None, (1, 2, 3, 4)), *((isa, (1, 3)) for isa in ("avx2", "amx_emulated"))])
+def test_same_seed_same_bits_after_50_steps_on_any_number_of_threads(isa, threads, tmp_path, monkeypatch):
+    if missing := isa and cpu_info()["isas"][isa]:
+        pytest.skip(missing)
+    monkeypatch.setenv("KTLIB_ISA", isa or "")
     before, digests = torch.get_num_threads(), []
-    torch.set_num_threads(threads)
     try:
-        for name in ("first", "second"):
+        for count in threads:
+            torch.set_num_threads(count)
             model, tokenizer = sft.load_model("base")
             model = sft.add_lora(model, rank=4, alpha=8)
             options = {"steps": 50, "batch_size": 2, "sequence_length": 64, "progress": False, "save_every": 1000}
-            sft.train(model, tokenizer, dates(n_train=100, n_test=8)[0], tmp_path / name, **options)
-            digests.append(repeat.digest(sft.save(model, tmp_path / name)))
+            sft.train(model, tokenizer, dates(n_train=100, n_test=8)[0], tmp_path / str(count), **options)
+            assert torch.get_num_threads() == count
+            digests.append(repeat.digest(sft.save(model, tmp_path / str(count))))
     finally:
         torch.set_num_threads(before)
-    assert digests[0] == digests[1]
+    assert len(set(digests)) == 1

@@ -78,6 +78,9 @@ def test_defaults_are_valid():
         ("isa", ""),
         ("finetuning", "dora"),
         ("finetuning", None),
+        ("torch_threads", 0),
+        ("torch_threads", True),
+        ("torch_threads", "2"),
     ],
 )
 def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):

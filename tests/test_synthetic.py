@@ -10,10 +10,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from ktlib import stored, synthetic
-from ktlib.estimate import Estimate, estimate, meta_model, saved_bytes
+from ktlib.estimate import LEFT, Estimate, estimate, meta_model, saved_bytes, staging_bytes
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
-PARAMS = Path(__file__).parents[1] / "notebooks" / "params"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+PARAMS, RECORDED = NOTEBOOKS / "params", NOTEBOOKS / "recorded" / "hybrid_true_size.json"
 
 
 def load(folder):
@@ -88,6 +89,29 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
     there = estimate(CONFIG, lora_device="cuda", **options)
     assert "expert adapters, gradients, moments" in there.gpu
+    assert LEFT not in alone.host and there.host[LEFT] == there.gpu["other weights"]
+
+
+def test_what_the_kernel_can_drop_does_not_keep_a_run_from_starting():
+    needed = Estimate({"expert weights": 30e9, LEFT: 10e9}, {})
+    assert needed.host_bytes == 40e9 and needed.check(32e9) is needed
+    with pytest.raises(MemoryError, match=r"needs 31.5 GB of host memory, 31.0 GB are free"):
+        needed.check(31e9)
+
+
+def test_the_recorded_run_took_what_the_formulas_say():
+    """At true size, on a real GPU: host and GPU within 5 percent."""
+    recorded = json.loads(RECORDED.read_text())
+    for part, logits in (("run_main", 129), ("all_logits", 512)):
+        said = estimate(synthetic.deepseek_v2_lite(), rank=8, tokens=4096, logits_per_row=logits, timing=False)
+        took = recorded["parts"][part]
+        assert took["host_peak"] == pytest.approx(said.host_bytes, rel=0.05)
+        assert took["gpu_used_with_context"] == pytest.approx(said.gpu_bytes, rel=0.05)
+
+
+def test_pinned_buffers_are_powers_of_two():
+    assert staging_bytes(4096, 6, 2048) == 2 * 2**24 + 2**17
+    assert staging_bytes(5, 2, 3) == 32 + 32 + 64
 
 
 @pytest.mark.parametrize("file", sorted(PARAMS.glob("*.yaml")), ids=lambda file: file.stem)
