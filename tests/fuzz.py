@@ -17,7 +17,7 @@ import torch
 import ktlib
 from ktlib import ops, reference
 
-NAMES = tuple(name for name in ops._NAMES if not name.endswith("bias"))
+NAMES = tuple(name for name in ops._NAMES if not name.endswith(("bias", "seed")))
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place
@@ -86,7 +86,9 @@ def _layer(choose):
     for name in tensors:
         tensors[name] = _in_other_memory(choose, tensors[name], contiguous=name in ("gate_up_proj", "down_proj"))
     scaling = choose.pick([0.0, 1, 2.0, -0.5])
-    return tensors, {"scaling": scaling, "isa": choose.pick(ISAS), "grad": _memory_of_gradient(choose)}
+    dropout = {"lora_dropout": choose.pick([0.0, 0.3, 0.9]), "dropout_seed": choose.integer(-(2**63), 2**63 - 1)}
+    options = {"scaling": scaling, "isa": choose.pick(ISAS), "grad": _memory_of_gradient(choose), "dropout": dropout}
+    return tensors, options
 
 
 def _in_other_memory(choose, tensor, contiguous):
@@ -124,7 +126,7 @@ def call(tensors, options, function=ktlib.moe_experts, **other):
     for name in ("gate_up_lora", "down_lora"):
         if f"{name} lora_A" in tensors:
             lora[name] = (tensors[f"{name} lora_A"], tensors[f"{name} lora_B"], options["scaling"])
-    return function(*(tensors[name] for name in NAMES[:5]), **lora, **other)
+    return function(*(tensors[name] for name in NAMES[:5]), **lora, **options["dropout"], **other)
 
 
 def _computed(choose, tensors, options):
