@@ -57,9 +57,8 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
     bf16* input = rows[task.row];
     if (mask) {
       bf16* kept = kept_scratch[thread];
-      std::memset(kept, 0, size_t(task.rows * rows.stride) * sizeof(bf16));  // the tails
       mask.fill(kept, rows.stride, task.row, task.rows, 0, int(rows.size));
-      keep(kept, kept, input, task.rows * rows.stride);
+      keep(kept, kept, input, task.rows * rows.stride);  // zero in the tails, as they are
       input = kept;
     }
     const Term product = {input, rows.stride, lora.a(task.expert), lora.in_depth, int(rows.size), true};

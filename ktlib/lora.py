@@ -98,7 +98,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         """The probability that training drops an element with; 0.0 in evaluation, and on the weight of a Linear."""
         active = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         layers = [self.lora_dropout[adapter] for adapter in active if self.lora_dropout[adapter].training]
-        dropout = max((layer.p for layer in layers if isinstance(layer, torch.nn.Dropout)), default=0.0)
+        dropout = max([0.0, *(layer.p for layer in layers if isinstance(layer, torch.nn.Dropout))])
         if dropout and len(active) > 1:
             raise ValueError(
                 f"lora_dropout: got {dropout} with adapters {', '.join(active)} active at once, which would drop the "

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import FAMILIES, random_adapter, relative_error, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_compile import ONE_GRAPH
 from test_lora import FORWARD_BOUND, GRADIENT_BOUND, chosen_experts, gradients
 
 import ktlib
@@ -176,7 +177,7 @@ def test_gradient_checkpointing_repeats_the_masks(kind):
 def test_compiled_models_draw_in_every_step():
     model = adapted("olmoe", target_modules=[])
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=ONE_GRAPH)
 
     def steps(forward):
         torch.manual_seed(7)
@@ -192,15 +193,16 @@ def test_compiled_models_draw_in_every_step():
 
 
 def test_each_adapter_has_its_own_dropout():
-    model = adapted()
-    model.add_adapter("other", lora_config(model, r=4, lora_dropout=0.0))
+    model = adapted("qwen3_moe", target_modules=[])
+    model.add_adapter("other", lora_config(model, r=4, lora_dropout=0.6, target_modules=[]))
+    model.add_adapter("none", lora_config(model, r=4, lora_dropout=0.0, target_modules=[]))
     random_adapter(model)
-    model.set_adapter("other")
-    assert torch.equal(logits(model), logits(model))
-    model.set_adapter("default")
-    assert not torch.equal(logits(model), logits(model))
+    for name, p in (("default", P), ("other", 0.6), ("none", 0.0)):
+        model.set_adapter(name)
+        assert {wrapper._expert_dropout() for wrapper in wrappers(model)} == {p}
+        assert torch.equal(logits(model), logits(model)) == (name == "none")
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="lora_dropout: got 0.3 with adapters default, other active at once"):
+    with pytest.raises(ValueError, match="lora_dropout: got 0.6 with adapters default, other active at once"):
         logits(model)
     logits(model.eval())
 

@@ -255,7 +255,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
 
 
 def test_dropout_changes_the_curve_and_repeats(tmp_path):
-    """Another curve than without; the same seed, and a run that was interrupted, give the same bits; the file says it."""
+    """Another curve than without; the same bits with the same seed, also after an interruption; the file says it."""
     options = SMALL | {"steps": 4, "save_every": 2}
 
     def trained(name, lora_dropout=0.2, seed=0, **more):
