@@ -74,12 +74,13 @@ sanitize: setup ## the operator's tests under AddressSanitizer and UndefinedBeha
 	$(timed) KTLIB_TEST_EXTENSION="$$(ls build/sanitize/_kernels*.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$(call CXX_LIB,libasan.so) $(call CXX_LIB,libubsan.so)" \
-		$(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py
+		$(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
 	$(call sanitized,tsan,thread)
 	$(timed) .venv/bin/cmake --build build/tsan
 	$(timed) KTLIB_TEST_EXTENSION="$$(ls build/tsan/_kernels*.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 		LD_PRELOAD="$(call CXX_LIB,libtsan.so)" $(FIXED_ADDRESSES) $(PY) -m pytest tests/test_moe_experts.py \
-		tests/test_ops.py -k "test_ops or any_number_of_threads or expert_weights or routings or long_batches"
+		tests/test_ops.py tests/test_dropout.py \
+		-k "test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
 
 lint: setup ## ruff only
 	$(PY) -m ruff check .

@@ -13,6 +13,7 @@ from test_lora import FORWARD_BOUND, GRADIENT_BOUND, chosen_experts, gradients
 import ktlib
 from ktlib import experts, hybrid, reference
 from ktlib.lora import ParamWrapper, lora_config
+from ktlib.trace import NonFinite
 from ktlib.validation import evaluate, in_float64, random_layer
 
 P = 0.3
@@ -247,6 +248,17 @@ def test_other_parameters_are_left_to_stock_peft_which_refuses():
 def test_what_is_no_probability_is_refused(value, error):
     with pytest.raises(error, match="lora_dropout: got"):
         lora_config(tiny_model("olmoe"), lora_dropout=value)
+
+
+def test_the_tracer_says_that_it_looked_without_dropout(monkeypatch):
+    model = adapted()
+    compute = experts.moe_experts
+    monkeypatch.setattr(experts, "moe_experts", lambda *a, **o: compute(*a, **o) * float("nan"))
+    with (
+        pytest.raises(NonFinite, match="in plain torch without dropout: look for memory"),
+        ktlib.trace_nonfinite(model),
+    ):
+        model(tokens())
 
 
 # ------------------------------------------------------------------------------------------------ files
