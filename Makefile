@@ -81,16 +81,16 @@ FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
 	$(timed) .venv/bin/cmake --build build/sanitize
-	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py
+	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
 	$(timed) $(ASAN) $(FUZZ)
 	$(call sanitized,tsan,thread)
 	$(timed) .venv/bin/cmake --build build/tsan
-	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py \
-		-k "test_ops or any_number_of_threads or expert_weights or routings or long_batches"
+	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py \
+		-k "test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
 	$(timed) $(TSAN) $(FUZZ)
 	$(call sanitized,pages,pages,Release)
 	$(timed) .venv/bin/cmake --build build/pages
-	$(timed) $(FORBIDDEN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py
+	$(timed) $(FORBIDDEN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
 	$(timed) $(FORBIDDEN) $(FUZZ)
 
 lint: setup ## ruff only

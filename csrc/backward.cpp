@@ -7,11 +7,13 @@
 //     dx = [dgate dup] . W_gate_up
 //
 // A LoRA pair adds its term to the same accumulators, as `rank` more rows of the contraction, and its gradients are
-// products over the tokens of an expert, taken block by block where the other factor is at hand.
+// products over the tokens of an expert, taken block by block where the other factor is at hand. With dropout on the
+// pair's input that term is a product of its own, of which the mask keeps a part.
 #include <cstring>
 
 #include "bias.h"
 #include "combine.h"
+#include "dropout.h"
 #include "lora.h"
 #include "moe.h"
 #include "parallel.h"
@@ -103,6 +105,13 @@ Term lora_term(const LoraForm& lora, const Task& task, const Inner& inner, int64
           false};
 }
 
+// c[rows][columns] (ld kLdc) += what the mask [rows][kColumnsOut] keeps of the term. product: as much scratch as c.
+void add_kept_term(const Kernels& k, float* c, int rows, int columns, const Term& term, const bf16* mask, float* product,
+                   bf16* panel) {
+  sum_of_products(k, product, rows, columns, {term}, panel);
+  for (int i = 0; i < rows; i++) add_kept(c + i * kLdc, product + i * kLdc, mask + i * kColumnsOut, columns);
+}
+
 // One part of the batch. saved_ld: slots of the whole batch.
 void backward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
                    const LoraForm& down_lora, const Saved& saved, int64_t saved_ld, const bf16* grad_output,
@@ -132,6 +141,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const ThreadBuffer<float> r_scratch(threads, rank_rows * kMaxWidth);
   const ThreadBuffer<bf16> panel_scratch(threads, std::max<int64_t>(kPanels, kRows * kMaxWidth));
   const ThreadBuffer<bf16> h_scratch(threads, down_lora ? int64_t(kRows) * kColumnsOut : 0);
+  const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
+  const bool masked = x_mask || h_mask;
+  const ThreadBuffer<bf16> mask_scratch(threads, masked ? int64_t(kRows) * kColumnsOut : 0);
+  const ThreadBuffer<float> term_scratch(threads, masked ? (kRows + k.row_unit) * kLdc : 0);
 
   // 1. sort grad_output and the routing weights; inner values of down
   const std::vector<Task> row_blocks = row_tasks(plan, kRowsSmall);
@@ -162,10 +175,16 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
     bf16* panel = panel_scratch[thread];
     float* dh = c_scratch[thread];  // [rows][kLdc]
     const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter;
+    const Term of_lora = lora_term(down_lora, task, down_inner, task.first);
     sum_of_products(k, dh, task.rows, task.count,
                     {term(dy + task.row * hidden_stride, hidden_stride, w, hidden, inter, task.first, in.transposed),
-                     lora_term(down_lora, task, down_inner, task.first)},
+                     h_mask ? Term{} : of_lora},
                     panel);
+    const bf16* mask = mask_scratch[thread];
+    if (h_mask) {
+      h_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, task.first, task.count);
+      add_kept_term(k, dh, task.rows, task.count, of_lora, mask, term_scratch[thread], panel);
+    }
     const GateUp block(in, inter, task.first, task.count);
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
@@ -185,6 +204,8 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       for (bool low : {false, true}) {
         if (low) low_part(dh, dh, kLdc, task.rows, task.count);
         for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kLdc, 1.0f, task.count);
+        for (int i = 0; h_mask && i < task.rows; i++)
+          keep(h + i * kColumnsOut, h + i * kColumnsOut, mask + i * kColumnsOut, task.count);
         lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
                   down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, low, panel, r_scratch[thread]);
       }
@@ -212,22 +233,32 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
       const Task& task = hidden_tasks[index];
       const int64_t feature = first + task.first;
       bf16* panel = panel_scratch[thread];
+      bf16* mask = mask_scratch[thread];
+      if (x_mask && (want_x || gate_up_grads.A))
+        x_mask.fill(mask, kColumnsOut, task.row, task.rows, int(feature), task.count);
       if (want_x) {
         float* c = c_scratch[thread];
         const bf16* w = in.gate_up_proj + task.expert * 2 * shape.inter * hidden;
+        const Term of_lora = lora_term(gate_up_lora, task, gate_up_inner, feature);
         sum_of_products(k, c, task.rows, task.count,
                         {term(d_gate_up + task.row * gate_up_stride, gate_up_stride, w, 2 * inter, hidden, feature,
                               in.transposed),
-                         lora_term(gate_up_lora, task, gate_up_inner, feature)},
+                         x_mask ? Term{} : of_lora},
                         panel);
+        if (x_mask) add_kept_term(k, c, task.rows, task.count, of_lora, mask, term_scratch[thread], panel);
         for (int i = 0; i < task.rows; i++)
           std::memcpy(dx + (task.row + i) * range + task.first, c + i * kLdc, size_t(task.count) * sizeof(float));
       }
       const int64_t column = token_column(plan, task);
-      if (gate_up_grads.A)
+      if (gate_up_grads.A) {
+        const bf16* x = in.hidden_states + feature;
+        const int32_t* tokens = plan.token_of_row.data() + task.row;
+        for (int i = 0; x_mask && i < task.rows; i++)
+          keep(mask + i * kColumnsOut, mask + i * kColumnsOut, x + tokens[i] * shape.hidden, task.count);
         lora_grad(k, gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + column,
-                  gate_up_inner.ld, in.hidden_states + feature, hidden, plan.token_of_row.data() + task.row, task.rows,
-                  task.count, false, panel, r_scratch[thread]);
+                  gate_up_inner.ld, x_mask ? mask : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
+                  task.rows, task.count, false, panel, r_scratch[thread]);
+      }
       if (down_grads.B)
         lora_grad(k, down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + column,
                   down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows, task.count,

@@ -26,8 +26,10 @@ using MatrixArgs = std::tuple<uintptr_t, bool>;                            // ad
 using LoraArgs = std::tuple<uintptr_t, uintptr_t, bool, int, float>;       // A, B, fp32, rank (0: absent), scaling
 using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, hidden, inter, experts, topk
 using GateArgs = std::tuple<int, float, float>;                            // activation, limit, alpha
+using DropoutArgs = std::tuple<int64_t, uint32_t>;                         // seed, threshold
 using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixArgs, MatrixArgs, LoraArgs,
-                             LoraArgs, GateArgs, bool, bool, int>;  // ... biases, LoRA, gate, transposed, interleaved, parts
+                             LoraArgs, GateArgs, bool, bool, int,
+                             DropoutArgs>;  // ... biases, LoRA, gate, transposed, interleaved, parts, dropout
 
 Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
 
@@ -46,12 +48,14 @@ Gate gate(const GateArgs& args) {
   return {Activation(kind), limit, alpha};
 }
 
+Dropout dropout(const DropoutArgs& args) { return {uint64_t(std::get<0>(args)), std::get<1>(args)}; }
+
 Inputs inputs(const InputArgs& args) {
   const auto& [hidden_states, index, weights, gate_up, down, gate_up_bias, down_bias, gate_up_lora, down_lora, kind,
-               transposed, interleaved, parts] = args;
+               transposed, interleaved, parts, drop] = args;
   return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
           at<const bf16>(down), matrix(gate_up_bias), matrix(down_bias), lora(gate_up_lora), lora(down_lora),
-          gate(kind), transposed, interleaved, parts};
+          gate(kind), transposed, interleaved, parts, dropout(drop)};
 }
 
 using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
@@ -190,5 +194,9 @@ NB_MODULE(_kernels, m) {
     for (uintptr_t row : rows) pointers.push_back(at<const float>(row));
     select_isa(isa).combine(fp32 ? nullptr : at<bf16>(out), fp32 ? at<float>(out) : nullptr, pointers.data(),
                             at<const float>(weights), int(rows.size()), size);
+  });
+  m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const DropoutArgs& drop, uint32_t projection,
+                        int64_t slot, int first, int count) {
+    select_isa(isa).keep_mask(at<bf16>(mask), dropout(drop), projection, slot, first, count);
   });
 }

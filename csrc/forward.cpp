@@ -5,6 +5,7 @@
 
 #include "bias.h"
 #include "combine.h"
+#include "dropout.h"
 #include "forward_transposed.h"
 #include "limit.h"
 #include "lora.h"
@@ -30,10 +31,14 @@ void for_panels(const Kernels& k, const Plan& plan, const Task& task, const Body
 }
 
 // t = scaling * lora_A . panel, as the panel that continues the product with the weights: [depth][width], high then low.
-void lora_project(const Kernels& k, const LoraForm& lora, int expert, const bf16* panel, int width, int tokens,
-                  bf16* t_panel, float* c, bf16* saved, int64_t saved_ld) {
+// The panel's tokens are the rows from `row` on. kept: scratch (dropout.h).
+void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask, int expert, const bf16* panel, int width,
+                  int64_t row, int tokens, bf16* t_panel, float* c, bf16* kept, bf16* saved, int64_t saved_ld) {
   const int64_t size = int64_t(lora.rank) * width;
-  k.multiply(c, width, lora.a(expert), lora.in_depth, panel, width, lora.rank, int(lora.in_depth), false);
+  if (mask)
+    multiply_kept(k, mask, c, lora, expert, panel, width, row, tokens, kept);
+  else
+    k.multiply(c, width, lora.a(expert), lora.in_depth, panel, width, lora.rank, int(lora.in_depth), false);
   for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
   low_part(c + size, c, width, lora.rank, width);
   std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
@@ -59,6 +64,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
+  const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
+  const ThreadBuffer<bf16> kept_scratch(threads, x_mask || h_mask ? kKeptScratch : 0);
   const int64_t padded_features = padded_size(k, kFeatures, hidden);
   const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
 
@@ -69,8 +76,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
       bf16* panel = x_panels + column * hidden_depth;
       k.pack_rows(panel, width, in.hidden_states, hidden, plan.token_of_row.data() + row, tokens, hidden);
       if (gate_up_lora)
-        lora_project(k, gate_up_lora, panels[index].expert, panel, width, tokens,
-                     gate_up_t + column * gate_up_lora.depth, c_scratch[thread],
+        lora_project(k, gate_up_lora, x_mask, panels[index].expert, panel, width, row, tokens,
+                     gate_up_t + column * gate_up_lora.depth, c_scratch[thread], kept_scratch[thread],
                      saved.t_gate_up ? saved.t_gate_up + row : nullptr, saved_ld);
     });
   });
@@ -127,9 +134,9 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
   if (down_lora)
     parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
       for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
-        lora_project(k, down_lora, panels[index].expert, h_panels + column * inter_depth, width, tokens,
-                     down_t + column * down_lora.depth, c_scratch[thread], saved.t_down ? saved.t_down + row : nullptr,
-                     saved_ld);
+        lora_project(k, down_lora, h_mask, panels[index].expert, h_panels + column * inter_depth, width, row, tokens,
+                     down_t + column * down_lora.depth, c_scratch[thread], kept_scratch[thread],
+                     saved.t_down ? saved.t_down + row : nullptr, saved_ld);
       });
     });
 

@@ -6,6 +6,7 @@
 
 #include "bias.h"
 #include "combine.h"
+#include "dropout.h"
 #include "limit.h"
 #include "parallel.h"
 #include "plan.h"
@@ -46,11 +47,21 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> h_scratch(threads, kFeatures);
   const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
+  const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
+  const int64_t kept_rows = x_mask || h_mask ? kRowsSmall + k.row_unit : 0;
+  const ThreadBuffer<bf16> kept_scratch(threads, kept_rows * std::max(x.stride, h.stride));
 
   // t of one pair from the rows that it adapts; the saved form by rank.
-  auto project = [&](const LoraForm& lora, const Task& task, const PaddedRows& rows, const Buffer<bf16>& t, bf16* saved_t,
-                     int thread) {
-    const Term product = {rows[task.row], rows.stride, lora.a(task.expert), lora.in_depth, int(rows.size), true};
+  auto project = [&](const LoraForm& lora, const InputMask& mask, const Task& task, const PaddedRows& rows,
+                     const Buffer<bf16>& t, bf16* saved_t, int thread) {
+    bf16* input = rows[task.row];
+    if (mask) {
+      bf16* kept = kept_scratch[thread];
+      mask.fill(kept, rows.stride, task.row, task.rows, 0, int(rows.size));
+      keep(kept, kept, input, task.rows * rows.stride);  // zero in the tails, as they are
+      input = kept;
+    }
+    const Term product = {input, rows.stride, lora.a(task.expert), lora.in_depth, int(rows.size), true};
     lora_inner(k, lora, product, task.rows, nullptr, t + task.row * lora.depth, saved_t ? saved_t + task.row : nullptr,
                saved_ld, panel_scratch[thread], c_scratch[thread]);
   };
@@ -70,7 +81,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
       x.clear_tail(row);
       h.clear_tail(row);
     }
-    if (gate_up_lora) project(gate_up_lora, task, x, gate_up_t, saved.t_gate_up, thread);
+    if (gate_up_lora) project(gate_up_lora, x_mask, task, x, gate_up_t, saved.t_gate_up, thread);
   });
 
   // 2. gate, up, h = act(gate) * up
@@ -106,7 +117,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
   // 3. t of down
   if (down_lora)
     parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
-      project(down_lora, row_blocks[index], h, down_t, saved.t_down, thread);
+      project(down_lora, h_mask, row_blocks[index], h, down_t, saved.t_down, thread);
     });
 
   for (int first = 0; output && first < hidden; first += range) {

@@ -34,6 +34,13 @@ struct Gate {
   bool has_limit() const { return limit < __builtin_inff(); }
 };
 
+// Of the inputs of LoRA pairs: an element is zero where its random number is below the threshold (of 2^32), else divided
+// by the share of the others. The caller's scaling of the pair has that division in it. threshold 0: no dropout.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+};
+
 static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Elements from row to row of a scratch matrix of bf16 or fp32: whole cache lines, an odd number of them. Rows a power
@@ -97,6 +104,9 @@ struct Kernels {
   // out[i] = sum_j weights[j] * rows[j][i] in the order of j; weights null = ones. Exactly one of out_bf16, out_f32.
   void (*combine)(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count,
                   int64_t size);
+
+  // mask[i] = all ones where element first + i of the input of one LoRA pair (`projection`) is kept for a slot, else zero.
+  void (*keep_mask)(bf16* mask, const Dropout& dropout, uint32_t projection, int64_t slot, int first, int count);
 
   // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
   // floating-point operations done. Null where there is no such ceiling to speak of.

@@ -38,6 +38,7 @@ void round_to_bf16(bf16* __restrict dst, const float* __restrict src, float scal
   for (int64_t i = 0; i < count; i++) dst[i] = to_bf16(scale * src[i]);
 }
 
+#include "kernels_dropout.h"
 #include "kernels_gates.h"
 
 void widen(float* __restrict dst, const bf16* __restrict src, float scale, int64_t count) {

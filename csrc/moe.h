@@ -64,12 +64,15 @@ struct Inputs {
   Gate gate;
   bool transposed, interleaved;
   int parts = 1;               // of the weights' rows, by NUMA node: a preference of threads for tasks (parallel.h)
+  Dropout dropout;             // of the input of both LoRA pairs, by slot of the whole batch
+  int64_t first_slot = 0;      // of this part of the batch
 
   Inputs from_token(const Shape& shape, int64_t token) const {
     Inputs part = *this;
     part.hidden_states += token * shape.hidden;
     part.top_k_index += token * shape.topk;
     part.top_k_weights += token * shape.topk;
+    part.first_slot += token * shape.topk;
     return part;
   }
 };

@@ -20,6 +20,7 @@ _LAZY = {
     "factor_adapters": "ktlib.lora",
     "fuse_checkpoint": "ktlib.fused_checkpoints",
     "import_adapter": "ktlib.adapters",
+    "load_lora_config": "ktlib.lora",
     "load_runs": "ktlib.runs",
     "lora_config": "ktlib.lora",
     "pin_experts": "ktlib.placement",

@@ -13,6 +13,7 @@ from .stored import Stored
 
 CONFIG, WEIGHTS, FUSED_FILE = "adapter_config.json", "adapter_model.safetensors", "fused_expert_lora.safetensors"
 PREFIX = "base_model.model."
+SAVED_DROPOUT = "ktlib_lora_dropout"  # what lora_dropout is called in an adapter_config.json of expert parameters
 
 
 class Pair(NamedTuple):
@@ -60,6 +61,7 @@ def _peft_config(settings, pairs, config):
         model,
         r=settings["r"],
         lora_alpha=settings["lora_alpha"],
+        lora_dropout=_dropout(settings),
         target_modules=modules,
         target_parameters=_short(parameters, model),
         rank_pattern=_pattern({name: pair.rank for name, pair in pairs.items()}, settings["r"], linears),
@@ -77,6 +79,11 @@ def _peft_config(settings, pairs, config):
             weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
             slots[weight] = tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
     return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}
+
+
+def _dropout(settings):
+    """By either name: with modules per expert it is stock PEFT's own (see :mod:`ktlib.lora`)."""
+    return settings.get(SAVED_DROPOUT) or settings.get("lora_dropout") or 0.0
 
 
 def _short(parameters, model):
@@ -143,7 +150,8 @@ def write_apart(folder, settings, pairs, saved, config, layout):
             ours[weight] = _apart(weight, pair, pairs, settings.get("use_rslora"))
         else:
             rest[spelling.old_name(weight).removesuffix(".weight")] = pair
-    settings = settings | {"target_parameters": None, "inference_mode": True}
+    settings = settings | {"target_parameters": None, "inference_mode": True, "lora_dropout": _dropout(settings)}
+    settings.pop(SAVED_DROPOUT, None)
     if layout == "ktransformers":
         settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, model)
         stacks = {}

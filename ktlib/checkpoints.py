@@ -105,6 +105,7 @@ def run_identity(model, examples, **options):
         (trained if parameter.requires_grad else frozen).append((name, parameter.shape, str(parameter.dtype), first))
     adapters = getattr(model, "peft_config", {}).values()
     configs = [(c.r, c.lora_alpha, c.use_rslora, sorted(c.alpha_pattern.items())) for c in adapters]
+    configs += [c.lora_dropout for c in adapters if c.lora_dropout]
     return options | {
         "adapters" if configs else "weights": fingerprint([trained, configs]),
         "model": fingerprint(frozen),

@@ -155,6 +155,31 @@ def check_gate(gate, limit, alpha):
     return (math.inf if limit is None else float(limit)), (ALPHA if alpha is None else float(alpha))
 
 
+def check_probability(name, value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    if not 0 <= value < 1:  # also NaN
+        raise ValueError(f"{name}: got {value}, needs a probability, at least 0 and below 1")
+
+
+def check_dropout(lora_dropout, dropout_seed):
+    """The seed as the registered op takes it, a 0-d tensor; None without dropout."""
+    check_probability("lora_dropout", lora_dropout)
+    if isinstance(dropout_seed, torch.Tensor):
+        check_tensor("dropout_seed", dropout_seed, (torch.int64,), 0)
+        if dropout_seed.device.type != "cpu":
+            raise ValueError(f"dropout_seed: got a tensor on {dropout_seed.device}, needs one on the CPU")
+    elif dropout_seed is not None:
+        if isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
+            raise TypeError(f"dropout_seed: got {type(dropout_seed).__name__}, needs None, an int or a 0-d tensor")
+        if not -(2**63) <= dropout_seed < 2**63:
+            raise ValueError(f"dropout_seed: got {dropout_seed}, needs an int of 64 bits")
+        dropout_seed = torch.tensor(dropout_seed, dtype=torch.int64, device="cpu")
+    if lora_dropout == 0:
+        return None
+    return torch.randint(2**63 - 1, (), device="cpu") if dropout_seed is None else dropout_seed
+
+
 def check_lora(name, lora, experts, in_features, out_features):
     if lora is None:
         return None, None, 1.0

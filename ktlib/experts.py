@@ -32,7 +32,9 @@ def is_experts(module):
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
-def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None):
+def experts_forward(
+    self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None, lora_dropout=0.0
+):
     """The registered function; ``self`` is the stock experts module.
 
     Args:
@@ -41,6 +43,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lor
         top_k_weights: (tokens, k), floating point.
         gate_up_lora, down_lora: ``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` in PEFT's layout, or None. They
             come as keyword arguments from :class:`ktlib.lora.ParamWrapper`, so nothing is left behind on a module.
+        lora_dropout: on the inputs of both, as in :func:`ktlib.moe_experts`.
 
     Returns:
         (tokens, hidden) in hidden_states' dtype and on its device.
@@ -67,6 +70,7 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights, gate_up_lor
         self.down_proj,
         gate_up_lora,
         down_lora,
+        lora_dropout=lora_dropout,
         **layout(self),
         **gate_of(self),
         parts=getattr(self, "ktlib_parts", 1),

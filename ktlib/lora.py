@@ -4,10 +4,16 @@ Stock PEFT adapts 3-D expert weights with ``LoraConfig(target_parameters=...)`` 
 ``scaling * B @ A`` to the whole stack of experts at every forward and takes a dense gradient of it in backward. The
 subclass here hands ``(A, B, scaling)`` to the experts function instead. Parameters, names, shapes and files are
 PEFT's own: adapters saved here load in stock PEFT without ktlib, and stock adapters load here.
+
+With factors there is a LoRA input to drop from, so ``lora_dropout`` works on experts too. Stock PEFT refuses a
+configuration that asks for it there, even to load the adapter: it is saved under a name of its own.
 """
 
 import contextlib
+import copy
+import dataclasses
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +21,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .adapter_files import CONFIG, SAVED_DROPOUT
 from .audit import bare_modules, component, matches
+from .checks import check_probability
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
@@ -26,20 +34,48 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
     """LoRA on one parameter of an experts module (or on the weight of a Linear) without building ``W + BA``.
 
     Whatever it cannot factor (experts that ktlib's operator does not serve, another experts implementation, merged or
-    disabled adapters) takes the stock path of its base class.
+    disabled adapters) takes the stock path of its base class. That has no dropout: in training with it, it is refused.
     """
 
+    def __init__(self, base_layer, adapter_name, parameter_name, config, **kwargs):
+        super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config)
+
+    def update_layer(self, adapter_name, *args, config, **kwargs):
+        super().update_layer(adapter_name, *args, config=_without_dropout(config), **kwargs)
+        self._set_dropout(adapter_name, config)
+
+    def _set_dropout(self, adapter_name, config):
+        """Where LoRA on a Linear has it, so that train() and eval() switch it."""
+        if config.lora_dropout:
+            self.lora_dropout[adapter_name] = torch.nn.Dropout(config.lora_dropout)
+
     def forward(self, x, *args, **kwargs):
-        if self.disable_adapters or self.merged or not self._factors_are_usable(x):
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        if (reason := self._not_factored(x)) is not None:
+            if dropout := self._expert_dropout():
+                raise RuntimeError(
+                    f"lora_dropout: {dropout} on {self.parameter_name} needs ktlib's operator, but {reason}; without "
+                    "dropout (lora_dropout=0, or model.eval()) these adapters work"
+                )
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         if isinstance(self.get_base_layer(), torch.nn.Linear):
             base = result = self.base_layer(x, *args, **kwargs)
-            for lora_A, lora_B, scaling in self._active_factors():
-                low_rank = F.linear(self._cast_input_dtype(x, lora_A.dtype), lora_A)
-                result = result + F.linear(low_rank, lora_B) * scaling
+            for adapter, (lora_A, lora_B, scaling) in self._active_factors().items():
+                dropped = self.lora_dropout[adapter](self._cast_input_dtype(x, lora_A.dtype))
+                result = result + F.linear(F.linear(dropped, lora_A), lora_B) * scaling
             return result.to(base.dtype)
-        return self.base_layer(x, *args, **{_FACTORS_ARGUMENT[self.parameter_name]: self.factors(), **kwargs})
+        factors, dropout = self.factors(), self._expert_dropout()
+        if factors is not None:
+            if kwargs.setdefault("lora_dropout", dropout) != dropout:  # the wrapper around this one has put it there
+                raise ValueError(
+                    f"lora_dropout: got {dropout} on {self.parameter_name} and {kwargs['lora_dropout']} on the other "
+                    "weight of the same experts, needs one for both"
+                )
+            kwargs[_FACTORS_ARGUMENT[self.parameter_name]] = factors
+        return self.base_layer(x, *args, **kwargs)
 
     def factors(self):
         """``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` of the active adapters, or None without any.
@@ -50,7 +86,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         Raises:
             ValueError: a factor's shape does not fit the parameter.
         """
-        factors = list(self._active_factors())
+        factors = list(self._active_factors().values())
         if len(factors) <= 1:
             return factors[0] if factors else None
         num_experts = self.get_param().shape[0]
@@ -58,7 +94,20 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         lora_B = [lora_B.float().reshape(lora_B.shape[0], -1, num_experts) * scaling for _, lora_B, scaling in factors]
         return torch.cat(lora_A, dim=1).flatten(0, 1), torch.cat(lora_B, dim=1).flatten(1), 1.0
 
+    def _expert_dropout(self):
+        """The probability that training drops an element with; 0.0 in evaluation, and on the weight of a Linear."""
+        active = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        layers = [self.lora_dropout[adapter] for adapter in active if self.lora_dropout[adapter].training]
+        dropout = max([0.0, *(layer.p for layer in layers if isinstance(layer, torch.nn.Dropout))])
+        if dropout and len(active) > 1:
+            raise ValueError(
+                f"lora_dropout: got {dropout} with adapters {', '.join(active)} active at once, which would drop the "
+                "same elements; needs one active adapter, or 0"
+            )
+        return dropout
+
     def _active_factors(self):
+        factors = {}
         num_experts, out_features, in_features = self._parameter_shape()
         for adapter in self.active_adapters:
             if adapter not in self.lora_A:
@@ -72,7 +121,8 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
                 )
             if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (torch.bfloat16, torch.float32):
                 lora_A, lora_B = lora_A.float(), lora_B.float()
-            yield lora_A, lora_B, self.scaling[adapter]
+            factors[adapter] = lora_A, lora_B, self.scaling[adapter]
+        return factors
 
     def _parameter_shape(self):
         """``(experts, out, in)``, however the parameter is stored."""
@@ -81,11 +131,55 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
             return 1, *shape
         return (shape[0], shape[2], shape[1]) if self.get_base_layer().is_transposed else shape
 
-    def _factors_are_usable(self, x):
+    def _not_factored(self, x):
+        """Why the stock path has to be taken, in words; None if the factored one can."""
         base = self.get_base_layer()
         if isinstance(base, torch.nn.Linear):
-            return True
-        return base.config._experts_implementation == IMPLEMENTATION and unserved(base, x) is None
+            return None
+        if (implementation := base.config._experts_implementation) != IMPLEMENTATION:
+            return f"the experts implementation is {implementation!r}"
+        return unserved(base, x)
+
+
+def _without_dropout(config):
+    """The same configuration as PEFT's own class for parameters accepts it."""
+    config = copy.copy(config)
+    config.lora_dropout = 0.0
+    return config
+
+
+@dataclasses.dataclass
+class LoraConfigWithDropout(LoraConfig):
+    """A LoraConfig with ``lora_dropout`` on expert parameters too. Its file is one that stock PEFT loads."""
+
+    def to_dict(self):
+        return super().to_dict() | {"lora_dropout": 0.0, SAVED_DROPOUT: self.lora_dropout}
+
+
+def load_lora_config(folder):
+    """The LoraConfig of the adapter in ``folder``, for going on with its training::
+
+        config = ktlib.load_lora_config(folder)
+        model = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+
+    Stock PEFT reads the same file without the dropout of expert adapters, and says with a warning that it ignores
+    ``ktlib_lora_dropout``: for everything but further training that makes no difference. Expert adapters take the
+    factored path, as with :func:`lora_config`.
+
+    Raises:
+        FileNotFoundError: no ``adapter_config.json`` there.
+        ValueError: not the configuration of a LoRA adapter.
+    """
+    settings = LoraConfig.from_json_file(os.path.join(folder, CONFIG))
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"folder: peft_type of the adapter in {folder} is {settings.get('peft_type')!r}, needs 'LORA'")
+    dropout = settings.pop(SAVED_DROPOUT, None)
+    config = LoraConfig.from_peft_type(**settings)
+    if dropout is not None:
+        check_probability(SAVED_DROPOUT, dropout)
+        config.__class__, config.lora_dropout = LoraConfigWithDropout, dropout
+    config._register_custom_module({torch.nn.Module: _wrap})
+    return config
 
 
 def _can_factor(base_layer, parameter_name):
@@ -128,6 +222,8 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
             the output head and the routers), or [] for none. Default: attention, shared experts and dense MLPs.
         target_parameters: parameters to adapt. Default: the weights of all routed experts. [] for none.
         **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for such models.
+            ``lora_dropout`` is for all adapters, those of routed experts included, which stock PEFT cannot do: the
+            saved configuration calls it ``ktlib_lora_dropout``, see :func:`load_lora_config`.
 
     The targets come out spelled as PEFT needs them: it takes ``gate_proj``, ``up_proj`` and ``down_proj`` in
     ``target_modules`` of most MoE models for names of the routed experts, even for ``shared_experts.gate_proj``, and
@@ -135,7 +231,8 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     adapts and stores the same way.
 
     Raises:
-        ValueError: an option that PEFT does not have for expert parameters, no routed experts, or unknown targets.
+        TypeError, ValueError: an option that expert parameters cannot have, a lora_dropout that is no probability below
+            1, no routed experts, or unknown targets.
     """
     modules = dict(bare_modules(model))
     experts = {name: module for name, module in modules.items() if is_experts(module)}
@@ -161,9 +258,11 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
             for key in list(kwargs.get(pattern) or {}):
                 if any(matches(name, rf"(.*\.)?({key})") for name in chosen if matches(name, taken)):
                     kwargs[pattern] = {**kwargs[pattern], rf"{key}\.weight": kwargs[pattern][key]}
+    check_probability("lora_dropout", kwargs.get("lora_dropout", 0.0))
+    with_dropout = kwargs.get("lora_dropout") and (target_parameters or by_parameter)
     if type(model).__name__.endswith("ForCausalLM"):
         kwargs.setdefault("task_type", "CAUSAL_LM")
-    config = LoraConfig(
+    config = (LoraConfigWithDropout if with_dropout else LoraConfig)(
         r=r,
         lora_alpha=lora_alpha,
         target_modules=sorted(ends - taken) + unknown,
@@ -176,7 +275,6 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
 
 def _refuse_what_parameters_cannot_have(kwargs):
     reasons = {
-        "lora_dropout": "PEFT builds W + BA for parameters, so there is no LoRA input to drop from",
         "use_dora": "PEFT has no DoRA for parameters",
         "lora_bias": "expert adapters have no bias",
         "fan_in_fan_out": "expert weights say themselves whether they are transposed",

@@ -275,10 +275,10 @@ class OldKernel:
     def remember(self, name, lora_A, lora_B):
         self.addresses[name] = [(t.data_ptr(), tuple(t.shape)) for t in (lora_A, lora_B)]
 
-    def __call__(self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None):
+    def __call__(self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None, lora_dropout=0.0):
         factors = [self._read("gate_up", gate_up_lora), self._read("down", down_lora)]
         weights = self.module.gate_up_proj, self.module.down_proj
-        output = moe_experts(hidden_states, top_k_index, top_k_weights, *weights, *factors)
+        output = moe_experts(hidden_states, top_k_index, top_k_weights, *weights, *factors, lora_dropout=lora_dropout)
         if self.fault == "uninitialised":
             output = output + read_bf16(self.heap.base, output.shape)
         return output

@@ -15,6 +15,7 @@ from ktlib import _kernels
 from ktlib.checks import (
     GATES,
     check_all,
+    check_dropout,
     check_flags,
     check_gate,
     check_isa,
@@ -34,18 +35,18 @@ _library = torch.library.Library("ktlib", "DEF")
 _TENSORS = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
     "Tensor? gate_up_bias, Tensor? down_bias, "
-    "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B"
+    "Tensor? gate_up_lora_A, Tensor? gate_up_lora_B, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? dropout_seed"
 )
 _SETTINGS = (
-    "float gate_up_scaling, float down_scaling, str gate, float limit, float alpha, bool transposed, "
-    "bool interleaved, str isa, bool recompute, int parts, bool whole"
+    "float gate_up_scaling, float down_scaling, float lora_dropout, str gate, float limit, float alpha, "
+    "bool transposed, bool interleaved, str isa, bool recompute, int parts, bool whole"
 )
 _Tensors, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
     for name, schema in (("_Tensors", _TENSORS), ("_Settings", _SETTINGS))
 )
 _NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
-_DIFFERENTIABLE = [name for name in _Tensors._fields if name != "top_k_index"]
+_DIFFERENTIABLE = [name for name in _Tensors._fields if name not in ("top_k_index", "dropout_seed")]
 _library.define(f"moe_experts({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
@@ -63,6 +64,8 @@ def moe_experts(
     gate_up_lora=None,
     down_lora=None,
     *,
+    lora_dropout=0.0,
+    dropout_seed=None,
     gate_up_bias=None,
     down_bias=None,
     gate="silu",
@@ -88,6 +91,13 @@ def moe_experts(
         gate_up_lora, down_lora: ``None`` or ``(lora_A, lora_B, scaling)`` in PEFT's layout: lora_A
             (experts * rank, in) expert-major, lora_B (out, rank * experts) with the expert as the fastest index; both
             bf16 or both fp32 (rounded to bf16 for the products; gradients come in their dtype). Any rank >= 1.
+        lora_dropout: probability p in [0, 1) with which each element of LoRA's input (the token for gate_up, the
+            activation for down) is dropped, the others being divided by 1 - p, as PEFT does for linear layers: what the
+            weights see stays whole. Each choice of an expert by a token has its own masks, one for gate and up.
+        dropout_seed: what the masks are drawn from, besides p and an element's place: an int, or a 0-d int64 tensor on
+            the CPU. Default: drawn from torch's default generator where p > 0, so ``torch.manual_seed`` repeats a run
+            and activation checkpointing its forward. Backward uses the masks of its forward, whatever the instruction
+            set, the number of threads or ``recompute``.
         gate_up_bias, down_bias: ``None`` or (experts, 2 * intermediate) and (experts, hidden), bf16 or fp32.
         gate: what becomes of gate and up: ``"silu"``, ``"gelu"`` (erf) or ``"gelu_tanh"`` of the gate, times up; or
             ``"swiglu_oai"``, ``gate * sigmoid(alpha * gate) * (up + 1)``.
@@ -117,7 +127,8 @@ def moe_experts(
     Raises:
         TypeError: an argument is not a tensor (or not such a tuple), has the wrong dtype, or is not of its type.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
-            not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024].
+            not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024], a
+            lora_dropout outside [0, 1).
         RuntimeError: ``isa`` cannot run on this machine.
         NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
             ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
@@ -129,6 +140,7 @@ def moe_experts(
     tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
     _, gate_up_lora, down_lora = check_all(tensors, (gate_up_lora, down_lora), transposed)
     limit, alpha = check_gate(gate, limit, alpha)
+    dropout_seed = check_dropout(lora_dropout, dropout_seed)
 
     device = hidden_states.device
     hidden_states, top_k_index, top_k_weights, *others = to_host(
@@ -138,10 +150,10 @@ def moe_experts(
     base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     whole = grad and any(t is not None and t.requires_grad for t in base)
     save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
-    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others)
+    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
     check_no_tangents(_NAMES, tensors)
     settings = (
-        gate_up_lora[2], down_lora[2], gate, limit, alpha, transposed, interleaved,
+        gate_up_lora[2], down_lora[2], float(lora_dropout), gate, limit, alpha, transposed, interleaved,
         isa or os.environ.get("KTLIB_ISA", ""), recompute, parts, whole,
     )  # fmt: skip
     try:
@@ -174,14 +186,17 @@ def _arguments(tensors, settings):
 
     All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
     """
+    seed = check_dropout(settings.lora_dropout, tensors.dropout_seed)
+    threshold = 0 if seed is None else min(round(settings.lora_dropout * 2**32), 2**32 - 1)
+    kept = 1 - threshold / 2**32
     factors = [
-        None if a is None else (a, b, scaling)
+        None if a is None else (a, b, scaling / kept)
         for a, b, scaling in (
             (tensors.gate_up_lora_A, tensors.gate_up_lora_B, settings.gate_up_scaling),
             (tensors.down_lora_A, tensors.down_lora_B, settings.down_scaling),
         )
     ]
-    (experts, hidden, intermediate), *_ = check_all(tensors, factors, settings.transposed)
+    (experts, hidden, intermediate), *factors = check_all(tensors, factors, settings.transposed)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
@@ -196,12 +211,13 @@ def _arguments(tensors, settings):
         *(t.data_ptr() for t in held[:5]),
         _address(held.gate_up_bias),
         _address(held.down_bias),
-        _lora_arguments(held.gate_up_lora_A, held.gate_up_lora_B, experts, settings.gate_up_scaling),
-        _lora_arguments(held.down_lora_A, held.down_lora_B, experts, settings.down_scaling),
+        _lora_arguments(held.gate_up_lora_A, held.gate_up_lora_B, experts, factors[0][2]),
+        _lora_arguments(held.down_lora_A, held.down_lora_B, experts, factors[1][2]),
         (GATES.index(settings.gate), settings.limit, settings.alpha),
         settings.transposed,
         settings.interleaved,
         settings.parts,
+        (0 if seed is None else seed.item(), threshold),
     )
     return counts, inputs, held
 

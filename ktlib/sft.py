@@ -73,6 +73,7 @@ def check_parameters(
     alpha=32.0,
     targets="attention+experts+shared",
     lora_dtype="fp32",
+    lora_dropout=0.0,
     steps=500,
     batch_size=16,
     grad_accumulation=1,
@@ -94,11 +95,12 @@ def check_parameters(
     - ``rank``, ``steps``, ``batch_size``, ``grad_accumulation``: whole numbers >= 1; ``seed`` >= 0
     - ``sequence_length``: tokens per row, >= 8; longer rows are left out
     - ``alpha``, ``learning_rate``: finite numbers > 0; ``lora_dtype``: ``"fp32"`` or ``"bf16"``
+    - ``lora_dropout``: the share of the inputs of all adapters that training drops, from 0 to below 1
     - ``targets``: ``"all"`` or parts joined by ``+``: attention, experts (routed), shared (experts), dense (MLP layers)
     - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made
     - ``isa``: None (the best) or an instruction set of this CPU
     - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
-      lora_dtype have no meaning)
+      lora_dtype have no meaning, and lora_dropout must be 0)
     - ``torch_threads``: None (by the model's size) or a whole number >= 1: threads of stock torch on the CPU while
       training, on which its rounding depends (:mod:`ktlib.threads`); the operator takes all there are
     """
@@ -114,23 +116,20 @@ def check_parameters(
         need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
     whole = isinstance(torch_threads, int) and not isinstance(torch_threads, bool) and torch_threads >= 1
     need(torch_threads is None or whole, "torch_threads", "none or a whole number >= 1")
-    for name in ("alpha", "learning_rate"):
-        number = given[name]
-        numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
-        need(numeric and 0 < number < float("inf"), name, "a finite number > 0")
+    for name in ("alpha", "learning_rate", "lora_dropout"):
+        numeric = isinstance(given[name], (int, float)) and not isinstance(given[name], bool)
+        in_range = numeric and (0 <= given[name] < 1 if name == "lora_dropout" else 0 < given[name] < float("inf"))
+        need(in_range, name, "a number from 0 to below 1" if name == "lora_dropout" else "a finite number > 0")
     need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
     need(str(finetuning) in FINETUNING, "finetuning", f"one of {', '.join(FINETUNING)}")
+    need(finetuning == "lora" or not lora_dropout, "lora_dropout", "0 with finetuning='full'")
     need(str(lora_dtype) in LORA_DTYPES, "lora_dtype", f"one of {', '.join(LORA_DTYPES)}")
     target_parts(targets)
     for name in ("model", "dataset", "output_dir"):
         need(isinstance(given[name], (str, os.PathLike)) and str(given[name]), name, "a name or a path")
     is_model = model == "base" or (Path(model) / "config.json").is_file()
-    need(
-        is_model,
-        "model",
-        "'base' or a checkpoint folder with a config.json (nothing is downloaded here: "
-        "`hf download NAME --local-dir FOLDER` brings a model of the hub)",
-    )
+    hint = "nothing is downloaded here: `hf download NAME --local-dir FOLDER` brings a model of the hub"
+    need(is_model, "model", f"'base' or a checkpoint folder with a config.json ({hint})")
     is_data = str(dataset) in TASKS or Path(dataset).is_file()
     need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
     need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
@@ -166,16 +165,14 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION):
     return loaded, tokenizer
 
 
-def prepare(
-    model, finetuning="lora", targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", seed=0
+def prepare(model, finetuning="lora", targets="attention+experts+shared", **lora):
+    """The model with what is to be trained: :func:`add_lora`, or for ``finetuning="full"`` :func:`train_weights`."""
+    return train_weights(model, targets) if finetuning == "full" else add_lora(model, targets, **lora)
+
+
+def add_lora(
+    model, targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", lora_dropout=0.0, seed=0
 ):
-    """The model with what is to be trained: :func:`add_lora`, or :func:`train_weights` for ``finetuning="full"``."""
-    if finetuning == "full":
-        return train_weights(model, targets)
-    return add_lora(model, targets, rank, alpha, lora_dtype, seed)
-
-
-def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", seed=0):
     """A PeftModel with fresh adapters (A random from ``seed``, B zero) on the chosen parts, in ``lora_dtype``.
 
     Routers are never adapted. Raises ValueError if the model has none of the layers that a part names.
@@ -185,6 +182,7 @@ def add_lora(model, targets="attention+experts+shared", rank=16, alpha=32.0, lor
         model,
         r=rank,
         lora_alpha=alpha,
+        lora_dropout=lora_dropout,
         target_modules=[name for part, names in chosen.items() if part != "experts" for name in names],
         target_parameters=None if chosen.get("experts") else [],
     )
@@ -442,7 +440,8 @@ def run(progress=True, **parameters):
     use_isa(p["isa"])
     model, tokenizer = load_model(p["model"])
     before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
-    model = prepare(model, p["finetuning"], p["targets"], p["rank"], p["alpha"], p["lora_dtype"], p["seed"])
+    lora = {name: p[name] for name in ("rank", "alpha", "lora_dtype", "lora_dropout", "seed")}
+    model = prepare(model, p["finetuning"], p["targets"], **lora)
     accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
     options = {key: p[key] for key in accepted}
     result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)

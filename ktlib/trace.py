@@ -324,9 +324,11 @@ class Tracer:
         place = stages.locate(layer, module._apply_gate, gradient)
         finding.tensors += [describe(name, value) for name, value in _operands(layer)]
         if place is None:
+            undropped = " without dropout" if given[1].get("lora_dropout") else ""  # its masks are not known here
             finding.reason = (
-                "inputs, weights and adapters are finite, and so is the same layer computed again in plain torch: "
-                "look for memory (stale or overlapping buffers) in the experts implementation, not for numerics"
+                "inputs, weights and adapters are finite, and so is the same layer computed again in plain torch"
+                f"{undropped}: look for memory (stale or overlapping buffers) in the experts implementation, not for "
+                "numerics" + (", unless values are near the end of their range" if undropped else "")
             )
             return
         finding.stage, finding.expert, finding.token, finding.reason = (

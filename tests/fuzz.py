@@ -19,7 +19,7 @@ import torch
 import ktlib
 from ktlib import checks, ops, reference
 
-NAMES = ops._NAMES
+NAMES = tuple(name for name in ops._NAMES if name != "dropout_seed")  # which is a setting to the caller
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place
@@ -44,8 +44,13 @@ SETTINGS = {
     "isa": (lambda choose: choose.pick(ISAS), ("sse9", "AVX2", 0, False, b"avx2", ["portable"])),
     "recompute": (lambda choose: choose.chance(25), NO_FLAGS),
     "parts": (lambda choose: choose.integer(1, 5), (0, -1, 1025, 2.0, None, True, "2", 2**31, 2**70)),
+    "lora_dropout": (lambda choose: choose.pick([0, 0.0, 0.3, 0.9]), (1, -0.1, 10**400, None, *NO_NUMBERS)),
+    "dropout_seed": (
+        lambda choose: choose.integer(-(2**63), 2**63 - 1),
+        (2**63, -(2**63) - 1, 1.5, "1", True, [1], torch.tensor(1.0), torch.tensor([1])),
+    ),
 }
-REFERENCE = ("gate", "limit", "alpha", "transposed", "interleaved")
+REFERENCE = ("gate", "limit", "alpha", "transposed", "interleaved", "lora_dropout", "dropout_seed")
 
 
 class Seeded:

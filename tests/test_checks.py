@@ -170,6 +170,25 @@ WRONG = {
         ValueError,
         r"gate_up_proj: got shape \(4, 192, 64\), needs \(4, 96, 128\) to match down_proj transposed",
     ),
+    "dropout a string": (lambda a: {"lora_dropout": "0.1"}, TypeError, "lora_dropout: got str, needs a number"),
+    "dropout true": (lambda a: {"lora_dropout": True}, TypeError, "lora_dropout: got bool"),
+    "dropout negative": (lambda a: {"lora_dropout": -0.1}, ValueError, "lora_dropout: got -0.1, needs a probability"),
+    "dropout of all": (lambda a: {"lora_dropout": 1}, ValueError, "lora_dropout: got 1, .* at least 0 and below 1"),
+    "dropout nan": (lambda a: {"lora_dropout": float("nan")}, ValueError, "lora_dropout: got nan"),
+    "scaling beyond fp32 with dropout": (
+        lambda a: with_lora(a, "down_lora", scaling=3e38) | {"lora_dropout": 0.5},
+        ValueError,
+        r"down_lora scaling: got 6e\+38",
+    ),
+    "seed a float": (lambda a: {"dropout_seed": 1.0}, TypeError, "dropout_seed: got float, needs None, an int"),
+    "seed too large": (lambda a: {"dropout_seed": 2**63}, ValueError, f"dropout_seed: got {2**63}, needs an int of"),
+    "seed of other dtype": (lambda a: {"dropout_seed": torch.tensor(1.0)}, TypeError, "dropout_seed: got float32"),
+    "seed of two": (lambda a: {"dropout_seed": torch.tensor([1, 2])}, ValueError, "dropout_seed: got int64 \\(2,\\)"),
+    "seed on meta": (
+        lambda a: {"dropout_seed": torch.tensor(1, device="meta")},
+        ValueError,
+        "dropout_seed: got a tensor on meta",
+    ),
     "isa unknown": (lambda a: {"isa": "neon"}, ValueError, "isa: got 'neon', known are 'amx_bf16'"),
 }
 

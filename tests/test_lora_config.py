@@ -83,7 +83,6 @@ def test_each_module_is_adapted_once_and_none_is_empty():
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"lora_dropout": 0.1}, "lora_dropout: got 0.1"),
         ({"use_dora": True}, "use_dora: got True"),
         ({"lora_bias": True}, "lora_bias: got True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa'"),

@@ -26,14 +26,18 @@ def layer():
     return small_layer()
 
 
-def arguments_of_the_op(layer, gate="silu", limit=float("inf"), transposed=False, interleaved=False, save=True):
+def arguments_of_the_op(
+    layer, gate="silu", limit=float("inf"), transposed=False, interleaved=False, save=True, dropout=(None, 0.0)
+):
     """``layer`` as torch.ops.ktlib.moe_experts takes it."""
     lora = [t for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]]
     names = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj")
     biases = (layer.get("gate_up_bias"), layer.get("down_bias"))
+    seed, probability = dropout
     settings = (
         2.0,
         2.0,
+        probability,
         gate,
         limit,
         1.702,
@@ -45,7 +49,7 @@ def arguments_of_the_op(layer, gate="silu", limit=float("inf"), transposed=False
         save and biases[0] is not None,
         save,
     )
-    return (*(layer[name] for name in names), *biases, *lora, *settings)
+    return (*(layer[name] for name in names), *biases, *lora, seed, *settings)
 
 
 def test_a_wrong_id_writes_nothing(layer):
@@ -115,6 +119,7 @@ def emptied(tensor):
 def test_memory_that_was_freed_is_not_read(layer, name):
     """The storage of a tensor that was emptied, before the call or between forward and backward."""
     layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
+    layer |= {"dropout_seed": torch.tensor(1)}
     for forward_first in (False, True):
         arguments = {key: value.clone() for key, value in layer.items() if isinstance(value, torch.Tensor)}
         for which in ("gate_up_lora", "down_lora"):
@@ -124,7 +129,7 @@ def test_memory_that_was_freed_is_not_read(layer, name):
         if not forward_first:
             emptied(victim.data)
         with pytest.raises(ValueError, match=f"{name}: got .* its memory was freed"):
-            output = ktlib.moe_experts(**arguments)
+            output = ktlib.moe_experts(**arguments, lora_dropout=0.5)
             emptied(victim.data)
             output.sum().backward()
 
@@ -192,7 +197,15 @@ def test_opcheck(layer):
     results = torch.ops.ktlib.moe_experts(*arguments_of_the_op(wide))
     assert [t.requires_grad for t in results] == [True, False, False, False]
     arguments = arguments_of_the_op(layer, save=False)
-    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, (*arguments[:5], *[None] * 6, *arguments[11:]))
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, (*arguments[:5], *[None] * 7, *arguments[12:]))
+
+
+def test_opcheck_with_dropout(layer):
+    layer["hidden_states"].requires_grad_()
+    arguments = arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.25))
+    torch.library.opcheck(torch.ops.ktlib.moe_experts.default, arguments)
+    with pytest.raises(ValueError, match="lora_dropout: got 1.5"):
+        torch.ops.ktlib.moe_experts(*arguments_of_the_op(layer, dropout=(torch.tensor(7), 1.5)))
 
 
 def test_opcheck_of_transposed_interleaved_experts_with_biases(layer):

@@ -62,6 +62,11 @@ def test_defaults_are_valid():
         ("targets", "attention,experts"),
         ("lora_dtype", "fp16"),
         ("lora_dtype", ["fp32"]),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", math.nan),
+        ("lora_dropout", "0.1"),
+        ("lora_dropout", False),
         ("steps", 0),
         ("steps", "10"),
         ("batch_size", -1),
@@ -250,6 +255,38 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
     assert result["resumed_from"] == 2 and [entry["step"] for entry in result["log"]] == [1, 2, 3, 4]
     for name, expected in weights(whole).items():
         assert torch.equal(expected, weights(resumed)[name]), name
+
+
+def test_dropout_changes_the_curve_and_repeats(tmp_path):
+    """Another curve than without; the same bits with the same seed, also after an interruption; the file says it."""
+    options = SMALL | {"steps": 4, "save_every": 2}
+
+    def trained(name, lora_dropout=0.2, seed=0, **more):
+        model, tokenizer = adapted(lora_dropout=lora_dropout)
+        log = sft.train(model, tokenizer, ROWS, tmp_path / name, seed=seed, **options, **more)["log"]
+        return [entry["loss"] for entry in log], weights(model), model
+
+    curve, wanted, model = trained("first")
+    again, same, _ = trained("second")
+    with pytest.raises(KeyboardInterrupt):
+        trained("cut", callbacks=[StopAt(3)])
+    with pytest.raises(ValueError, match="another adapters"):
+        trained("cut", lora_dropout=0.3)
+    resumed_curve, resumed, _ = trained("cut")
+    assert again == resumed_curve == curve
+    assert all(torch.equal(same[name], wanted[name]) and torch.equal(resumed[name], wanted[name]) for name in wanted)
+    without, _, _ = trained("without", lora_dropout=0.0)
+    # B starts at zero, so dropout shows from the second step on
+    assert without[0] == curve[0] and without[1:] != curve[1:]
+
+    sft.save(model, tmp_path / "first")
+    settings = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    assert settings["ktlib_lora_dropout"] == 0.2 and audit(tmp_path / "first").clean
+
+
+def test_dropout_is_of_adapters_only():
+    with pytest.raises(ValueError, match="lora_dropout: got 0.1, need 0 with finetuning='full'"):
+        sft.check_parameters(finetuning="full", lora_dropout=0.1)
 
 
 def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):

@@ -41,7 +41,8 @@ void look(const Array<float>& array) {
     if (!std::isfinite(array.data[i])) not_finite++;
 }
 
-void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed = false) {
+void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed = false,
+           bool dropout = false) {
   const Kernels& k = kernels_portable();
   Array<bf16> x(s.tokens * s.hidden), dy(s.tokens * s.hidden), y(s.tokens * s.hidden), dx(s.tokens * s.hidden);
   Array<bf16> gate_up(s.experts * 2 * s.inter * s.hidden), down(s.experts * s.hidden * s.inter);
@@ -64,6 +65,7 @@ void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed
   in.gate_up_proj = gate_up.data;
   in.down_proj = down.data;
   in.transposed = in.interleaved = transposed;
+  if (dropout) in.dropout = {7, uint32_t(1) << 30};
   if (rank) {
     in.gate_up_lora = {{a1.data, false}, {b1.data, false}, rank, 2.0f};
     in.down_lora = {{a2.data, false}, {b2.data, false}, rank, 2.0f};
@@ -97,6 +99,8 @@ int main(int, char** arguments) {
   layer({1, 32, 32, 8, 1}, 1, false, false);
   layer({9, 64, 40, 2, 2}, 0, false, false);  // without LoRA
   layer({7, 40, 24, 3, 2}, 4, true, false, true);  // as gpt-oss stores weights
+  layer({7, 40, 24, 3, 2}, 4, false, false, false, true);  // with dropout, in both layouts
+  layer({7, 40, 24, 3, 2}, 4, false, false, true, true);
   layer({60, 160, 144, 4, 2}, 2, false, false);  // enough work for a second thread
   std::printf("%d not finite\n", not_finite);
   return not_finite > 0;
