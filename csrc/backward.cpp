@@ -33,56 +33,25 @@ void prefetch(const bf16* row, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(bf16))) __builtin_prefetch(row + i, write);
 }
 
-// grad[rank][columns] (+)= t[rank][rows] . src[rows][columns], the sum over a block of tokens; t has 2 * rank rows, high
-// and low.
-void lora_grad(const Kernels& k, float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const bf16* src,
-               int64_t lds, const int32_t* index, int rows, int columns, bool accumulate, bf16* panel, float* c) {
-  const int depth = int(round_up(rows, k.depth_unit));
-  for (int j = 0; j < columns; j += kMaxWidth) {
-    const int n = std::min(kMaxWidth, columns - j), width = int(round_up(n, kColumns));
-    k.pack_pairs(panel, depth, width, src + j, lds, index, rows, n);
-    k.multiply(c, width, t, ldt, panel, width, 2 * rank, depth, false);
-    k.unpermute(c, width, 2 * rank, width);
-    for (int r = 0; r < rank; r++)
-      for (int i = 0; i < n; i++) {
-        float& sum = grad[r * ld + j + i];
-        sum = (accumulate ? sum : 0.0f) + c[r * width + i] + c[(rank + r) * width + i];
-      }
-  }
-}
-
-// The inner value of one LoRA pair and its partner in the gradient, both by rank with each expert's tokens padded with
-// zeros (plan.depth), and the inner value once more by rows for the product with lora_A. High part, then low part.
+// The inner value of one LoRA pair and its partner in the gradient, both by rank, and the inner value once more by rows
+// for the product with lora_A. High part, then low part.
 struct Inner {
-  int64_t ld = 0;
+  int64_t ld;
   Buffer<bf16> rows;   // [slots][depth]: s * lora_B^T d(output)
   Buffer<bf16> for_A;  // [2 * rank][ld]: the same, times the routing weight where d(output) has none
   Buffer<bf16> for_B;  // [2 * rank][ld]: s * t, times the routing weight likewise
 
-  Inner(const Kernels& k, const LoraForm& lora, const Plan& plan, int64_t slots) {
-    if (!lora || slots == 0) return;
-    ld = plan.depth.back();
-    const int64_t size = lora.rows * ld;
-    rows = Buffer<bf16>((slots + k.row_unit) * lora.depth);
-    for_A = Buffer<bf16>(size);
-    for_B = Buffer<bf16>(size);
-    std::memset(for_A.get(), 0, size_t(size) * sizeof(bf16));
-    std::memset(for_B.get(), 0, size_t(size) * sizeof(bf16));
-  }
+  Inner(const Kernels& k, const LoraForm& lora, int64_t slots)
+      : ld(slots), rows((slots + k.row_unit) * lora.depth), for_A(2 * lora.rank * ld), for_B(2 * lora.rank * ld) {}
 };
 
-// The column of the task's first token in Inner's matrices.
-int64_t token_column(const Plan& plan, const Task& task) {
-  return plan.depth[task.expert] + task.row - plan.begin[task.expert];
-}
-
 // inner.for_B of one block of rows, from the saved t [2 * rank][ldt]. weights: of these rows, or null for ones.
-void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const bf16* t, int64_t ldt,
+void inner_for_B(const LoraForm& lora, const Task& task, const bf16* t, int64_t ldt,
                  const float* weights, const Inner& inner) {
   for (int r = 0; r < lora.rank; r++) {
     const bf16* high = t + r * ldt + task.row;
     const bf16* low = high + lora.rank * ldt;
-    bf16* dst = inner.for_B + r * inner.ld + token_column(plan, task);
+    bf16* dst = inner.for_B + r * inner.ld + task.row;
     for (int i = 0; i < task.rows; i++) {
       const float value = (weights ? weights[i] : 1.0f) * (to_float(high[i]) + to_float(low[i]));
       dst[i] = to_bf16(value);
@@ -92,10 +61,10 @@ void inner_for_B(const LoraForm& lora, const Plan& plan, const Task& task, const
 }
 
 // inner.rows and inner.for_A of one block of rows, from d_out [rows][out] (the block's first row at d_out).
-void inner_for_A(const Kernels& k, const LoraForm& lora, const Plan& plan, const Task& task, const bf16* d_out,
-                 int64_t ld, const float* weights, const Inner& inner, bf16* panel, float* c) {
+void inner_for_A(const Kernels& k, const LoraForm& lora, const Task& task, const bf16* d_out, int64_t ld,
+                 const float* weights, const Inner& inner, bf16* panel, float* c) {
   lora_inner(k, lora, {d_out, ld, lora.b(task.expert), lora.depth, int(lora.out), false}, task.rows, weights,
-             inner.rows + task.row * lora.depth, inner.for_A + token_column(plan, task), inner.ld, panel, c);
+             inner.rows + task.row * lora.depth, inner.for_A + task.row, inner.ld, panel, c);
 }
 
 // The term of one LoRA pair in the gradient of its input, columns [first, ...).
@@ -120,7 +89,7 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t slots = shape.slots();
   const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
-  const Inner gate_up_inner(k, gate_up_lora, plan, slots), down_inner(k, down_lora, plan, slots);
+  const Inner gate_up_inner(k, gate_up_lora, slots), down_inner(k, down_lora, slots);
   const std::vector<Task> blocks = row_tasks(plan, kRows);
   gate_up_grads.reserve(int64_t(blocks.size()));
   down_grads.reserve(int64_t(blocks.size()));
@@ -136,11 +105,8 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const int partials = inter_blocks + (bias_matters ? 1 : 0);
   const Buffer<float> d_weight(slots * partials);                          // [row][block]: partial <dh, h>; <dy, bias>
   const Buffer<float> weight(slots);                                       // [row]
-  const int64_t rank_rows = std::max(gate_up_lora.rows, down_lora.rows);
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
-  const ThreadBuffer<float> r_scratch(threads, rank_rows * kMaxWidth);
-  const ThreadBuffer<bf16> panel_scratch(threads, std::max<int64_t>(kPanels, kRows * kMaxWidth));
-  const ThreadBuffer<bf16> h_scratch(threads, down_lora ? int64_t(kRows) * kColumnsOut : 0);
+  const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
   const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
   const bool masked = x_mask || h_mask;
   const ThreadBuffer<bf16> mask_scratch(threads, masked ? int64_t(kRows) * kColumnsOut : 0);
@@ -161,10 +127,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
             dot_bias(in.down_bias, task.expert * shape.hidden, dy + row * hidden_stride, hidden);
     }
     if (gate_up_grads.B)
-      inner_for_B(gate_up_lora, plan, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
-    if (down_grads.B) inner_for_B(down_lora, plan, task, saved.t_down, saved_ld, weight + task.row, down_inner);
+      inner_for_B(gate_up_lora, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
+    if (down_grads.B) inner_for_B(down_lora, task, saved.t_down, saved_ld, weight + task.row, down_inner);
     if (down_lora)
-      inner_for_A(k, down_lora, plan, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
+      inner_for_A(k, down_lora, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
                   panel_scratch[thread], c_scratch[thread]);
   });
 
@@ -198,30 +164,24 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
           k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
                           d_row + block.gate, d_row + block.up, task.count);
     }
-    const int64_t column = token_column(plan, task);
-    if (down_grads.A) {  // gate_backward left h in dh; as for LoRA's inner values, its low part counts too
-      bf16* h = h_scratch[thread];
-      for (bool low : {false, true}) {
-        if (low) low_part(dh, dh, kLdc, task.rows, task.count);
-        for (int i = 0; i < task.rows; i++) k.round(h + i * kColumnsOut, dh + i * kLdc, 1.0f, task.count);
-        for (int i = 0; h_mask && i < task.rows; i++)
-          keep(h + i * kColumnsOut, h + i * kColumnsOut, mask + i * kColumnsOut, task.count);
-        lora_grad(k, down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + column,
-                  down_inner.ld, h, kColumnsOut, nullptr, task.rows, task.count, low, panel, r_scratch[thread]);
-      }
+    if (down_grads.A) {  // gate_backward left h in dh
+      for (int i = 0; h_mask && i < task.rows; i++) keep(dh + i * kLdc, mask + i * kColumnsOut, task.count);
+      k.rank_grad_f32(down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + task.row,
+                      down_inner.ld, dh, kLdc, nullptr, task.rows, task.count);
     }
     if (gate_up_grads.B)
       for (const GateUp::Range& range : block)
-        lora_grad(k, gate_up_grads.bt(task.part) + range.first, 2 * inter, gate_up_lora.rank,
-                  gate_up_inner.for_B + column, gate_up_inner.ld, d_gate_up + task.row * gate_up_stride + range.first,
-                  gate_up_stride, nullptr, task.rows, range.count, false, panel, r_scratch[thread]);
+        k.rank_grad_bf16(gate_up_grads.bt(task.part) + range.first, 2 * inter, gate_up_lora.rank,
+                         gate_up_inner.for_B + task.row, gate_up_inner.ld,
+                         d_gate_up + task.row * gate_up_stride + range.first, gate_up_stride, nullptr, task.rows,
+                         range.count);
   });
 
   // 3. inner values of gate_up
   if (want_gate_up_inner)
     parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
       const Task& task = row_blocks[index];
-      inner_for_A(k, gate_up_lora, plan, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
+      inner_for_A(k, gate_up_lora, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
                   gate_up_inner, panel_scratch[thread], c_scratch[thread]);
     });
 
@@ -249,20 +209,19 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
         for (int i = 0; i < task.rows; i++)
           std::memcpy(dx + (task.row + i) * range + task.first, c + i * kLdc, size_t(task.count) * sizeof(float));
       }
-      const int64_t column = token_column(plan, task);
       if (gate_up_grads.A) {
         const bf16* x = in.hidden_states + feature;
         const int32_t* tokens = plan.token_of_row.data() + task.row;
         for (int i = 0; x_mask && i < task.rows; i++)
           keep(mask + i * kColumnsOut, mask + i * kColumnsOut, x + tokens[i] * shape.hidden, task.count);
-        lora_grad(k, gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + column,
-                  gate_up_inner.ld, x_mask ? mask : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
-                  task.rows, task.count, false, panel, r_scratch[thread]);
+        k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + task.row,
+                         gate_up_inner.ld, x_mask ? mask : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
+                         task.rows, task.count);
       }
       if (down_grads.B)
-        lora_grad(k, down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + column,
-                  down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows, task.count,
-                  false, panel, r_scratch[thread]);
+        k.rank_grad_bf16(down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,
+                         down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows,
+                         task.count);
     });
 
     // 5. sum over slots, in slot order

@@ -188,6 +188,16 @@ NB_MODULE(_kernels, m) {
     return select_isa(isa).gate_backward(gate(kind), at<float>(dh), at<const bf16>(g), at<const bf16>(up), step, weight,
                                          at<bf16>(dgate), at<bf16>(dup), features);
   });
+  m.def("rank_grad", [](const std::string& isa, uintptr_t grad, int64_t ld, int rank, uintptr_t t, int64_t ldt,
+                        uintptr_t src, bool fp32, int64_t lds, uintptr_t index, int rows, int columns) {
+    const Kernels& k = select_isa(isa);
+    if (fp32)
+      k.rank_grad_f32(at<float>(grad), ld, rank, at<const bf16>(t), ldt, at<const float>(src), lds,
+                      at<const int32_t>(index), rows, columns);
+    else
+      k.rank_grad_bf16(at<float>(grad), ld, rank, at<const bf16>(t), ldt, at<const bf16>(src), lds,
+                       at<const int32_t>(index), rows, columns);
+  });
   m.def("combine", [](const std::string& isa, uintptr_t out, bool fp32, const std::vector<uintptr_t>& rows,
                       uintptr_t weights, int64_t size) {
     std::vector<const float*> pointers;

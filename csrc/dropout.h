@@ -38,16 +38,22 @@ inline void keep(bf16* dst, const bf16* a, const bf16* b, int64_t count) {
   for (int64_t i = 0; i < count; i++) dst[i].bits = a[i].bits & b[i].bits;
 }
 
-// sum += what the mask keeps of term; on bits, which is vectorized where a choice between floats is not.
+// What an element of the mask keeps of a value; on bits, which is vectorized where a choice between floats is not.
+inline float kept(float value, bf16 mask) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  bits &= uint32_t(int16_t(mask.bits));
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void keep(float* values, const bf16* mask, int count) {
+  for (int i = 0; i < count; i++) values[i] = kept(values[i], mask[i]);
+}
+
+// sum += what the mask keeps of term.
 inline void add_kept(float* sum, const float* term, const bf16* mask, int count) {
-  for (int i = 0; i < count; i++) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, term + i, 4);
-    bits &= uint32_t(int16_t(mask[i].bits));
-    float kept;
-    __builtin_memcpy(&kept, &bits, 4);
-    sum[i] += kept;
-  }
+  for (int i = 0; i < count; i++) sum[i] += kept(term[i], mask[i]);
 }
 
 // Scratch, in elements, of multiply_kept.

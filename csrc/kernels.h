@@ -101,6 +101,13 @@ struct Kernels {
   float (*gate_backward)(const Gate& kind, float* dh, const bf16* gate, const bf16* up, int step, float weight,
                          bf16* dgate, bf16* dup, int features);
 
+  // The gradient of a LoRA matrix over a block of tokens: grad[r][i] = sum_n (t[r][n] + t[rank + r][n]) * src[n][i] for
+  // r < rank, i < columns and n < rows in ascending order, where src[n] stands for src[index[n]] if there is an index.
+  void (*rank_grad_bf16)(float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const bf16* src, int64_t lds,
+                         const int32_t* index, int rows, int columns);
+  void (*rank_grad_f32)(float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const float* src, int64_t lds,
+                        const int32_t* index, int rows, int columns);
+
   // out[i] = sum_j weights[j] * rows[j][i] in the order of j; weights null = ones. Exactly one of out_bf16, out_f32.
   void (*combine)(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count,
                   int64_t size);

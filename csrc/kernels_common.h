@@ -101,6 +101,67 @@ float gate_backward(const Gate& gate, float* dh, const bf16* g, const bf16* u, i
   return sums[0];
 }
 
+// sums[r][i] += scale[r][0] * rows[0][i] + scale[r][1] * rows[1][i] + ..., one after the other, for `ranks` sums.
+constexpr int kRankBlock = 4, kRankRows = 4;
+template <int ranks>
+inline void add_rows(float* sums, int64_t ld, const float* const* rows, const float (&scales)[kRankBlock][kRankRows],
+                     int count) {
+  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  float scale[ranks][kRankRows];  // in registers, which no store to sums can change
+#pragma GCC unroll 4
+  for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 4
+    for (int k = 0; k < kRankRows; k++) scale[r][k] = scales[r][k];
+#pragma GCC ivdep
+  for (int i = 0; i < count; i++) {
+    const float w = a[i], x = b[i], y = c[i], z = d[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < ranks; r++) {
+      float sum = sums[r * ld + i];
+      sum += scale[r][0] * w;
+      sum += scale[r][1] * x;
+      sum += scale[r][2] * y;
+      sum += scale[r][3] * z;
+      sums[r * ld + i] = sum;
+    }
+  }
+}
+
+// So little of it is arithmetic, a few products for each element read, that packing it for `multiply` would take longer.
+template <class T>
+void rank_grad(float* grad, int64_t ld, int rank, const bf16* t, int64_t ldt, const T* src, int64_t lds,
+               const int32_t* index, int rows, int columns) {
+  constexpr int kBlock = 512;
+  constexpr decltype(&add_rows<1>) kAdd[] = {nullptr, add_rows<1>, add_rows<2>, add_rows<3>, add_rows<4>};
+  alignas(64) float wide[kRankRows][kBlock];
+  for (int first = 0; first < columns; first += kBlock) {
+    const int count = columns - first < kBlock ? columns - first : kBlock;
+    for (int r = 0; r < rank; r++) __builtin_memset(grad + r * ld + first, 0, count * sizeof(float));
+    for (int n = 0; n < rows; n += kRankRows) {
+      const float* row[kRankRows];
+      const int left = rows - n < kRankRows ? rows - n : kRankRows;
+      for (int k = 0; k < kRankRows; k++) {
+        row[k] = wide[k];
+        const T* from = src + (index && k < left ? index[n + k] : n + k) * lds + first;
+        if (k >= left)
+          __builtin_memset(wide[k], 0, count * sizeof(float));
+        else if constexpr (sizeof(T) == sizeof(float))
+          row[k] = from;
+        else
+          widen(wide[k], from, 1.0f, count);
+      }
+      for (int r = 0; r < rank; r += kRankBlock) {
+        const int ranks = rank - r < kRankBlock ? rank - r : kRankBlock;
+        float scale[kRankBlock][kRankRows] = {};
+        for (int q = 0; q < ranks; q++)
+          for (int k = 0; k < left; k++)
+            scale[q][k] = to_float(t[(r + q) * ldt + n + k]) + to_float(t[(rank + r + q) * ldt + n + k]);
+        kAdd[ranks](grad + r * ld + first, ld, row, scale, count);
+      }
+    }
+  }
+}
+
 void combine(bf16* out_bf16, float* out_f32, const float* const* rows, const float* weights, int count, int64_t size) {
   constexpr int kBlock = 64;
   for (int64_t i = 0; i < size; i += kBlock) {

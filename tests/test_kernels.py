@@ -224,6 +224,27 @@ def test_gate_backward(isa, gate, features, step):
     assert_guard(buffer)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4, 6, 16])
+@pytest.mark.parametrize("rows", [1, 4, 31])
+@pytest.mark.parametrize("columns", [1, 70, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rank_grad(isa, rank, rows, columns, dtype):
+    src = extension.guarded((rows, columns), dtype).copy_(normal(rows, columns))
+    t = extension.guarded((2 * rank, rows), torch.bfloat16).copy_(normal(2 * rank, rows, seed=1))
+    index = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int()
+    for order in (None, index):
+        grad, buffer = guarded(rank, columns)
+        _kernels.rank_grad(
+            isa, grad.data_ptr(), columns, rank, t.data_ptr(), rows, src.data_ptr(), dtype == torch.float32, columns,
+            0 if order is None else order.data_ptr(), rows, columns,
+        )  # fmt: skip
+        factor = t[:rank].double() + t[rank:].double()
+        other = (src if order is None else src[order]).double()
+        error = (grad.double() - factor @ other).abs()
+        assert (error <= factor.abs() @ other.abs() * (rows + 2) * 2.0**-24 + 1e-30).all()
+        assert_guard(buffer)
+
+
 @pytest.mark.parametrize("size", [1, 63, 64, 200])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_combine(isa, size, weighted):
