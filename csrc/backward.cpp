@@ -160,9 +160,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
         prefetch<false>(gate_up + kRowsAhead * 2 * inter + range.first, range.count);
         prefetch<true>(d_row + kRowsAhead * gate_up_stride + range.first, range.count);
       }
-      d_weight[row * partials + task.first / kColumnsOut] =
-          k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
-                          d_row + block.gate, d_row + block.up, task.count);
+      float& partial = d_weight[row * partials + task.first / kColumnsOut];
+      partial = k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
+                                d_row + block.gate, d_row + block.up, task.count);
+      if (h_mask) partial += zero_times(term_scratch[thread] + i * kLdc, task.count);
     }
     if (down_grads.A) {  // gate_backward left h in dh
       for (int i = 0; h_mask && i < task.rows; i++) keep(dh + i * kLdc, mask + i * kColumnsOut, task.count);

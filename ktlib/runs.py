@@ -103,6 +103,8 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     """
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # reserves less of a GPU than in fixed pieces
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

@@ -226,6 +226,20 @@ def test_only_what_is_asked_for():
 # ------------------------------------------------------------------------------------------------ the seed
 
 
+def test_a_matrix_that_is_no_number_reaches_the_routing_weights_through_dropped_elements():
+    """0 * NaN in forward: the gradient is that of an output which is NaN, whatever was dropped."""
+    layer = random_layer("trained", tokens=16, experts=2, top_k=1, hidden=24, intermediate=20, rank=2)
+    lora_A, lora_B, scaling = layer["down_lora"]
+    lora_A = lora_A.detach().clone()
+    lora_A[0] = float("nan")  # of expert 0, in every column
+    weights = layer["top_k_weights"].clone().requires_grad_()
+    layer |= {"top_k_weights": weights, "down_lora": (lora_A, lora_B, scaling)}
+    ktlib.moe_experts(**layer, lora_dropout=1 - 2**-20, dropout_seed=1).sum().backward()
+    first = layer["top_k_index"] == 0
+    assert first.any() and not first.all()
+    assert weights.grad[first].isnan().all() and weights.grad[~first].isfinite().all()
+
+
 def test_seeds():
     layer = random_layer("trained", tokens=20, experts=4, top_k=2, hidden=64, intermediate=48, rank=4)
 

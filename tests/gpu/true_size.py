@@ -27,6 +27,8 @@ import time
 import traceback
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `ktlib sft` does, and before torch starts
+
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
