@@ -161,8 +161,8 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
         prefetch<true>(d_row + kRowsAhead * gate_up_stride + range.first, range.count);
       }
       float& partial = d_weight[row * partials + task.first / kColumnsOut];
-      partial = k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step, weight[row],
-                                d_row + block.gate, d_row + block.up, task.count);
+      partial = k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step,
+                                weight[row], d_row + block.gate, d_row + block.up, task.count);
       if (h_mask) partial += zero_times(term_scratch[thread] + i * kLdc, task.count);
     }
     if (down_grads.A) {  // gate_backward left h in dh
@@ -215,9 +215,9 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
         const int32_t* tokens = plan.token_of_row.data() + task.row;
         for (int i = 0; x_mask && i < task.rows; i++)
           keep(mask + i * kColumnsOut, mask + i * kColumnsOut, x + tokens[i] * shape.hidden, task.count);
-        k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + task.row,
-                         gate_up_inner.ld, x_mask ? mask : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
-                         task.rows, task.count);
+        k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank,
+                         gate_up_inner.for_A + task.row, gate_up_inner.ld, x_mask ? mask : x,
+                         x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens, task.rows, task.count);
       }
       if (down_grads.B)
         k.rank_grad_bf16(down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ktlib
 from ktlib import _kernels, reference
+from ktlib.keeping import CHECKPOINTING
 from ktlib.validation import QUANTITIES, evaluate, random_layer, relative_error
 
 DROPOUT = {"lora_dropout": 0.3, "dropout_seed": 11}
@@ -268,8 +269,12 @@ def test_a_seed_that_changed_since_forward_is_noticed():
         output.sum().backward()
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_draws_the_same_masks(use_reentrant):
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": False}, {"use_reentrant": True}, CHECKPOINTING],
+    ids=["again", "reentrant", "experts kept"],
+)
+def test_activation_checkpointing_draws_the_same_masks(options):
     layer = random_layer("trained", tokens=60, experts=4, top_k=2, hidden=64, intermediate=48, rank=4)
 
     def dropping(**arguments):
@@ -280,7 +285,7 @@ def test_activation_checkpointing_draws_the_same_masks(use_reentrant):
         return checkpoint(
             lambda x, weights: dropping(hidden_states=x, top_k_weights=weights, **rest),
             *leaves.values(),
-            use_reentrant=use_reentrant,
+            **options,
         )
 
     results = []
