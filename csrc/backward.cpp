@@ -46,8 +46,8 @@ struct Inner {
 };
 
 // inner.for_B of one block of rows, from the saved t [2 * rank][ldt]. weights: of these rows, or null for ones.
-void inner_for_B(const LoraForm& lora, const Task& task, const bf16* t, int64_t ldt,
-                 const float* weights, const Inner& inner) {
+void inner_for_B(const LoraForm& lora, const Task& task, const bf16* t, int64_t ldt, const float* weights,
+                 const Inner& inner) {
   for (int r = 0; r < lora.rank; r++) {
     const bf16* high = t + r * ldt + task.row;
     const bf16* low = high + lora.rank * ldt;
@@ -75,8 +75,8 @@ Term lora_term(const LoraForm& lora, const Task& task, const Inner& inner, int64
 }
 
 // c[rows][columns] (ld kLdc) += what the mask [rows][kColumnsOut] keeps of the term. product: as much scratch as c.
-void add_kept_term(const Kernels& k, float* c, int rows, int columns, const Term& term, const bf16* mask, float* product,
-                   bf16* panel) {
+void add_kept_term(const Kernels& k, float* c, int rows, int columns, const Term& term, const bf16* mask,
+                   float* product, bf16* panel) {
   sum_of_products(k, product, rows, columns, {term}, panel);
   for (int i = 0; i < rows; i++) add_kept(c + i * kLdc, product + i * kLdc, mask + i * kColumnsOut, columns);
 }

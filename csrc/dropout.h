@@ -56,7 +56,7 @@ inline void add_kept(float* sum, const float* term, const bf16* mask, int count)
   for (int i = 0; i < count; i++) sum[i] += kept(term[i], mask[i]);
 }
 
-// Zero, or NaN if a term is NaN or infinite: what the dropped elements of an input, as zeros, are worth in its product with
+// Zero, or NaN if a term is NaN or infinite: what an input's dropped elements, as zeros, are worth in their product with
 // such a matrix.
 inline float zero_times(const float* term, int count) {
   float sum = 0.0f;

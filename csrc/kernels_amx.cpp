@@ -30,8 +30,9 @@ const Kernels& kernels_amx() {
   using namespace avx512;
   static const Kernels table = {
       "amx_bf16",      64,       16,         kDepthUnit,      HardwareTiles::configure,
-      HardwareTiles::release, pack_rows, pack_pairs_awake, ktlib::multiply<HardwareTiles>, unpermute, activate, interleave,
-      store_rows_bf16, store_rows_f32, round_to_bf16, widen, gate_backward, rank_grad<bf16>, rank_grad<float>, combine, keep_mask, ktlib::burn<HardwareTiles>,
+      HardwareTiles::release, pack_rows, pack_pairs_awake, ktlib::multiply<HardwareTiles>, unpermute, activate,
+      interleave, store_rows_bf16, store_rows_f32, round_to_bf16, widen, gate_backward,
+      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, ktlib::burn<HardwareTiles>,
   };
   return table;
 }

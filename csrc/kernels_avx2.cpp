@@ -92,7 +92,8 @@ const Kernels& kernels_avx2() {
   static const Kernels table = {
       "avx2",          32,       1,          kDepthUnit,      nullptr,       nullptr,
       pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
-      store_rows_f32,  round_to_bf16, widen, gate_backward, rank_grad<bf16>, rank_grad<float>, combine, keep_mask, burn,
+      store_rows_f32,  round_to_bf16, widen, gate_backward,
+      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, burn,
   };
   return table;
 }

@@ -71,7 +71,7 @@ void pack_rows(bf16* panel, int width, const bf16* src, int64_t ld, const int32_
   }
 }
 
-// One pair of rows, `columns` of them; columns beyond are zero, and so is a row that is null. whole: no such columns. Without
+// Two rows of `columns` elements; columns beyond are zero, and so is a row that is null. whole: neither occurs. Without
 // masks and tests more loads are under way at a time, and weights come from memory a quarter faster.
 template <bool whole>
 inline void pack_pair(bf16* panel, int64_t panel_depth, int width, const bf16* even, const bf16* odd, int columns) {

@@ -1,5 +1,6 @@
 """Recording results, reading them back, and running a notebook with other parameters."""
 
+import os
 import shutil
 
 import nbformat
@@ -99,6 +100,23 @@ def test_an_interrupted_run_keeps_what_there_is(notebook, tmp_path, monkeypatch)
     monkeypatch.setattr("papermill.execute_notebook", interrupted)
     result = runs.run(notebook, tmp_path / "runs")
     assert result["error"] == "interrupted" and result["report"].name == "failed.html" and result["report"].exists()
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}])
+def test_gpu_memory_is_reserved_in_segments_that_grow_unless_the_user_says_how(notebook, tmp_path, monkeypatch, own):
+    seen = {}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, own.get(name, ""))
+        if name not in own:
+            monkeypatch.delenv(name)
+
+    def executed(source, target, *arguments, **options):
+        seen.update({name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")})
+        shutil.copy(source, target)
+
+    monkeypatch.setattr("papermill.execute_notebook", executed)
+    runs.run(notebook, tmp_path / "runs")
+    assert seen == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
