@@ -37,12 +37,12 @@ void prefetch(const bf16* row, int count) {
 // for the product with lora_A. High part, then low part.
 struct Inner {
   int64_t ld;
-  Buffer<bf16> rows;   // [slots][depth]: s * lora_B^T d(output)
+  Buffer<bf16> rows;   // [rows][depth]: s * lora_B^T d(output)
   Buffer<bf16> for_A;  // [2 * rank][ld]: the same, times the routing weight where d(output) has none
   Buffer<bf16> for_B;  // [2 * rank][ld]: s * t, times the routing weight likewise
 
-  Inner(const Kernels& k, const LoraForm& lora, int64_t slots)
-      : ld(slots), rows((slots + k.row_unit) * lora.depth), for_A(2 * lora.rank * ld), for_B(2 * lora.rank * ld) {}
+  Inner(const Kernels& k, const LoraForm& lora, int64_t count)
+      : ld(count), rows((count + k.row_unit) * lora.depth), for_A(2 * lora.rank * ld), for_B(2 * lora.rank * ld) {}
 };
 
 // inner.for_B of one block of rows, from the saved t [2 * rank][ldt]. weights: of these rows, or null for ones.
@@ -85,11 +85,11 @@ void add_kept_term(const Kernels& k, float* c, int rows, int columns, const Term
 void backward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
                    const LoraForm& down_lora, const Saved& saved, int64_t saved_ld, const bf16* grad_output,
                    const Grads& grads, LoraGrads& gate_up_grads, LoraGrads& down_grads) {
-  const Plan plan(shape, in.top_k_index);
+  const Plan plan(shape, in);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
-  const int64_t slots = shape.slots();
+  const int64_t rows = plan.rows();
   const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
-  const Inner gate_up_inner(k, gate_up_lora, slots), down_inner(k, down_lora, slots);
+  const Inner gate_up_inner(k, gate_up_lora, rows), down_inner(k, down_lora, rows);
   const std::vector<Task> blocks = row_tasks(plan, kRows);
   gate_up_grads.reserve(int64_t(blocks.size()));
   down_grads.reserve(int64_t(blocks.size()));
@@ -97,14 +97,14 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
-  const Buffer<bf16> dy((slots + k.row_unit) * hidden_stride, threads);     // [row][hidden]: grad_output, sorted
-  const Buffer<bf16> d_gate_up((slots + k.row_unit) * gate_up_stride, threads);  // [row][2 * inter]
-  const int range = output_range(slots, hidden);
-  const Buffer<float> dx(want_x ? slots * range : 0, threads);             // [row][range]
+  const Buffer<bf16> dy((rows + k.row_unit) * hidden_stride, threads);     // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> d_gate_up((rows + k.row_unit) * gate_up_stride, threads);  // [row][2 * inter]
+  const int range = output_range(rows, hidden);
+  const Buffer<float> dx(want_x ? rows * range : 0, threads);             // [row][range]
   const bool bias_matters = in.down_bias && grads.top_k_weights;
   const int partials = inter_blocks + (bias_matters ? 1 : 0);
-  const Buffer<float> d_weight(slots * partials);                          // [row][block]: partial <dh, h>; <dy, bias>
-  const Buffer<float> weight(slots);                                       // [row]
+  const Buffer<float> d_weight(rows * partials);                           // [row][block]: partial <dh, h>; <dy, bias>
+  const Buffer<float> weight(rows);                                        // [row]
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
   const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
@@ -230,10 +230,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   }
 
   // 6. sums over blocks, in order
-  for (int64_t slot = 0; grads.top_k_weights && slot < slots; slot++) {
-    const float* partial = d_weight + int64_t(plan.row_of_slot[slot]) * partials;
+  for (int64_t slot = 0; grads.top_k_weights && slot < shape.slots(); slot++) {
+    const int64_t row = plan.row_of_slot[slot];
     float sum = 0.0f;
-    for (int b = 0; b < partials; b++) sum += partial[b];
+    for (int b = 0; row >= 0 && b < partials; b++) sum += d_weight[row * partials + b];
     grads.top_k_weights[slot] = sum;
   }
   gate_up_grads.add(k, threads, blocks);
@@ -249,7 +249,7 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
 
 void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
               const bf16* grad_output, const Grads& grads, bool whole) {
-  const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
+  const std::vector<int32_t> used = used_experts(shape, in);
   threads = useful_threads(shape, threads);
   if (grads.hidden_states)
     populate(threads, grads.hidden_states.data, shape.tokens * shape.hidden * grads.hidden_states.element_size());

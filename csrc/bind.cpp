@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu.h"
+#include "dropout.h"
 #include "moe.h"
 #include "parallel.h"
 #include "probe.h"
@@ -28,8 +29,8 @@ using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // to
 using GateArgs = std::tuple<int, float, float>;                            // activation, limit, alpha
 using DropoutArgs = std::tuple<int64_t, uint32_t>;                         // seed, threshold
 using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixArgs, MatrixArgs, LoraArgs,
-                             LoraArgs, GateArgs, bool, bool, int,
-                             DropoutArgs>;  // ... biases, LoRA, gate, transposed, interleaved, parts, dropout
+                             LoraArgs, GateArgs, bool, bool, int, DropoutArgs,
+                             uintptr_t>;  // ... biases, LoRA, gate, transposed, interleaved, parts, dropout, elsewhere
 
 Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
 
@@ -52,10 +53,10 @@ Dropout dropout(const DropoutArgs& args) { return {uint64_t(std::get<0>(args)), 
 
 Inputs inputs(const InputArgs& args) {
   const auto& [hidden_states, index, weights, gate_up, down, gate_up_bias, down_bias, gate_up_lora, down_lora, kind,
-               transposed, interleaved, parts, drop] = args;
+               transposed, interleaved, parts, drop, elsewhere] = args;
   return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
           at<const bf16>(down), matrix(gate_up_bias), matrix(down_bias), lora(gate_up_lora), lora(down_lora),
-          gate(kind), transposed, interleaved, parts, dropout(drop)};
+          gate(kind), transposed, interleaved, parts, dropout(drop), at<const bool>(elsewhere)};
 }
 
 using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
@@ -125,6 +126,18 @@ NB_MODULE(_kernels, m) {
     });
   });
   m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
+  m.def("copy", [](int threads, const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& args) {
+    std::vector<Copy> copies;
+    for (const auto& [to, from, bytes] : args) copies.push_back({at<void>(to), at<const void>(from), bytes});
+    const nb::gil_scoped_release release;
+    copy(threads, copies);
+  });
+  m.def("keep_masks", [](const std::string& isa, int threads, uintptr_t masks, const DropoutArgs& drop,
+                         uint32_t projection, uintptr_t slots, int64_t rows, int columns) {
+    const Kernels& k = select_isa(isa);
+    const nb::gil_scoped_release release;
+    keep_masks(k, threads, at<bf16>(masks), dropout(drop), projection, at<const int64_t>(slots), rows, columns);
+  });
   m.def("peak_rate", [](const std::string& isa, int threads) {
     const Kernels& k = select_isa(isa);
     nb::gil_scoped_release release;

@@ -73,4 +73,8 @@ constexpr int64_t kKeptScratch = 2 * kMaxWidth * kKeptDepth;
 void multiply_kept(const Kernels& k, const InputMask& mask, float* c, const LoraForm& lora, int expert,
                    const bf16* panel, int width, int64_t row, int tokens, bf16* scratch);
 
+// masks[i][0..columns) = those of the input rows slots[i] of a batch, for whoever computes them elsewhere.
+void keep_masks(const Kernels& k, int threads, bf16* masks, const Dropout& dropout, uint32_t projection,
+                const int64_t* slots, int64_t rows, int columns);
+
 }  // namespace ktlib

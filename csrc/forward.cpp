@@ -50,17 +50,18 @@ void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask,
 // One part of the batch. saved_ld: slots of the whole batch.
 void forward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
                   const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
-  const Plan plan(shape, in.top_k_index);
+  const Plan plan(shape, in);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
-  const int64_t slots = shape.slots(), columns = plan.column[shape.experts];
+  const int64_t rows = plan.rows(), columns = plan.column[shape.experts];
   const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
+  if (saved.gate_up) populate(threads, saved.gate_up, rows * 2 * inter * int64_t(sizeof(bf16)));
 
   const Buffer<bf16> x_panels(columns * hidden_depth, threads);       // [column][hidden_depth] by panels
   const Buffer<bf16> h_panels(columns * inter_depth, threads);        // [column][inter_depth] by panels
   const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
   const Buffer<bf16> down_t(columns * down_lora.depth);
-  const int range = output_range(slots, hidden);
-  const Buffer<float> y(output ? slots * range : 0, threads);                      // [row][range]: each expert's output
+  const int range = output_range(rows, hidden);
+  const Buffer<float> y(output ? rows * range : 0, threads);                       // [row][range]: each expert's output
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
   const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
@@ -174,11 +175,10 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 
 void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
              const Saved& saved, bool whole) {
-  const std::vector<int32_t> used = used_experts(shape, in.top_k_index);
+  const std::vector<int32_t> used = used_experts(shape, in);
   threads = useful_threads(shape, threads);
   const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
   const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
-  if (saved.gate_up) populate(threads, saved.gate_up, shape.slots() * 2 * shape.inter * int64_t(sizeof(bf16)));
   if (output) populate(threads, output.data, shape.tokens * shape.hidden * output.element_size());
   for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
     Shape part = shape;

@@ -36,14 +36,15 @@ struct PaddedRows {
 void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, const Inputs& in,
                              const LoraForm& gate_up_lora, const LoraForm& down_lora, const Matrix& output,
                              const Saved& saved, int64_t saved_ld) {
-  const Plan plan(shape, in.top_k_index);
+  const Plan plan(shape, in);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
-  const int64_t slots = shape.slots();
-  const PaddedRows x(k, threads, slots, hidden), h(k, threads, slots, inter);
-  const Buffer<bf16> gate_up_t((slots + k.row_unit) * gate_up_lora.depth);  // [row][depth]
-  const Buffer<bf16> down_t((slots + k.row_unit) * down_lora.depth);
-  const int range = output_range(slots, hidden);
-  const Buffer<float> y(output ? slots * range : 0, threads);  // [row][range]: each expert's output
+  const int64_t count = plan.rows();
+  if (saved.gate_up) populate(threads, saved.gate_up, count * 2 * inter * int64_t(sizeof(bf16)));
+  const PaddedRows x(k, threads, count, hidden), h(k, threads, count, inter);
+  const Buffer<bf16> gate_up_t((count + k.row_unit) * gate_up_lora.depth);  // [row][depth]
+  const Buffer<bf16> down_t((count + k.row_unit) * down_lora.depth);
+  const int range = output_range(count, hidden);
+  const Buffer<float> y(output ? count * range : 0, threads);  // [row][range]: each expert's output
   const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
   const ThreadBuffer<float> h_scratch(threads, kFeatures);
   const ThreadBuffer<bf16> panel_scratch(threads, kPanels);

@@ -27,6 +27,19 @@ void populate(int threads, void* memory, int64_t bytes) {
   });
 }
 
+void copy(int threads, const std::vector<Copy>& copies) {
+  constexpr int64_t kPiece = int64_t(256) << 10;
+  constexpr Kernels kPlain{};
+  std::vector<Copy> pieces;
+  for (const Copy& whole : copies)
+    for (int64_t first = 0; first < whole.bytes; first += kPiece)
+      pieces.push_back({static_cast<char*>(whole.to) + first, static_cast<const char*>(whole.from) + first,
+                        std::min(kPiece, whole.bytes - first)});
+  parallel_tasks(kPlain, threads_here(threads), int64_t(pieces.size()), [&](int64_t i, int) {
+    std::memcpy(pieces[i].to, pieces[i].from, size_t(pieces[i].bytes));
+  });
+}
+
 void place_pages(void* memory, int64_t bytes, int node) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (uintptr_t(memory) + kPage / 2) / kPage * kPage;

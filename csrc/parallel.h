@@ -91,6 +91,14 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, int parts, con
 // step on 16 CPUs. Only hints to the operating system; changes no contents.
 void populate(int threads, void* memory, int64_t bytes);
 
+// memcpy by many threads: one alone reaches a fraction of the memory's bandwidth.
+struct Copy {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+void copy(int threads, const std::vector<Copy>& copies);
+
 // Uninitialized memory for the duration of one call. Large blocks come from, and return to, a small process-wide store of
 // raw memory: fresh pages must be cleared by the operating system, which took a quarter of a training step. Nothing is
 // ever read from a block before it is written in the same call.

@@ -7,15 +7,15 @@
 
 namespace ktlib {
 
-std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index) {
+std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in) {
   std::vector<char> used(shape.experts, 0);
   for (int64_t slot = 0; slot < shape.slots(); slot++) {
-    const int64_t expert = top_k_index[slot];
+    const int64_t expert = in.top_k_index[slot];
     if (expert < 0 || expert >= shape.experts)
       throw std::invalid_argument("top_k_index: got expert id " + std::to_string(expert) + " for token " +
                                   std::to_string(slot / shape.topk) + ", slot " + std::to_string(slot % shape.topk) +
                                   "; ids must be in [0, " + std::to_string(shape.experts) + ")");
-    used[expert] = 1;
+    used[expert] = !in.elsewhere || !in.elsewhere[expert];
   }
   std::vector<int32_t> experts;
   for (int64_t e = 0; e < shape.experts; e++)
@@ -23,10 +23,11 @@ std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index
   return experts;
 }
 
-Plan::Plan(const Shape& shape, const int64_t* top_k_index) {
+Plan::Plan(const Shape& shape, const Inputs& in) {
   const int64_t slots = shape.slots();
+  const auto here = [&](int64_t slot) { return !in.elsewhere || !in.elsewhere[in.top_k_index[slot]]; };
   begin.assign(shape.experts + 1, 0);
-  for (int64_t slot = 0; slot < slots; slot++) begin[top_k_index[slot] + 1]++;
+  for (int64_t slot = 0; slot < slots; slot++) begin[in.top_k_index[slot] + 1] += here(slot);
   column.assign(shape.experts + 1, 0);
   depth.assign(shape.experts + 1, 0);
   for (int64_t e = 0; e < shape.experts; e++) {
@@ -36,12 +37,13 @@ Plan::Plan(const Shape& shape, const int64_t* top_k_index) {
     begin[e + 1] += begin[e];
     if (count > 0) active.push_back(int32_t(e));
   }
-  token_of_row.resize(slots);
-  slot_of_row.resize(slots);
-  row_of_slot.resize(slots);
+  token_of_row.resize(rows());
+  slot_of_row.resize(rows());
+  row_of_slot.assign(slots, -1);
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
   for (int64_t slot = 0; slot < slots; slot++) {
-    const int64_t row = next[top_k_index[slot]]++;
+    if (!here(slot)) continue;
+    const int64_t row = next[in.top_k_index[slot]]++;
     row_of_slot[slot] = int32_t(row);
     slot_of_row[row] = int32_t(slot);
     token_of_row[row] = int32_t(slot / shape.topk);

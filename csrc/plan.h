@@ -14,20 +14,22 @@ struct Plan {
   std::vector<int64_t> begin;          // [experts + 1]: rows of expert e are begin[e] .. begin[e + 1]
   std::vector<int64_t> column;         // [experts + 1]: the same with each expert's count rounded up to kColumns
   std::vector<int64_t> depth;          // [experts + 1]: the same, rounded up to kDepth, for products over tokens
-  std::vector<int32_t> token_of_row;   // [slots]
-  std::vector<int32_t> slot_of_row;    // [slots]
-  std::vector<int32_t> row_of_slot;    // [slots]
+  std::vector<int32_t> token_of_row;   // [rows]
+  std::vector<int32_t> slot_of_row;    // [rows]
+  std::vector<int32_t> row_of_slot;    // [slots]; -1: its expert is computed elsewhere
   std::vector<int32_t> active;         // experts that received tokens, most tokens first
 
   static constexpr int kDepth = 32;
 
   // Ids must have been checked (used_experts).
-  Plan(const Shape& shape, const int64_t* top_k_index);
+  Plan(const Shape& shape, const Inputs& in);
+  int64_t rows() const { return begin.back(); }
   int count(int expert) const { return int(begin[expert + 1] - begin[expert]); }
 };
 
-// Experts that received tokens, ascending. Throws std::invalid_argument naming token and slot if an id is out of range.
-std::vector<int32_t> used_experts(const Shape& shape, const int64_t* top_k_index);
+// Experts that received tokens to be computed here, ascending. Throws std::invalid_argument naming token and slot if an id
+// is out of range.
+std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in);
 
 // Long batches go through the layer in parts of this many slots (unless `whole`), so that scratch does not grow with
 // them. Saved rows are sorted within each part.

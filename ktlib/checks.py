@@ -33,6 +33,15 @@ def check_parts(parts):
         raise ValueError(f"parts: got {parts}, needs at least 1 and at most 1024")
 
 
+def check_stream_rows(stream_rows):
+    if stream_rows is None:
+        return
+    if isinstance(stream_rows, bool) or not isinstance(stream_rows, int):
+        raise TypeError(f"stream_rows: got {type(stream_rows).__name__}, needs None or an int")
+    if stream_rows < 1:
+        raise ValueError(f"stream_rows: got {stream_rows}, needs None or at least 1")
+
+
 def check_flags(**flags):
     for name, value in flags.items():
         if not isinstance(value, bool):

@@ -4,16 +4,20 @@ The formulas are sums of what is stored and of what is computed; they leave out 
 other programs), for which :meth:`Estimate.check` keeps a margin.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from .audit import component
 from .experts import is_experts
+from .streaming import GROUP_BYTES
+from .weight_stream import THERE
 
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
+PCIE = 25e9  # bytes/s to the GPU: 16 lanes of PCIe 4.0
 LEFT = "other weights, left in the file's map"  # resident after they went to the GPU, dropped when memory is short
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
@@ -26,6 +30,8 @@ class Estimate:
     gpu: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     tokens: int = 0
+    rows: float = 0.0  # of an expert in a batch, on average
+    break_even: int | None = None  # rows from which on an expert is faster streamed to the GPU
 
     @property
     def host_bytes(self):
@@ -60,6 +66,11 @@ class Estimate:
         lines += [f"time  {what:<34} {value:8.2f} s" for what, value in self.seconds.items()]
         if self.seconds:
             lines.append(f"time  {self.tokens} tokens per step: {self.tokens_per_second:.0f} tokens/s")
+        if self.break_even:
+            lines.append(
+                f"time  an expert with {self.break_even} rows or more is faster on the GPU (stream_rows); "
+                f"here one has {self.rows:.0f} on average"
+            )
         return "\n".join(lines)
 
 
@@ -93,6 +104,8 @@ def estimate(
     bandwidth=None,
     gpu_rate=200e12,
     timing=True,
+    stream_rows=None,
+    bus=None,
 ):
     """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on bf16 weights, or those weights.
 
@@ -107,16 +120,25 @@ def estimate(
         cpu_rate, bandwidth: FLOP/s of bf16 products and bytes/s of memory; default: measured here, in a second.
         gpu_rate: FLOP/s that the GPU reaches on this model.
         timing: False leaves out the seconds, and the measuring.
+        stream_rows: of :func:`ktlib.pin_experts`. The formulas take tokens as evenly spread over the experts: all of
+            them are streamed, or none.
+        bus: bytes/s from the host's pinned memory to the GPU; default: measured if there is a GPU, else that of PCIe 4.
 
     Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments; full: 6 bytes
     per trained weight) + for each MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values,
     and hidden states in and out; with a GPU, the buffers of one layer's copies, and the weights that went there, whose
     pages of the checkpoint stay resident until something needs the memory. Time of the experts = the larger of
     arithmetic (4 FLOP per active weight and token, forward and backward; full: 6) and of reading every expert twice.
+    Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights over the bus
+    and of arithmetic on the GPU (6 FLOP per active weight and token: gate and up are computed twice, down as well).
 
     Raises:
-        ValueError: another ``finetuning``.
+        ValueError: another ``finetuning``, or a full one with ``stream_rows``.
     """
+    if stream_rows and finetuning == "full":
+        raise ValueError(
+            f"stream_rows: got {stream_rows} with finetuning='full', needs None: these weights are trained"
+        )
     if finetuning not in ("lora", "full"):
         raise ValueError(f"finetuning: got {finetuning!r}, needs 'lora' or 'full'")
     model = model if isinstance(model, torch.nn.Module) else meta_model(model)
@@ -140,7 +162,11 @@ def estimate(
     rest = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     rest_lora = sum(lora.values())
-    saved = moe_layers * saved_bytes(tokens, top_k, hidden, inner, rank)
+    count = len(experts[0].down_proj) if experts else 1
+    streamed = bool(gpu and stream_rows and tokens * top_k >= stream_rows * count)
+    saved = moe_layers * (
+        saved_bytes(tokens, 0, hidden, 0, 0) if streamed else saved_bytes(tokens, top_k, hidden, inner, rank)
+    )
     per_layer = tokens * hidden * (2 if checkpointing else 60)
     one_layer = tokens * hidden * 60 if checkpointing else 0
     host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
@@ -155,6 +181,9 @@ def estimate(
     if gpu:
         host["pinned buffers of copies"] = staging_bytes(tokens, top_k, hidden) if experts else 0
         host[LEFT] = 2 * rest
+        if streamed:
+            one = 2 * routed // (moe_layers * count)
+            device["streamed experts"] = THERE * max(one, GROUP_BYTES // one * one) + 8 * tokens * hidden
     else:
         host |= other
 
@@ -168,15 +197,42 @@ def estimate(
     active = moe_layers * top_k * (3 * hidden * inner + 2 * rank * (3 * hidden + 4 * inner))
     passes = 4 + (2 if checkpointing else 0)
     embedding = config.vocab_size * config.hidden_size
+    on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth)
+    bus = bus or (measure_bus() if gpu and torch.cuda.is_available() else PCIE)
+    on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / bus)
     seconds = {
-        "routed experts": max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth),
+        "routed experts": on_gpu if streamed else on_cpu,
         "the rest": (passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits)
         / (gpu_rate if gpu else cpu_rate),
         "optimizer": (routed_lora * 28 * lora_bytes / 4) / bandwidth,
     }
     if gpu:
         seconds["copies"] = moe_layers * 4 * tokens * hidden * 2 / 12e9
-    return Estimate(host, device, seconds, tokens)
+    break_even = break_even_rows(cpu_rate, bus) if gpu and routed and finetuning == "lora" else None
+    return Estimate(host, device, seconds, tokens, tokens * top_k / count, break_even)
+
+
+def break_even_rows(cpu_rate, bus):
+    """From how many rows of a batch on an expert is faster on the GPU, its weights copied there, than on the CPU.
+
+    Both passes take the CPU 4 FLOP per weight and row, and the bus 4 bytes per weight. So it is the quotient of
+    ``cpu_rate``, FLOP/s of bf16 products, and ``bus``, bytes/s from pinned memory to the GPU.
+    """
+    return math.ceil(cpu_rate / bus)
+
+
+def measure_bus(size=2**28):
+    """Bytes/s from pinned memory of this machine to its GPU."""
+    from .measure import best_seconds
+
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def copy():
+        there.copy_(host, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+
+    return size / best_seconds(copy)
 
 
 def saved_bytes(tokens, top_k, hidden, intermediate, rank):

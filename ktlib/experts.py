@@ -74,6 +74,7 @@ def experts_forward(
         **layout(self),
         **gate_of(self),
         parts=getattr(self, "ktlib_parts", 1),
+        stream_rows=getattr(self, "ktlib_stream_rows", None),
     )
 
 

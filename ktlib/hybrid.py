@@ -33,7 +33,7 @@ def checkpoint_all_but_experts(model):
     return model
 
 
-def adapt(model, device="cpu", lora_device="cpu", rank=8, alpha=16, seed=0, stock=False, pinned=True):
+def adapt(model, device="cpu", lora_device="cpu", rank=8, alpha=16, seed=0, stock=False, pinned=True, stream_rows=None):
     """Pin the experts, add adapters to attention, shared and routed experts and dense layers, move to ``device``.
 
     ``stock=True`` makes the same adapters as PEFT alone would (dense ``W + BA`` for routed experts). The values of the
@@ -44,7 +44,7 @@ def adapt(model, device="cpu", lora_device="cpu", rank=8, alpha=16, seed=0, stoc
         names = ("r", "lora_alpha", "target_modules", "target_parameters", "task_type")
         config = LoraConfig(**{name: getattr(config, name) for name in names})
     if pinned:
-        pin_experts(model, lora_device)
+        pin_experts(model, lora_device, stream_rows)
     torch.manual_seed(seed)
     model.config.use_cache = False
     return get_peft_model(model, config).to(device).train()

@@ -23,11 +23,13 @@ from ktlib.checks import (
     check_no_tangents,
     check_parts,
     check_shape,
+    check_stream_rows,
     check_tensor,
     describe,
     sizes,
 )
 from ktlib.keeping import once
+from ktlib.streaming import Streamed, choose
 from ktlib.threads import operator_threads
 from ktlib.transfer import to_device, to_host
 
@@ -39,7 +41,8 @@ _TENSORS = (
 )
 _SETTINGS = (
     "float gate_up_scaling, float down_scaling, float lora_dropout, str gate, float limit, float alpha, "
-    "bool transposed, bool interleaved, str isa, bool recompute, int parts, bool whole"
+    "bool transposed, bool interleaved, str isa, bool recompute, int parts, int stream_rows, str stream_device, "
+    "bool whole"
 )
 _Tensors, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
@@ -76,6 +79,7 @@ def moe_experts(
     isa=None,
     recompute=False,
     parts=1,
+    stream_rows=None,
 ):
     """Routed experts: ``out[t] = sum_j top_k_weights[t, j] * E_{top_k_index[t, j]}(hidden_states[t])``.
 
@@ -113,6 +117,10 @@ def moe_experts(
             more, the same bits.
         parts: into how many runs of consecutive rows each weight matrix is split for machines with several NUMA nodes,
             see :func:`ktlib.place_experts`. Says which thread computes what, never a result.
+        stream_rows: ``None``, or a number of rows: where ``hidden_states`` are on a GPU, experts on which at least so
+            many choices of this batch fall are computed there, from weights that are copied to it for the call and
+            again for backward (streaming.py). The others are computed on the CPU as ever; without a GPU all are.
+            Implies ``recompute``. Not for weights or biases that are trained.
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,
@@ -128,7 +136,7 @@ def moe_experts(
         TypeError: an argument is not a tensor (or not such a tuple), has the wrong dtype, or is not of its type.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
             not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024], a
-            lora_dropout outside [0, 1).
+            lora_dropout outside [0, 1), stream_rows below 1 or with weights or biases that require a gradient.
         RuntimeError: ``isa`` cannot run on this machine.
         NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
             ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
@@ -141,6 +149,7 @@ def moe_experts(
     _, gate_up_lora, down_lora = check_all(tensors, (gate_up_lora, down_lora), transposed)
     limit, alpha = check_gate(gate, limit, alpha)
     dropout_seed = check_dropout(lora_dropout, dropout_seed)
+    check_stream_rows(stream_rows)
 
     device = hidden_states.device
     hidden_states, top_k_index, top_k_weights, *others = to_host(
@@ -149,12 +158,18 @@ def moe_experts(
     grad = torch.is_grad_enabled()
     base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     whole = grad and any(t is not None and t.requires_grad for t in base)
+    stream_device = _stream_device(device) if stream_rows else ""
+    if stream_rows and whole:
+        raise ValueError(
+            f"stream_rows: got {stream_rows} with expert weights or biases that require a gradient, needs None for them"
+        )
     save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
     tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
     check_no_tangents(_NAMES, tensors)
     settings = (
         gate_up_lora[2], down_lora[2], float(lora_dropout), gate, limit, alpha, transposed, interleaved,
-        isa or os.environ.get("KTLIB_ISA", ""), recompute, parts, whole,
+        isa or os.environ.get("KTLIB_ISA", ""), recompute or bool(stream_device), parts,
+        stream_rows if stream_device else 0, stream_device, whole,
     )  # fmt: skip
     try:
         output, *_ = torch.ops.ktlib.moe_experts(*tensors, *settings, save)
@@ -168,7 +183,16 @@ def moe_experts(
     return to_device(output, device)
 
 
+def _stream_device(device):
+    """The device that experts may be streamed to for hidden states on ``device``, by name; "" if there is none."""
+    return str(device) if device.type == "cuda" else ""
+
+
 # ------------------------------------------------------------------------------------------------- the registered op
+
+# A call as C++ takes it: ``held`` are the tensors whose memory ``inputs`` name (hold on to them during the call),
+# ``elsewhere`` the experts that C++ leaves out and ``streamed`` computes, both None if there are none.
+_Call = namedtuple("_Call", "counts inputs held elsewhere streamed")
 
 
 def _address(tensor):
@@ -182,7 +206,7 @@ def _lora_arguments(lora_A, lora_B, experts, scaling):
 
 
 def _arguments(tensors, settings):
-    """Arguments of the C++ functions, and the tensors whose memory they name: hold on to these during the call.
+    """A :class:`_Call`.
 
     All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
     """
@@ -207,6 +231,11 @@ def _arguments(tensors, settings):
         tensors.top_k_weights.float().contiguous(),
         *(None if t is None else t.contiguous() for t in tensors[3:]),
     )
+    dropout = (0 if seed is None else seed.item(), threshold)
+    elsewhere = choose(held.top_k_index, experts, settings.stream_rows)
+    streamed = None
+    if elsewhere is not None:
+        streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, elsewhere)
     inputs = (
         *(t.data_ptr() for t in held[:5]),
         _address(held.gate_up_bias),
@@ -217,9 +246,10 @@ def _arguments(tensors, settings):
         settings.transposed,
         settings.interleaved,
         settings.parts,
-        (0 if seed is None else seed.item(), threshold),
+        dropout,
+        0 if elsewhere is None else elsewhere.data_ptr(),
     )
-    return counts, inputs, held
+    return _Call(counts, inputs, held, elsewhere, streamed)
 
 
 def _saved_shapes(tensors, settings):
@@ -253,48 +283,62 @@ def _kept_shapes(tensors, settings, save):
 
 def _forward(*arguments):
     tensors, settings, save = _split(arguments)
-    counts, inputs, held = _arguments(tensors, settings)
+    call = _arguments(tensors, settings)
     output = _empty_like(tensors.hidden_states)
     saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
-    threads = operator_threads()
-    _kernels.forward(settings.isa, threads, counts, inputs, _address(output), addresses, settings.whole)
-    del held
+    # queued before the CPU's share is computed
+    streamed = None if call.streamed is None else call.streamed.forward()
+    if streamed is None or call.streamed.leaves_rows:
+        _kernels.forward(
+            settings.isa, operator_threads(), call.counts, call.inputs, _address(output), addresses, settings.whole
+        )
+    if streamed is not None:
+        call.streamed.complete([(output, streamed)])
     return output, *saved
 
 
 def _backward(grad_output, *arguments):
     saved, (tensors, settings, wanted) = arguments[:3], _split(arguments[3:])
-    counts, inputs, held = _arguments(tensors, settings)
+    call = _arguments(tensors, settings)
     check_tensor("grad_output", grad_output, (torch.bfloat16, torch.float32), 2)
     check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
     check_memory("grad_output", grad_output)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
+    grads = dict.fromkeys(_DIFFERENTIABLE)
+    for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
+        if want:
+            grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
+    names = [name for name in grads if grads[name] is not None]
+    streamed = {} if call.streamed is None else call.streamed.backward(grad_output, names)
+    if call.streamed is None or call.streamed.leaves_rows:
+        _backward_here(call, saved, tensors, settings, grad_output, grads)
+    if streamed:
+        call.streamed.complete([(grads[name], grad) for name, grad in streamed.items()])
+    if grads["top_k_weights"] is not None:
+        grads["top_k_weights"] = grads["top_k_weights"].to(tensors.top_k_weights.dtype)
+    return tuple(torch.empty(0) if grad is None else grad for grad in grads.values())
+
+
+def _backward_here(call, saved, tensors, settings, grad_output, grads):
+    """Write what the CPU has to compute of the gradients, in place."""
     threads, shapes = operator_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
         saved = [_empty(shape, torch.bfloat16) for shape in shapes]
         addresses = tuple(t.data_ptr() for t in saved)
-        _kernels.forward(settings.isa, threads, counts, inputs, (0, False), addresses, settings.whole)
+        _kernels.forward(settings.isa, threads, call.counts, call.inputs, (0, False), addresses, settings.whole)
     names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")
     for name, tensor, shape in zip(names, saved, shapes, strict=True):
         if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: changed since forward, which saved {describe(tensor)}; needs bfloat16 {shape}")
         check_memory(name, tensor)
-    grads = dict.fromkeys(_DIFFERENTIABLE)
-    for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
-        if want:
-            grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
     to = {name: _address(grad) for name, grad in grads.items()}
     _kernels.backward(
-        settings.isa, threads, counts, inputs, tuple(t.data_ptr() for t in saved), grad_output.data_ptr(),
+        settings.isa, threads, call.counts, call.inputs, tuple(t.data_ptr() for t in saved), grad_output.data_ptr(),
         to["hidden_states"], to["top_k_weights"][0],
         (to["gate_up_lora_A"], to["gate_up_lora_B"]), (to["down_lora_A"], to["down_lora_B"]),
         (to["gate_up_proj"][0], to["down_proj"][0]), (to["gate_up_bias"], to["down_bias"]), settings.whole,
     )  # fmt: skip
-    del held
-    if grads["top_k_weights"] is not None:
-        grads["top_k_weights"] = grads["top_k_weights"].to(tensors.top_k_weights.dtype)
-    return tuple(torch.empty(0) if grad is None else grad for grad in grads.values())
 
 
 def _forward_fake(*arguments):

@@ -10,28 +10,34 @@ import functools
 
 import torch
 
+from .checks import check_stream_rows
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 CPU = torch.device("cpu")
 STOCK = ("eager", "grouped_mm", "batched_mm")
 
 
-def pin_experts(model, lora_device="cpu"):
+def pin_experts(model, lora_device="cpu", stream_rows=None):
     """Keep the routed experts of ``model`` on the CPU from now on; everything else moves as always. Returns ``model``.
 
     ``.to("cuda")``, ``.cuda()``, ``transformers.Trainer``, accelerate and PEFT then move all but the experts; casts of
     the dtype reach them. Pin before or after adapters are added, before or after moving (experts on a GPU come back).
-    Pinning again with another ``lora_device`` moves the adapters.
+    Pinning again with another ``lora_device`` moves the adapters, with another ``stream_rows`` changes that.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
         lora_device: where adapters of routed experts live, "cpu" or another device ("cuda"). They go there at once or,
             if they are added later, at the next move of the model and at the latest in its next forward.
+        stream_rows: as in :func:`ktlib.moe_experts`: experts with at least so many rows in a batch are computed on the
+            GPU that the rest of the model is on, from weights that stay on the CPU and are copied there each time.
+            None: the CPU computes all. :func:`ktlib.estimate.break_even_rows` says from how many on that is faster.
 
     Raises:
-        ValueError: the model has no routed experts, or is itself what holds their weights.
+        TypeError: stream_rows is not an int.
+        ValueError: the model has no routed experts, or is itself what holds their weights; stream_rows is below 1.
         RuntimeError: in a later forward on another device, if the operator cannot compute these experts.
     """
+    check_stream_rows(stream_rows)
     lora_device = torch.device(lora_device)
     owners = _owners(model)
     if not owners:
@@ -43,6 +49,7 @@ def pin_experts(model, lora_device="cpu"):
         owner._pinned_slots, owner._pinned_lora_device = slots, lora_device
         for slot in slots:
             _move(owner._modules[slot], _identity, lora_device)
+            _bare(owner._modules[slot]).ktlib_stream_rows = stream_rows
     return model
 
 

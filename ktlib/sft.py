@@ -85,6 +85,7 @@ def check_parameters(
     isa=None,
     finetuning="lora",
     torch_threads=None,
+    stream_rows=None,
 ):
     """Check every parameter of a run before anything heavy happens; returns them as a dict.
 
@@ -103,6 +104,8 @@ def check_parameters(
       lora_dtype have no meaning, and lora_dropout must be 0)
     - ``torch_threads``: None (by the model's size) or a whole number >= 1: threads of stock torch on the CPU while
       training, on which its rounding depends (:mod:`ktlib.threads`); the operator takes all there are
+    - ``stream_rows``: None or a whole number >= 1: experts with so many rows in a batch are computed on the GPU, their
+      weights copied there each time (:func:`ktlib.pin_experts`); without a GPU it has no meaning
     """
     given = dict(locals())
 
@@ -114,8 +117,9 @@ def check_parameters(
     for name, minimum in least.items():
         whole = isinstance(given[name], int) and not isinstance(given[name], bool)
         need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
-    whole = isinstance(torch_threads, int) and not isinstance(torch_threads, bool) and torch_threads >= 1
-    need(torch_threads is None or whole, "torch_threads", "none or a whole number >= 1")
+    for name in ("torch_threads", "stream_rows"):
+        whole = isinstance(given[name], int) and not isinstance(given[name], bool) and given[name] >= 1
+        need(given[name] is None or whole, name, "none or a whole number >= 1")
     for name in ("alpha", "learning_rate", "lora_dropout"):
         numeric = isinstance(given[name], (int, float)) and not isinstance(given[name], bool)
         in_range = numeric and (0 <= given[name] < 1 if name == "lora_dropout" else 0 < given[name] < float("inf"))
@@ -123,6 +127,7 @@ def check_parameters(
     need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
     need(str(finetuning) in FINETUNING, "finetuning", f"one of {', '.join(FINETUNING)}")
     need(finetuning == "lora" or not lora_dropout, "lora_dropout", "0 with finetuning='full'")
+    need(finetuning == "lora" or not stream_rows, "stream_rows", "none with finetuning='full'")
     need(str(lora_dtype) in LORA_DTYPES, "lora_dtype", f"one of {', '.join(LORA_DTYPES)}")
     target_parts(targets)
     for name in ("model", "dataset", "output_dir"):
@@ -147,10 +152,11 @@ def check_parameters(
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(model="base", experts_implementation=IMPLEMENTATION):
+def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=None):
     """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
 
-    Where there is a GPU, the experts of the operator are pinned to the CPU, so that a Trainer moves all but them.
+    Where there is a GPU, the experts of the operator are pinned to the CPU, with ``stream_rows``, so that ``.to`` and a
+    Trainer move all but them.
     """
     path = BASE if model == "base" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -161,8 +167,13 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION):
     )
     served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
     if served and torch.cuda.is_available():
-        pin_experts(loaded)
+        pin_experts(loaded, stream_rows=stream_rows)
     return loaded, tokenizer
+
+
+def device():
+    """Where all of a model but the routed experts is trained: "cuda" if there is a GPU that can be used, or "cpu"."""
+    return "cuda" if torch.cuda.is_available() and not unusable_cuda() else "cpu"
 
 
 def prepare(model, finetuning="lora", targets="attention+experts+shared", **lora):
@@ -241,8 +252,9 @@ def estimate_run(parameters):
         tokens=parameters["batch_size"] * parameters["sequence_length"],
         sequence_length=parameters["sequence_length"],
         checkpointing=parameters["gradient_checkpointing"],
-        gpu=torch.cuda.is_available() and not unusable_cuda(),
+        gpu=device() == "cuda",
         timing=not is_base,
+        stream_rows=parameters["stream_rows"],
     )
 
 
@@ -309,6 +321,7 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
         torch_threads=torch_threads,
+        stream_rows=next((m.ktlib_stream_rows for m in model.modules() if hasattr(m, "ktlib_stream_rows")), None),
     )
     checkpoints = Path(output_dir) / CHECKPOINTS
     names = inspect.signature(TrainingArguments).parameters  # transformers 5.23 renamed it, 6 drops the old name
@@ -438,7 +451,8 @@ def run(progress=True, **parameters):
     estimated.check()
     train_rows, test_rows = load_data(p["dataset"], p["seed"])
     use_isa(p["isa"])
-    model, tokenizer = load_model(p["model"])
+    model, tokenizer = load_model(p["model"], stream_rows=p["stream_rows"])
+    model.to(device())
     before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
     lora = {name: p[name] for name in ("rank", "alpha", "lora_dtype", "lora_dropout", "seed")}
     model = prepare(model, p["finetuning"], p["targets"], **lora)

@@ -130,7 +130,7 @@ def evaluate(function, layer, *, seed=1, **options):
         arguments[f"{name}_lora"] = (lora_A, lora_B, scaling)
     output = function(**arguments, **options)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    output.backward(gradient.to(output.dtype))
+    output.backward(gradient.to(output))
     results = {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
     return {name: results[name].double() for name in QUANTITIES}
 

@@ -52,7 +52,7 @@ def test_logits_and_every_gradient_agree_with_the_reference(family, monkeypatch)
     """The same model with float64 experts that have the same masks; PEFT's own dropout everywhere else."""
     model = adapted(family)
 
-    def in_float64(hidden_states, *arguments, parts, **options):
+    def in_float64(hidden_states, *arguments, parts, stream_rows, **options):
         options["dropout_seed"] = torch.randint(2**63 - 1, ())  # as the operator draws it
         return reference.moe_experts(hidden_states, *arguments, **options).to(hidden_states.dtype)
 

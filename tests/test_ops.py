@@ -46,6 +46,8 @@ def arguments_of_the_op(
         "",
         False,
         1,
+        0,
+        "",
         save and biases[0] is not None,
         save,
     )
@@ -56,10 +58,10 @@ def test_a_wrong_id_writes_nothing(layer):
     """The C++ side checks ids itself, before any output: also when it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
-    sizes, inputs, keep = ops._arguments(*ops._split(arguments_of_the_op(layer))[:2])
+    call = ops._arguments(*ops._split(arguments_of_the_op(layer))[:2])
     with pytest.raises(ValueError, match="1000000000000"):
-        ops._kernels.forward("", 2, sizes, inputs, (output.data_ptr(), False), (0, 0, 0), False)
-    assert (output == 7.0).all() and keep
+        ops._kernels.forward("", 2, call.counts, call.inputs, (output.data_ptr(), False), (0, 0, 0), False)
+    assert (output == 7.0).all()
 
 
 WITHOUT_TILES = """

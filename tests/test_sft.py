@@ -86,10 +86,13 @@ def test_defaults_are_valid():
         ("torch_threads", 0),
         ("torch_threads", True),
         ("torch_threads", "2"),
+        ("stream_rows", 0),
+        ("stream_rows", True),
+        ("stream_rows", 64.0),
     ],
 )
 def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
-    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
     for function in (sft.check_parameters, sft.run):
         with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
             function(**{name: value})
@@ -394,7 +397,7 @@ def test_memory_is_estimated_before_training(tmp_path, monkeypatch):
 def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, capsys):
     """A folder with DeepSeek-V3's config and nothing else: 671 billion parameters."""
     transformers.DeepseekV3Config().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sft, "load_model", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
     monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 64e9)
     with pytest.raises(MemoryError, match=r"needs 1\d{3}\.\d GB of host memory, 64.0 GB are free"):
         sft.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), rank=8)

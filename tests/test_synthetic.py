@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from ktlib import stored, synthetic
-from ktlib.estimate import LEFT, Estimate, estimate, meta_model, saved_bytes, staging_bytes
+from ktlib.estimate import LEFT, PCIE, Estimate, break_even_rows, estimate, meta_model, saved_bytes, staging_bytes
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -92,6 +92,38 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     assert LEFT not in alone.host and there.host[LEFT] == there.gpu["other weights"]
 
 
+def test_streamed_experts():
+    """Two copies of all their weights a step, nothing kept for backward; only where experts have so many rows."""
+    config = synthetic.deepseek_v2_lite()
+    options = {"rank": 8, "tokens": 4096, "logits_per_row": 129, "cpu_rate": 5e12, "bandwidth": 1e11, "bus": 25e9}
+    on_cpu, streamed, few = (estimate(config, **options, stream_rows=rows) for rows in (None, 384, 385))
+    assert (few.host, few.gpu, few.seconds) == (on_cpu.host, on_cpu.gpu, on_cpu.seconds)
+    weights = 26 * 64 * 3 * 2048 * 1408 * 2
+    assert streamed.seconds["routed experts"] == pytest.approx(2 * weights / 25e9)
+    less = on_cpu.host["experts' saved activations"] - streamed.host["experts' saved activations"]
+    assert less == 26 * 2 * 4096 * 6 * (2 * 1408 + 4 * 8)
+    assert streamed.gpu["streamed experts"] > 2 * 120e6 and "streamed experts" not in on_cpu.gpu
+    assert on_cpu.break_even == break_even_rows(5e12, 25e9) == 200 and on_cpu.rows == 384
+    assert "an expert with 200 rows or more is faster on the GPU (stream_rows); here one has 384" in str(on_cpu)
+    for nothing in (
+        estimate(config, **options, gpu=False, stream_rows=1),
+        estimate(config, **options, finetuning="full"),
+    ):
+        assert nothing.break_even is None and "streamed experts" not in nothing.gpu
+    with pytest.raises(ValueError, match="stream_rows: got 8 with finetuning='full'"):
+        estimate(config, finetuning="full", stream_rows=8)
+
+
+def test_at_the_break_even_both_ways_take_as_long():
+    options = {"rank": 1, "tokens": 640, "logits_per_row": 1, "bandwidth": 1e12, "bus": 25e9, "gpu_rate": 1e15}
+    rows = 640 * 6 // 64
+    on_cpu, streamed = (
+        estimate(synthetic.deepseek_v2_lite(), cpu_rate=rows * 25e9, stream_rows=n, **options) for n in (None, 1)
+    )
+    assert on_cpu.seconds["routed experts"] == pytest.approx(streamed.seconds["routed experts"], rel=0.01)
+    assert break_even_rows(rows * 25e9, 25e9) == rows
+
+
 def test_what_the_kernel_can_drop_does_not_keep_a_run_from_starting():
     needed = Estimate({"expert weights": 30e9, LEFT: 10e9}, {})
     assert needed.host_bytes == 40e9 and needed.check(32e9) is needed
@@ -119,10 +151,14 @@ def test_parameter_files_say_what_the_formulas_say(file):
     said = file.read_text()
     model = meta_model(synthetic.published_config(file.stem))
     fast, slow = (estimate(model, cpu_rate=f, bandwidth=b) for f, b in ((5e12, 1e11), (0.6e12, 2e10)))
+    streamed = estimate(model, cpu_rate=5e12, bandwidth=1e11, bus=PCIE, stream_rows=1)
     assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.1f} billion parameters" in said
     assert f"{fast.host_bytes / 1e9:.0f} GB of host memory, {fast.gpu_bytes / 1e9:.0f} GB of GPU memory" in said
     assert f"{fast.tokens_per_second:.0f} tokens/s at 5 TFLOP/s" in said
     assert f"{slow.tokens_per_second:.0f} at 0.6 TFLOP/s" in said
+    assert f"{streamed.tokens_per_second:.0f} with all experts streamed over PCIe 4" in said
+    assert f"faster from {break_even_rows(5e12, PCIE)} and {break_even_rows(0.6e12, PCIE)} rows on" in said
+    assert f"an expert has {fast.rows:.0f}" in said
 
 
 def test_an_unknown_published_config_is_refused():

@@ -7,9 +7,10 @@
 The last line makes the smaller file that notebook 08 reads: no paths, no tracebacks, spans as fine as a figure shows.
 
 Parts: weights (checkpoint written and loaded, or made in memory), main (stock Trainer, experts and their adapters on
-the CPU), timeline of a step, all logits, adapters of the experts on the GPU, audit of the saved adapter, stock PEFT's
-experts on the CPU, and at reduced depth the same curve on the GPU alone, hybrid, and on the CPU alone. A part that
-fails or does not fit into the budget says so in the file, and the next one runs.
+the CPU), timeline of a step, both once more with experts streamed to the GPU, all logits, adapters of the experts on
+the GPU, audit of the saved adapter, stock PEFT's experts on the CPU, and at reduced depth the same curve on the GPU
+alone, hybrid, and on the CPU alone. A part that fails or does not fit into the budget says so in the file, and the next
+one runs.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `ktlib sft` does, and before torch starts
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
@@ -52,7 +54,7 @@ def main():
     result = {"recorded": {"date": str(datetime.date.today())}}
     result |= {"options": {k: str(v) for k, v in vars(options).items()}, "machine": machine(options), "parts": {}}
     state = {"options": options, "device": torch.device(options.device), "began": began, "result": result}
-    for part in (weights, run_main, step_timeline, all_logits, adapters_on_gpu, audit_adapter, stock_experts, reduced):
+    for part in (part for part in PARTS if not options.parts or part.__name__ in options.parts.split(",")):
         start = time.perf_counter()
         left = options.budget - (start - began)
         try:
@@ -78,6 +80,8 @@ def parser():
     add("--response", type=int, default=128, help="of them with a loss")
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=20)
+    add("--streamed-steps", type=int, default=20)
+    add("--stream-rows", type=int, default=64, help="experts with as many rows in a batch are streamed, where any are")
     add("--learning-rate", type=float, default=5e-4)
     add("--layers", type=int, default=27)
     add("--reduced-layers", type=int, default=4)
@@ -86,6 +90,7 @@ def parser():
     add("--disk-rate", type=float, default=0.5e9, help="bytes/s a disk has to take for a checkpoint to be written")
     add("--host-memory", type=float, help="GB, where the machine shows less than it gives; default: what is free")
     add("--budget", type=float, default=400, help="seconds; no part is begun after that")
+    add("--parts", help="names of some parts, joined by commas; the first two are always needed")
     add("--compact", type=Path, help="measure nothing: write this result, smaller, to --out")
     return made
 
@@ -130,8 +135,7 @@ def compact(result, resolution=2e-4):
     result["recorded"]["command"] = " ".join(["python tests/gpu/true_size.py --out result.json", *flags])
     for part in parts.values():
         part.pop("traceback", None)
-    if "spans" in parts.get("step_timeline", {}):
-        line = parts["step_timeline"]
+    for line in (part for part in parts.values() if "spans" in part):
         line["resolution"] = resolution
         line["spans"] = {
             track: [[round(start, 4), round(end, 4)] for start, end in hybrid.merged(spans, resolution)]
@@ -220,22 +224,29 @@ def run_main(state):
     model = state["model"] = hybrid.adapt(state["model"], device, rank=options.rank)
     hybrid.checkpoint_all_but_experts(model)
     found = {"adapt_seconds": time.perf_counter() - start, "placement": [[*k, v] for k, v in placement(model).items()]}
-    rows = hybrid.token_rows(model.config, 4 * options.tokens // options.length, options.length, options.response)
-    state["rows"], clock = rows, Clock()
+    rows = 4 * options.tokens // options.length
+    state["rows"] = hybrid.token_rows(model.config, rows, options.length, options.response)
+    state["stream"] = hybrid.batches(state["rows"], options.tokens // options.length)
+    return found | trainer_run(state, options.steps)
+
+
+def trainer_run(state, steps):
+    """Some steps of a stock Trainer: losses, times, peaks of memory."""
+    options, device, model, clock = state["options"], state["device"], state["model"], Clock()
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=options.steps, learning_rate=options.learning_rate, weight_decay=0.0,
+        output_dir=tempfile.mkdtemp(), max_steps=steps, learning_rate=options.learning_rate, weight_decay=0.0,
         per_device_train_batch_size=options.tokens // options.length, lr_scheduler_type="constant_with_warmup",
         warmup_steps=2, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False, use_cpu=device.type == "cpu", seed=0,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=hybrid.collate, callbacks=[clock])
+    trainer = Trainer(model, arguments, train_dataset=state["rows"], data_collator=hybrid.collate, callbacks=[clock])
     assert type(trainer) is transformers.Trainer
     hybrid.reset_memory()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steady = clock.seconds[2:] or clock.seconds
     median = statistics.median(steady)
-    found |= {
+    found = {
         "optimizer": str(arguments.optim), "losses": losses, "seconds": clock.seconds,
         "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "tokens_per_second": options.tokens * len(steady) / sum(steady),
@@ -255,13 +266,9 @@ def trainable(model):
 
 
 def step_timeline(state):
-    """One step under the profiler, after one to warm up, and what could be gained by overlapping shared experts."""
+    """One step under the profiler, and what could be gained by overlapping shared experts."""
     options, model = state["options"], state["model"]
-    parameters = trainable(model)
-    optimizer = state["optimizer"] = torch.optim.AdamW(parameters, lr=options.learning_rate, fused=True)
-    stream = state["stream"] = hybrid.batches(state["rows"], options.tokens // options.length)
-    hybrid.one_step(model, next(stream), optimizer, parameters, state["device"])
-    line = hybrid.timeline(lambda: hybrid.one_step(model, next(stream), optimizer, parameters, state["device"]))
+    line = profiled_step(state)
     found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
     found |= {f"share {name}": round(seconds / line["seconds"], 4) for name, seconds in found["shares"].items()}
     found["operator_forward_seconds"] = mapped_and_copied(model, options.tokens)
@@ -273,19 +280,23 @@ def step_timeline(state):
 @torch.no_grad()
 def mapped_and_copied(model, tokens):
     """Seconds of one layer's routed experts on random tokens, with the weights as they lie and with a copy of them."""
-    experts = next(module for module in model.modules() if is_experts(module))
-    count, hidden, _ = experts.down_proj.shape
-    top_k = model.config.num_experts_per_tok
-    x = torch.randn(tokens, hidden).bfloat16()
-    index = torch.rand(tokens, count).topk(top_k).indices
-    routing = torch.full((tokens, top_k), 1 / top_k)
+    experts, inputs = first_layer(model, tokens)
     found = {}
     for name, weights in (
         ("as loaded", (experts.gate_up_proj, experts.down_proj)),
         ("copied", (experts.gate_up_proj.clone(), experts.down_proj.clone())),
     ):
-        found[name] = measure.best_seconds(functools.partial(ktlib.moe_experts, x, index, routing, *weights))
+        found[name] = measure.best_seconds(functools.partial(ktlib.moe_experts, *inputs, *weights))
     return found
+
+
+def first_layer(model, tokens):
+    """The experts of the first MoE layer; hidden_states, top_k_index and top_k_weights as if routed evenly."""
+    experts = next(module for module in model.modules() if is_experts(module))
+    count, hidden, _ = experts.down_proj.shape
+    top_k = model.config.num_experts_per_tok
+    index = torch.rand(tokens, count).topk(top_k).indices
+    return experts, (torch.randn(tokens, hidden).bfloat16(), index, torch.full((tokens, top_k), 1 / top_k))
 
 
 def shared_experts_seconds(model, tokens):
@@ -302,6 +313,58 @@ def shared_experts_seconds(model, tokens):
     seconds = measure.best_seconds(step)
     model.zero_grad(set_to_none=True)
     return seconds * len(modules)
+
+
+def streamed(state):
+    """The Trainer run once more, where it was left, with experts streamed to the GPU."""
+    options, model = state["options"], state["model"]
+    if state["device"].type != "cuda":
+        return {"skipped": "needs a GPU"}
+    state["optimizer"] = None
+    ktlib.pin_experts(model, stream_rows=options.stream_rows)
+    try:
+        return {"stream_rows": options.stream_rows, **trainer_run(state, options.streamed_steps)}
+    finally:
+        ktlib.pin_experts(model)
+
+
+def streamed_timeline(state):
+    """One step of it under the profiler, and one layer by the size of the batch, both ways."""
+    options, model = state["options"], state["model"]
+    if state["device"].type != "cuda":
+        return {"skipped": "needs a GPU"}
+    ktlib.pin_experts(model, stream_rows=options.stream_rows)
+    try:
+        line = profiled_step(state)
+    finally:
+        ktlib.pin_experts(model)
+    found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
+    return found | {"layer_seconds": layer_seconds(model, None, 1)}
+
+
+def profiled_step(state):
+    """The :func:`ktlib.hybrid.timeline` of one step, after one to warm up."""
+    model, device = state["model"], state["device"]
+    parameters = trainable(model)
+    optimizer = state["optimizer"] = torch.optim.AdamW(parameters, lr=state["options"].learning_rate, fused=True)
+    hybrid.one_step(model, next(state["stream"]), optimizer, parameters, device)
+    return hybrid.timeline(lambda: hybrid.one_step(model, next(state["stream"]), optimizer, parameters, device))
+
+
+def layer_seconds(model, *stream_rows):
+    """``[[tokens, seconds with each of stream_rows ...], ...]``: one layer's experts, both passes, without LoRA."""
+    table = []
+    for tokens in (64, 256, 1024, 4096):
+        experts, inputs = first_layer(model, tokens)
+        x, *routing = (tensor.cuda() for tensor in inputs)
+        x.requires_grad_()
+
+        def step(stream_rows, inputs=(x, *routing, experts.gate_up_proj, experts.down_proj)):
+            torch.autograd.grad(ktlib.moe_experts(*inputs, stream_rows=stream_rows).sum(), inputs[0])
+            torch.cuda.synchronize()
+
+        table.append([tokens, *(measure.best_seconds(functools.partial(step, rows)) for rows in stream_rows)])
+    return table
 
 
 def all_logits(state):
@@ -394,6 +457,7 @@ def reduced(state):
         "stock, all on the GPU": ("cuda", {"stock": True, "pinned": False}, 12),
         "hybrid, expert adapters on the CPU": ("cuda", {}, 12),
         "hybrid, expert adapters on the GPU": ("cuda", {"lora_device": "cuda"}, 12),
+        "hybrid, experts streamed to the GPU": ("cuda", {"stream_rows": options.stream_rows}, 12),
         "ktlib, all on the CPU": ("cpu", {}, 4),
         "stock, all on the CPU": ("cpu", {"stock": True, "pinned": False}, 2),
     }
@@ -424,6 +488,12 @@ def reduced(state):
     }
     print(json.dumps(found["largest_difference"], indent=1), flush=True)
     return found
+
+
+PARTS = (
+    weights, run_main, step_timeline, streamed, streamed_timeline, all_logits, adapters_on_gpu, audit_adapter,
+    stock_experts, reduced,
+)  # fmt: skip
 
 
 if __name__ == "__main__":

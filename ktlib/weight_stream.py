@@ -1,0 +1,137 @@
+"""Tensors on their way to a GPU and back through pinned memory; expert weights with a thread that works ahead."""
+
+import contextlib
+import functools
+import queue
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+from ktlib import _kernels
+from ktlib.threads import operator_threads
+
+THERE = 2  # buffers on the GPU, of one group of experts each
+PIECES, PIECE = 3, 2**24  # pinned buffers and their size in bytes
+
+
+@contextlib.contextmanager
+def weights_on(weights, groups, device):
+    """For each group of experts ``[w[group] for w in weights]`` on the device, valid until the next is asked for.
+
+    While work on one group is queued and computed, the next one is on its way: a thread sends weights in pinned memory
+    from where they are, others through pinned buffers, which it fills with all the operator's threads.
+
+    Args:
+        weights: contiguous CPU tensors whose first dimension is the expert.
+        groups: lists of expert ids, the longest first.
+        device: a CUDA device, or the CPU for tests.
+    """
+    if device.type == "cpu":
+        yield ([w[group] for w in weights] for group in groups)
+        return
+    compute, copies, size = torch.cuda.current_stream(device), _copy_stream(device), len(groups[0])
+    there = [[torch.empty((size, *w.shape[1:]), dtype=w.dtype, device=device) for w in weights] for _ in range(THERE)]
+    sent, used = ([torch.cuda.Event() for _ in range(THERE)] for _ in range(2))
+    free, full = queue.SimpleQueue(), queue.SimpleQueue()
+    for n in range(THERE):
+        free.put(n)
+    copies.wait_stream(compute)  # until now the buffers on the device may have been something else's
+    put = _from_where_they_are if all(w.is_pinned() for w in weights) else _Pieces(operator_threads())
+
+    def send():
+        try:
+            with torch.cuda.stream(copies):
+                for group in groups:
+                    if (n := free.get()) is None:
+                        return
+                    copies.wait_event(used[n])
+                    for target, w in zip(there[n], weights, strict=True):
+                        put(target, w, group)
+                    sent[n].record()
+                    full.put(n)
+        except BaseException as error:
+            full.put(error)
+
+    def receive():
+        for group in groups:
+            n = full.get()
+            if isinstance(n, BaseException):
+                raise n
+            compute.wait_event(sent[n])
+            yield [buffer[: len(group)] for buffer in there[n]]
+            used[n].record(compute)
+            free.put(n)
+
+    sender = _sender().submit(send)
+    try:
+        yield receive()
+    finally:
+        free.put(None)
+        wait([sender])
+        compute.wait_stream(copies)  # before the buffers become something else's
+
+
+def _from_where_they_are(target, weight, group):
+    for one, expert in zip(target, group, strict=False):
+        one.copy_(weight[expert], non_blocking=True)
+
+
+class _Pieces:
+    """Sends weights in pieces through a ring of pinned buffers, on the current stream."""
+
+    def __init__(self, threads):
+        self.threads, self.sent = threads, 0
+        self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
+        self.read = [torch.cuda.Event() for _ in range(PIECES)]
+
+    def __call__(self, target, weight, group):
+        target, one = target.view(-1).view(torch.uint8), weight[0].nbytes
+        for first in range(0, len(group) * one, PIECE):
+            last = min(first + PIECE, len(group) * one)
+            buffer, read = self.buffers[self.sent % PIECES], self.read[self.sent % PIECES]
+            read.synchronize()
+            copies = []
+            for i in range(first // one, -(-last // one)):
+                begin, end = max(first, i * one), min(last, (i + 1) * one)
+                source = weight.data_ptr() + group[i] * one + begin - i * one
+                copies.append((buffer.data_ptr() + begin - first, source, end - begin))
+            _kernels.copy(self.threads, copies)
+            target[first:last].copy_(buffer[: last - first], non_blocking=True)
+            read.record()
+            self.sent += 1
+
+
+def upload(tensor, device):
+    """A contiguous CPU tensor on the device; the copy is queued on the current stream."""
+    if device.type == "cpu" or tensor.is_pinned():
+        return tensor.to(device, non_blocking=True)
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    _kernels.copy(operator_threads(), [(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)])
+    return staged.to(device, non_blocking=True)
+
+
+def download(pairs):
+    """Copy each of ``[(tensor on a device, contiguous CPU tensor), ...]`` into the other, converted to its dtype."""
+    staged = []
+    for source, result in pairs:
+        if source.device.type == "cpu":
+            result.copy_(source)
+            continue
+        buffer = result if result.is_pinned() else torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        buffer.copy_(source.to(result.dtype), non_blocking=True)
+        if buffer is not result:
+            staged.append((result, buffer))
+    if pairs[0][0].is_cuda:
+        torch.cuda.current_stream(pairs[0][0].device).synchronize()
+    _kernels.copy(operator_threads(), [(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged])
+
+
+@functools.cache
+def _sender():
+    """One thread for all calls, one after the other: OpenMP keeps a team for each thread that wants one."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ktlib-weights")
+
+
+@functools.cache
+def _copy_stream(device):
+    return torch.cuda.Stream(device)

@@ -1,0 +1,126 @@
+"""tests/test_streaming.py with a real GPU, and what only that has: pinned memory, streams, Trainer, interruption."""
+
+import gc
+
+import pytest
+import test_streaming
+import torch
+from test_hybrid_gpu import adapted, assert_same, loss_and_gradients, losses, trainer
+from test_moe_experts import layers
+from test_streaming import *  # noqa: F403  its tests
+
+import ktlib
+from ktlib import hybrid, weight_stream
+from ktlib.validation import QUANTITIES, evaluate
+
+
+@pytest.fixture
+def place():
+    def to_gpu(layer):
+        return layer | {name: layer[name].cuda() for name in test_streaming.ROUTED}
+
+    return to_gpu
+
+
+@pytest.fixture
+def layer(place):
+    return place(layers(300, 8, 3, 96, 72, 8)[0])
+
+
+def equal(results, others):
+    return all(torch.equal(results[name], others[name]) for name in QUANTITIES)
+
+
+def test_pinned_weights_give_the_same_bits(layer):
+    want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    for name in ("gate_up_proj", "down_proj"):
+        layer[name] = layer[name].pin_memory()
+    assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+
+
+@pytest.mark.parametrize("piece", [64, 1000, 2**25])
+@pytest.mark.parametrize("group_bytes", [1, 100_000])
+def test_pieces_and_groups(layer, piece, group_bytes, monkeypatch):
+    want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    monkeypatch.setattr(weight_stream, "PIECE", piece)
+    monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", group_bytes)
+    got = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    # the sums over experts are taken group by group
+    assert all(test_streaming.relative_error(got[name], want[name]) < 0.003 for name in QUANTITIES)
+    assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), got)
+
+
+def test_while_the_gpu_is_busy_and_on_other_streams(layer):
+    want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    big = torch.randn(4096, 4096, device="cuda")
+    for _ in range(10):
+        for _ in range(5):
+            big = torch.nn.functional.normalize(big @ big)
+        assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+
+
+def test_autocast_changes_nothing_within(layer):
+    want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    with torch.autocast("cuda", torch.float16):
+        assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+
+
+def test_nothing_stays_on_the_gpu(layer):
+    evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    x = layer["hidden_states"].clone().requires_grad_()
+    output = ktlib.moe_experts(**layer | {"hidden_states": x}, stream_rows=1)
+    assert torch.cuda.memory_allocated() - before <= 4 * 2**20  # x, output and their bookkeeping
+    del output, x
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("failing", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["copy", "product"])
+def test_a_call_that_fails_halfway_leaves_nothing_behind(layer, failing, where, monkeypatch):
+    """In the thread that sends weights, or in the one that computes; the next call is right."""
+    want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", 1)
+    calls = []
+
+    def fail(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 5:
+            raise failing("halfway")
+        return original(*arguments, **options)
+
+    place, name = (weight_stream._Pieces, "__call__") if where == "copy" else (test_streaming.streaming, "_product")
+    original = getattr(place, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fail)
+        with pytest.raises(failing, match="halfway"):
+            ktlib.moe_experts(**layer, stream_rows=1)
+    monkeypatch.undo()
+    assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+
+
+@pytest.mark.parametrize("lora_device", ["cpu", "cuda"])
+def test_a_model(lora_device):
+    model = adapted(lora_device=lora_device)
+    wanted = loss_and_gradients(model)
+    for rows in (1, 4):
+        ktlib.pin_experts(model, lora_device, stream_rows=rows)
+        assert_same(loss_and_gradients(model), wanted)
+        checkpointed = hybrid.checkpoint_all_but_experts(adapted(lora_device=lora_device))
+        ktlib.pin_experts(checkpointed, lora_device, stream_rows=rows)
+        assert_same(loss_and_gradients(checkpointed), wanted)
+    ktlib.pin_experts(model, lora_device)
+    assert_same(loss_and_gradients(model), wanted, bound=0.03)
+
+
+def test_trainer(tmp_path):
+    plain, streamed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    ktlib.pin_experts(streamed.model, stream_rows=1)
+    plain.train(), streamed.train()
+    torch.testing.assert_close(torch.tensor(losses(streamed)), torch.tensor(losses(plain)), rtol=0.01, atol=0)

@@ -1,0 +1,327 @@
+"""Experts that a call streams to a GPU, with the CPU in its place: everything but the copies and CUDA's arithmetic.
+
+tests/gpu/test_streaming_gpu.py runs these tests on a GPU.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_dropout import DROPOUT
+from test_gates import GATES, LAYOUTS, in_layout, layer_of
+from test_moe_experts import SHAPES, assert_within, layers
+from torch.utils.checkpoint import checkpoint
+
+import ktlib
+from ktlib import _kernels, ops, reference, streaming
+from ktlib.keeping import CHECKPOINTING
+from ktlib.validation import QUANTITIES, evaluate, random_layer, relative_error
+
+ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
+INDEX = ops._Settings._fields.index("stream_rows")
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """What puts a layer where its experts are streamed to."""
+    monkeypatch.setattr(ops, "_stream_device", str)
+    return lambda layer: layer
+
+
+def errors(cases, place, stream_rows, **options):
+    """Relative L2 error per quantity over all the layers, as test_moe_experts.compare takes it."""
+    want = [evaluate(reference.moe_experts, layer, **options) for layer in cases]
+    got = [evaluate(ktlib.moe_experts, place(layer), stream_rows=stream_rows, **options) for layer in cases]
+
+    def together(results, name):
+        return torch.cat([result[name].flatten().cpu() for result in results])
+
+    return {name: relative_error(together(got, name), together(want, name)).item() for name in QUANTITIES}
+
+
+def some_of(cases):
+    """A number of rows that about half of the experts have."""
+    counts = cases[0]["top_k_index"].flatten().bincount()
+    return max(1, int(counts[counts > 0].float().quantile(0.6)))
+
+
+def streamed_experts(monkeypatch):
+    """A list that will hold, for each call, the experts that are streamed."""
+    seen, choose = [], streaming.choose
+
+    def watch(*arguments):
+        chosen = choose(*arguments)
+        seen.append([] if chosen is None else chosen.nonzero().flatten().tolist())
+        return chosen
+
+    monkeypatch.setattr(ops, "choose", watch)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------- against the reference
+
+
+@pytest.mark.parametrize("stream_rows", [1, "some"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, stream_rows, place):
+    cases = layers(*shape)
+    assert_within(errors(cases, place, some_of(cases) if stream_rows == "some" else stream_rows))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_and_layouts(gate, layout, place):
+    plain = [layer_of(40, 5, 3, 72, 56, 4, bias_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    cases = [in_layout(layer, **LAYOUTS[layout]) for layer in plain]
+    for stream_rows in (1, some_of(cases)):
+        assert_within(errors(cases, place, stream_rows, **GATES[gate], **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout(layout, place):
+    cases = [in_layout(layer_of(48, 8, 4, 96, 80, 8, seed=seed), **LAYOUTS[layout]) for seed in range(4)]
+    for stream_rows in (1, some_of(cases)):
+        assert_within(errors(cases, place, stream_rows, **DROPOUT, **LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("hidden_dtype, lora_dtype", itertools.product((torch.bfloat16, torch.float32), repeat=2))
+def test_dtypes(hidden_dtype, lora_dtype, place):
+    layer = random_layer("trained", tokens=60, experts=6, top_k=2, hidden=64, intermediate=48, lora_dtype=lora_dtype)
+    layer["hidden_states"] = torch.randn(60, 64, generator=torch.Generator().manual_seed(0)).to(hidden_dtype)
+    if hidden_dtype == torch.float32:
+        layer["hidden_states"] = layer["hidden_states"].bfloat16().float()  # the rounding on entry is not tested here
+    got = evaluate(ktlib.moe_experts, place(layer), stream_rows=some_of([layer]))
+    assert_within(
+        {n: relative_error(got[n].cpu(), w).item() for n, w in evaluate(reference.moe_experts, layer).items()}
+    )
+
+
+def test_without_lora_and_without_gradients(place):
+    layer = {k: v for k, v in layers(48, 8, 4, 96, 80, 8)[0].items() if "lora" not in k}
+    want = reference.moe_experts(**layer)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = ktlib.moe_experts(**place(layer), stream_rows=1)
+        assert relative_error(got.cpu().double(), want) < 0.004
+    for only in ("hidden_states", "top_k_weights"):
+        gradients = []
+        for function, moved, options in (
+            (reference.moe_experts, layer, {}), (ktlib.moe_experts, place(layer), {"stream_rows": 8})
+        ):  # fmt: skip
+            moved = moved | {only: moved[only].detach().clone().requires_grad_()}
+            function(**moved, **options).double().square().sum().backward()
+            gradients.append(moved[only].grad.double().cpu())
+        assert relative_error(gradients[1], gradients[0]) < 0.008, only
+
+
+@pytest.mark.parametrize("group_bytes, block", [(1, 2048), (20_000, 7), (2**27, 10)])
+def test_groups_and_blocks(group_bytes, block, place, monkeypatch):
+    monkeypatch.setattr(streaming, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(streaming, "BLOCK", block)
+    cases = layers(90, 7, 3, 72, 56, 4)
+    for stream_rows in (1, some_of(cases)):
+        assert_within(errors(cases, place, stream_rows))
+        assert_within(errors(cases, place, stream_rows, **DROPOUT))
+
+
+def test_an_expert_twice_for_one_token(place):
+    layer = layers(30, 4, 3, 64, 48, 4)[0]
+    layer["top_k_index"] = torch.randint(0, 2, (30, 3), generator=torch.Generator().manual_seed(0))
+    assert_within(errors([layer], place, 1))
+    assert_within(errors([layer], place, 40))
+
+
+# ---------------------------------------------------------------------------------------------------- what is streamed
+
+
+def test_experts_with_as_many_rows_are_streamed_and_no_others(place, monkeypatch):
+    seen = streamed_experts(monkeypatch)
+    layer = layers(48, 8, 4, 96, 80, 8)[0]
+    counts = layer["top_k_index"].flatten().bincount(minlength=8)
+    for rows in (1, int(counts.median()), int(counts.median()) + 1, int(counts.max()), int(counts.max()) + 1):
+        evaluate(ktlib.moe_experts, place(layer), stream_rows=rows)
+        assert seen[-2:] == [[expert for expert in range(8) if counts[expert] >= rows]] * 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_others_are_computed_as_ever(transposed, place):
+    """Tokens whose experts all stay on the CPU get the bits that they get there."""
+    layer = in_layout(layers(64, 6, 2, 96, 80, 8)[0], transposed=transposed)
+    layer["top_k_index"] = torch.cat([torch.tensor([[0, 1]]).repeat(48, 1), torch.tensor([[2, 3], [4, 5]] * 8)])
+    want = evaluate(ktlib.moe_experts, layer, transposed=transposed)
+    got = evaluate(ktlib.moe_experts, place(layer), transposed=transposed, stream_rows=20)
+    for name in ("output", "hidden_states", "top_k_weights"):
+        assert torch.equal(got[name][48:].cpu(), want[name][48:]), name
+    for name in ("gate_up lora_A", "down lora_A"):
+        assert torch.equal(got[name].cpu()[2 * 8 :], want[name][2 * 8 :]), name
+    for name in ("gate_up lora_B", "down lora_B"):
+        assert torch.equal(*(grads[name].cpu().view(-1, 8, 6)[:, :, 2:] for grads in (got, want))), name
+    assert not torch.equal(got["hidden_states"][:48].cpu(), want["hidden_states"][:48])  # rounded elsewhere
+
+
+def test_more_rows_than_any_expert_has_change_nothing(place):
+    layer = layers(48, 8, 4, 96, 80, 8)[0]
+    want = evaluate(ktlib.moe_experts, place(layer))
+    got = evaluate(ktlib.moe_experts, place(layer), stream_rows=1000)
+    assert all(torch.equal(got[name], want[name]) for name in QUANTITIES)
+
+
+def test_hidden_states_on_the_cpu_are_computed_there(monkeypatch):
+    seen = streamed_experts(monkeypatch)
+    layer = layers(48, 8, 4, 96, 80, 8)[0]
+    want, got = evaluate(ktlib.moe_experts, layer), evaluate(ktlib.moe_experts, layer, stream_rows=1)
+    assert all(torch.equal(got[name], want[name]) for name in QUANTITIES) and seen == [[]] * 4
+
+
+@pytest.mark.parametrize("stream_rows", [1, "some"])
+@pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
+def test_same_bits_again(options, stream_rows, place):
+    cases = layers(300, 8, 3, 96, 72, 8)
+    rows = some_of(cases) if stream_rows == "some" else stream_rows
+    first, *others = (evaluate(ktlib.moe_experts, place(cases[0]), stream_rows=rows, **options) for _ in range(3))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in QUANTITIES)
+
+
+def test_a_token_that_is_nan_spoils_no_other(place):
+    layer = layers(48, 8, 4, 96, 80, 8)[0]
+    clean = ktlib.moe_experts(**place(layer), stream_rows=1)
+    layer["hidden_states"][5, 3] = float("nan")
+    spoiled = ktlib.moe_experts(**place(layer), stream_rows=1)
+    assert spoiled[5].isnan().all()
+    assert torch.equal(spoiled[torch.arange(48) != 5], clean[torch.arange(48) != 5])
+
+
+def test_checkpointing_computes_forward_once(place, monkeypatch):
+    seen = streamed_experts(monkeypatch)
+    layer = place(layers(48, 8, 4, 96, 80, 8)[0])
+    results = []
+    for wrapped in (False, True):
+        x = layer["hidden_states"].clone().requires_grad_()
+
+        def call(x):
+            return ktlib.moe_experts(**layer | {"hidden_states": x}, stream_rows=8)
+
+        output = checkpoint(call, x, **CHECKPOINTING) if wrapped else call(x)
+        output.float().square().sum().backward()
+        results.append((output, x.grad))
+        assert len(seen) == 2
+        seen.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_tokens(place):
+    layer = layers(48, 8, 4, 96, 80, 8)[0]
+    for name in ROUTED:
+        layer[name] = layer[name][:0]
+    got = evaluate(ktlib.moe_experts, place(layer), stream_rows=1)
+    assert got["output"].shape == (0, 96) and all(not grad.any() for grad in got.values())
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "value, error", [(0, ValueError), (-3, ValueError), (True, TypeError), (1.0, TypeError), ("8", TypeError)]
+)
+def test_wrong_numbers_of_rows(value, error):
+    layer = layers(4, 3, 2, 16, 16, 2)[0]
+    with pytest.raises(error, match="stream_rows: got .*, needs None or"):
+        ktlib.moe_experts(**layer, stream_rows=value)
+
+
+def test_an_expert_id_out_of_range_is_named(place):
+    layer = layers(4, 3, 2, 16, 16, 2)[0]
+    for wrong in (-1, 3):
+        layer["top_k_index"] = torch.tensor([[0, 1], [1, 2], [0, wrong], [1, 2]])
+        with pytest.raises(ValueError, match=rf"top_k_index: got expert id {wrong} for token 2, slot 1"):
+            ktlib.moe_experts(**place(layer), stream_rows=1)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
+def test_weights_that_are_trained_are_refused(name, place):
+    layer = place(layer_of(8, 3, 2, 16, 16, 2))
+    layer[name] = layer[name].detach().clone().requires_grad_()
+    with pytest.raises(ValueError, match="stream_rows: got 4 with expert weights or biases that require a gradient"):
+        ktlib.moe_experts(**layer, stream_rows=4)
+    with torch.no_grad():
+        ktlib.moe_experts(**layer, stream_rows=4)
+
+
+def test_weights_whose_memory_was_freed_since_forward(place):
+    layer = place(layers(8, 3, 2, 16, 16, 2)[0])
+    layer["hidden_states"].requires_grad_()
+    output = ktlib.moe_experts(**layer, stream_rows=1)
+    layer["down_proj"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="down_proj: .* its memory was freed"):
+        output.sum().backward()
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gradients_of_the_gates(gate):
+    """Against float64's, everywhere: small and large values, at and beyond limits."""
+    options = GATES[gate]
+    arguments = options["gate"], options.get("limit"), options.get("alpha", 1.702)
+    values = torch.cat(
+        [torch.linspace(-20, 20, 801), 2.0 ** torch.arange(-20, 60, 4), -(2.0 ** torch.arange(-20, 60, 4))]
+    )
+    gate_values, up = values.repeat(2), torch.cat([values.flip(0), values.roll(7)])
+    leaves = [gate_values.double().requires_grad_(), up.double().requires_grad_()]
+    dh = torch.randn(len(up), generator=torch.Generator().manual_seed(0))
+    reference.apply_gate(*leaves, *arguments).backward(dh.double())
+    for got, leaf in zip(streaming.gate_backward(dh, gate_values, up, *arguments), leaves, strict=True):
+        torch.testing.assert_close(got.double(), leaf.grad, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_of_the_gates_at_nan():
+    nan, number = torch.tensor([float("nan")]), torch.tensor([0.5])  # within every limit
+    for options in GATES.values():
+        for gate, up in ((nan, number), (number, nan)):
+            arguments = options["gate"], options.get("limit"), options.get("alpha", 1.702)
+            assert any(grad.isnan() for grad in streaming.gate_backward(torch.ones(1), gate, up, *arguments))
+
+
+def test_masks_of_rows():
+    slots = torch.tensor([5, 0, 2**31 + 3, 7])
+    masks = torch.empty((4, 130), dtype=torch.int16)
+    for isa in (name for name, missing in ktlib.cpu_info()["isas"].items() if not missing):
+        for threads in (1, 3):
+            masks.fill_(7)
+            drop = (11, round(0.3 * 2**32))
+            _kernels.keep_masks(isa, threads, masks.data_ptr(), drop, 1, slots.data_ptr(), *masks.shape)
+            assert torch.equal(masks != 0, reference.keep_mask(11, 0.3, 1, slots, 130))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copies(threads):
+    sizes = [0, 1, 4095, 3 * 2**18, 3 * 2**18 + 17]
+    sources = [torch.from_numpy(np.random.default_rng(size).integers(0, 256, size, np.uint8)) for size in sizes]
+    targets = [torch.full((size + 2,), 7, dtype=torch.uint8) for size in sizes]
+    arguments = [
+        (to[1:].data_ptr(), source.data_ptr(), len(source)) for to, source in zip(targets, sources, strict=True)
+    ]
+    _kernels.copy(threads, arguments)
+    for to, source in zip(targets, sources, strict=True):
+        assert torch.equal(to[1:-1], source) and to[0] == to[-1] == 7
+
+
+def test_groups_hold_every_row_once():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 9, (70, 3), generator=generator) ** 2 // 8
+    chosen = index.flatten().bincount(minlength=9) >= 12
+    for limit in (1, 2, 100):
+        groups = streaming._groups(index, chosen.numpy(), limit)
+        assert all(len(experts) <= limit for experts, _ in groups)
+        assert sorted(int(e) for experts, _ in groups for e in experts) == chosen.nonzero().flatten().tolist()
+        counts = [len(rows.slots) for _, blocks in groups for rows in blocks]
+        wanted = [slot for slot, expert in enumerate(index.flatten().tolist()) if chosen[expert]]
+        assert sum(counts) == len(wanted)
+        assert sorted(int(slot) for _, blocks in groups for rows in blocks for slot in rows.slots) == wanted
+        for experts, blocks in groups:
+            for rows in blocks:
+                assert np.array_equal(rows.padded.ravel()[rows.places], rows.slots)
+                for expert, line in zip(experts, rows.padded, strict=False):
+                    assert all(index.flatten()[slot] == expert for slot in line if slot < index.numel())

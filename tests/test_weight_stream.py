@@ -1,0 +1,126 @@
+"""The thread that sends weights to a GPU, with a CUDA whose copies are made at once: who waits for whom; failures."""
+
+import contextlib
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ktlib import weight_stream
+from ktlib.weight_stream import weights_on
+
+GPU = SimpleNamespace(type="cuda")
+
+
+class Event:
+    def record(self, stream=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+
+def empty(shape, dtype, device=None, pin_memory=False):
+    return torch.empty(shape, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch):
+    """torch as weight_stream sees it."""
+    cuda = SimpleNamespace(
+        current_stream=lambda device: Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
+        Event=Event,
+        Stream=Event,
+    )
+    monkeypatch.setattr(weight_stream, "torch", SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=cuda))
+    monkeypatch.setattr(weight_stream, "_copy_stream", lambda device: Stream())
+
+
+def weights(experts=11, pinned=False):
+    made = [torch.randn(experts, 6, 10).bfloat16(), torch.randn(experts, 10, 3).bfloat16()]
+    for w in made:
+        w.is_pinned = lambda: pinned
+    return made
+
+
+GROUPS = [[3, 0, 7], [1, 2, 10], [9, 8, 4], [5]]
+
+
+def received(made, groups, wait=0.0):
+    """What is there for each group; the sender gets time to overwrite it too early."""
+    found = []
+    with weights_on(made, groups, GPU) as stream:
+        for group, matrices in zip(groups, stream, strict=True):
+            time.sleep(wait)
+            assert all(torch.equal(matrix, w[group]) for matrix, w in zip(matrices, made, strict=True)), group
+            found.append(group)
+    return found
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("piece", [2, 34, 120, 2**20])
+@pytest.mark.parametrize("wait", [0.0, 0.01])
+def test_every_group_arrives_whole_and_in_order(pinned, piece, wait, monkeypatch):
+    monkeypatch.setattr(weight_stream, "PIECE", piece)
+    assert received(weights(pinned=pinned), GROUPS, wait) == GROUPS
+
+
+def test_one_group_and_many():
+    assert received(weights(), [[2]]) == [[2]]
+    many = [[i % 11] for i in range(300)]
+    assert received(weights(), many) == many
+
+
+def test_calls_at_the_same_time():
+    failed = []
+
+    def call():
+        try:
+            assert received(weights(), GROUPS, 0.002) == GROUPS
+        except BaseException as error:
+            failed.append(error)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(20)
+    assert not failed and not any(caller.is_alive() for caller in callers)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_what_fails_in_the_sender_is_raised_where_it_is_waited_for(at, monkeypatch):
+    calls, copy = [], weight_stream._kernels.copy
+
+    def fail(*arguments):
+        calls.append(None)
+        if len(calls) == at:
+            raise RuntimeError("no memory")
+        copy(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_stream, "_kernels", SimpleNamespace(copy=fail))
+        with pytest.raises(RuntimeError, match="no memory"):
+            received(weights(), GROUPS)
+    assert received(weights(), GROUPS) == GROUPS
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_consumer_that_stops_leaves_no_work_behind(after):
+    with pytest.raises(KeyboardInterrupt), weights_on(weights(), GROUPS, GPU) as stream:
+        for _ in range(after):
+            next(stream)
+        raise KeyboardInterrupt
+    assert weight_stream._sender().submit(lambda: "idle").result(timeout=5) == "idle"
+    assert received(weights(), GROUPS) == GROUPS
