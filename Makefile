@@ -77,16 +77,18 @@ TSAN = $(call EXTENSION,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_P
 FORBIDDEN = $(call EXTENSION,pages) KTLIB_TEST_PAGES=1
 sanitized = $(timed) .venv/bin/cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
 	-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
+PIECES = tests/test_streaming.py::test_copies tests/test_streaming.py::test_masks_of_rows
 FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
 	$(timed) .venv/bin/cmake --build build/sanitize
-	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
+	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py \
+		$(PIECES)
 	$(timed) $(ASAN) $(FUZZ)
 	$(call sanitized,tsan,thread)
 	$(timed) .venv/bin/cmake --build build/tsan
-	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py \
-		-k "test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
+	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py $(PIECES) \
+		-k "test_copies or test_masks_of_rows or test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
 	$(timed) $(TSAN) $(FUZZ)
 	$(call sanitized,pages,pages,Release)
 	$(timed) .venv/bin/cmake --build build/pages

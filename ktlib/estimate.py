@@ -129,8 +129,8 @@ def estimate(
     and hidden states in and out; with a GPU, the buffers of one layer's copies, and the weights that went there, whose
     pages of the checkpoint stay resident until something needs the memory. Time of the experts = the larger of
     arithmetic (4 FLOP per active weight and token, forward and backward; full: 6) and of reading every expert twice.
-    Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights over the bus
-    and of arithmetic on the GPU (6 FLOP per active weight and token: gate and up are computed twice, down as well).
+    Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights to the GPU
+    (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token: forward is computed twice).
 
     Raises:
         ValueError: another ``finetuning``, or a full one with ``stream_rows``.
@@ -199,7 +199,7 @@ def estimate(
     embedding = config.vocab_size * config.hidden_size
     on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth)
     bus = bus or (measure_bus() if gpu and torch.cuda.is_available() else PCIE)
-    on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / bus)
+    on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / stream_rate(bus, bandwidth))
     seconds = {
         "routed experts": on_gpu if streamed else on_cpu,
         "the rest": (passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits)
@@ -208,17 +208,24 @@ def estimate(
     }
     if gpu:
         seconds["copies"] = moe_layers * 4 * tokens * hidden * 2 / 12e9
-    break_even = break_even_rows(cpu_rate, bus) if gpu and routed and finetuning == "lora" else None
+    break_even = break_even_rows(cpu_rate, bus, bandwidth) if gpu and routed and finetuning == "lora" else None
     return Estimate(host, device, seconds, tokens, tokens * top_k / count, break_even)
 
 
-def break_even_rows(cpu_rate, bus):
+def stream_rate(bus, bandwidth):
+    """Bytes/s at which weights reach the GPU through pinned buffers: each is read and written in the host's memory, at
+    ``bandwidth``, and sent over the bus, at ``bus``. The two overlap, but both are at the memory, and add up (measured:
+    24 GB/s where bus and bandwidth are 55 and 96)."""
+    return 1 / (1 / bus + 2 / bandwidth)
+
+
+def break_even_rows(cpu_rate, bus, bandwidth):
     """From how many rows of a batch on an expert is faster on the GPU, its weights copied there, than on the CPU.
 
-    Both passes take the CPU 4 FLOP per weight and row, and the bus 4 bytes per weight. So it is the quotient of
-    ``cpu_rate``, FLOP/s of bf16 products, and ``bus``, bytes/s from pinned memory to the GPU.
+    Both passes take the CPU 4 FLOP per weight and row, at ``cpu_rate`` FLOP/s of bf16 products, and they copy 4 bytes
+    per weight, at :func:`stream_rate`. So it is the quotient of the two rates.
     """
-    return math.ceil(cpu_rate / bus)
+    return math.ceil(cpu_rate / stream_rate(bus, bandwidth))
 
 
 def measure_bus(size=2**28):

@@ -10,7 +10,17 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from ktlib import stored, synthetic
-from ktlib.estimate import LEFT, PCIE, Estimate, break_even_rows, estimate, meta_model, saved_bytes, staging_bytes
+from ktlib.estimate import (
+    LEFT,
+    PCIE,
+    Estimate,
+    break_even_rows,
+    estimate,
+    meta_model,
+    saved_bytes,
+    staging_bytes,
+    stream_rate,
+)
 
 CONFIG = tiny_config("deepseek_v2", initializer_range=0.02)
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -99,12 +109,12 @@ def test_streamed_experts():
     on_cpu, streamed, few = (estimate(config, **options, stream_rows=rows) for rows in (None, 384, 385))
     assert (few.host, few.gpu, few.seconds) == (on_cpu.host, on_cpu.gpu, on_cpu.seconds)
     weights = 26 * 64 * 3 * 2048 * 1408 * 2
-    assert streamed.seconds["routed experts"] == pytest.approx(2 * weights / 25e9)
+    assert streamed.seconds["routed experts"] == pytest.approx(2 * weights * (1 / 25e9 + 2 / 1e11))
     less = on_cpu.host["experts' saved activations"] - streamed.host["experts' saved activations"]
     assert less == 26 * 2 * 4096 * 6 * (2 * 1408 + 4 * 8)
     assert streamed.gpu["streamed experts"] > 2 * 120e6 and "streamed experts" not in on_cpu.gpu
-    assert on_cpu.break_even == break_even_rows(5e12, 25e9) == 200 and on_cpu.rows == 384
-    assert "an expert with 200 rows or more is faster on the GPU (stream_rows); here one has 384" in str(on_cpu)
+    assert on_cpu.break_even == break_even_rows(5e12, 25e9, 1e11) == 300 and on_cpu.rows == 384
+    assert "an expert with 300 rows or more is faster on the GPU (stream_rows); here one has 384" in str(on_cpu)
     for nothing in (
         estimate(config, **options, gpu=False, stream_rows=1),
         estimate(config, **options, finetuning="full"),
@@ -116,12 +126,13 @@ def test_streamed_experts():
 
 def test_at_the_break_even_both_ways_take_as_long():
     options = {"rank": 1, "tokens": 640, "logits_per_row": 1, "bandwidth": 1e12, "bus": 25e9, "gpu_rate": 1e15}
+    rate = stream_rate(25e9, 1e12)
     rows = 640 * 6 // 64
     on_cpu, streamed = (
-        estimate(synthetic.deepseek_v2_lite(), cpu_rate=rows * 25e9, stream_rows=n, **options) for n in (None, 1)
+        estimate(synthetic.deepseek_v2_lite(), cpu_rate=rows * rate, stream_rows=n, **options) for n in (None, 1)
     )
     assert on_cpu.seconds["routed experts"] == pytest.approx(streamed.seconds["routed experts"], rel=0.01)
-    assert break_even_rows(rows * 25e9, 25e9) == rows
+    assert break_even_rows(0.999 * rows * rate, 25e9, 1e12) == rows
 
 
 def test_what_the_kernel_can_drop_does_not_keep_a_run_from_starting():
@@ -150,14 +161,14 @@ def test_pinned_buffers_are_powers_of_two():
 def test_parameter_files_say_what_the_formulas_say(file):
     said = file.read_text()
     model = meta_model(synthetic.published_config(file.stem))
-    fast, slow = (estimate(model, cpu_rate=f, bandwidth=b) for f, b in ((5e12, 1e11), (0.6e12, 2e10)))
+    fast, slow = (estimate(model, cpu_rate=f, bandwidth=b, bus=PCIE) for f, b in ((5e12, 1e11), (0.6e12, 2e10)))
     streamed = estimate(model, cpu_rate=5e12, bandwidth=1e11, bus=PCIE, stream_rows=1)
     assert f"{sum(p.numel() for p in model.parameters()) / 1e9:.1f} billion parameters" in said
     assert f"{fast.host_bytes / 1e9:.0f} GB of host memory, {fast.gpu_bytes / 1e9:.0f} GB of GPU memory" in said
     assert f"{fast.tokens_per_second:.0f} tokens/s at 5 TFLOP/s" in said
     assert f"{slow.tokens_per_second:.0f} at 0.6 TFLOP/s" in said
     assert f"{streamed.tokens_per_second:.0f} with all experts streamed over PCIe 4" in said
-    assert f"faster from {break_even_rows(5e12, PCIE)} and {break_even_rows(0.6e12, PCIE)} rows on" in said
+    assert f"faster from {fast.break_even} and {slow.break_even} rows on" in said
     assert f"an expert has {fast.rows:.0f}" in said
 
 
