@@ -72,9 +72,9 @@ class Streamed:
 
     def complete(self, results):
         """Add to each of ``[(result, what the device has computed of it), ...]``; it holds the CPU's part, if any."""
-        if self.leaves_rows:
-            results = [(result, upload(result, self.device).float() + streamed) for result, streamed in results]
         with self._ready():
+            if self.leaves_rows:
+                results = [(result, upload(result, self.device).float() + streamed) for result, streamed in results]
             download([(streamed, result) for result, streamed in results])
 
     # --------------------------------------------------------------------- one block of rows, (experts, rows, features)
@@ -195,18 +195,20 @@ class Streamed:
             lora = {p: self._lora(p) for p in PROJECTIONS if getattr(t, f"{p}_lora_A") is not None}
             index = self._index()
             for matrices, (_, blocks) in zip(streamed, self.groups, strict=True):
-                group = SimpleNamespace(weights=matrices, index=next(index), blocks=[])
+                group = SimpleNamespace(weights=matrices, index=next(index))
                 group.lora = {p: [matrix[group.index] for matrix in pair] for p, pair in lora.items()}
                 group.biases = {p: b if b is None else b[group.index] for p, b in zip(PROJECTIONS, biases, strict=True)}
-                for rows in blocks:
-                    slots, places, padded = (next(index) for _ in rows)
-                    tokens = torch.div(padded, self._top_k, rounding_mode="floor")
-                    block = SimpleNamespace(slots=slots, places=places, tokens=tokens, experts=len(padded))
-                    block.x, block.weights = hidden_states[tokens], routing[padded]
-                    block.real = (padded < self._slots)[..., None] if len(rows.slots) < rows.padded.size else None
-                    block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
-                    group.blocks.append(block)
+                group.blocks = (self._block(rows, index, hidden_states, routing, lora) for rows in blocks)
                 yield group
+
+    def _block(self, rows, index, hidden_states, routing, lora):
+        slots, places, padded = (next(index) for _ in rows)
+        tokens = torch.div(padded, self._top_k, rounding_mode="floor")
+        block = SimpleNamespace(slots=slots, places=places, tokens=tokens, experts=len(padded))
+        block.x, block.weights = hidden_states[tokens], routing[padded]
+        block.real = (padded < self._slots)[..., None] if len(rows.slots) < rows.padded.size else None
+        block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
+        return block
 
     def _index(self):
         """All index arrays on the device, in the order of their use, by one copy."""
