@@ -97,10 +97,10 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
   const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
 
-  const Buffer<bf16> dy((rows + k.row_unit) * hidden_stride, threads);     // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> dy((rows + k.row_unit) * hidden_stride, threads);      // [row][hidden]: grad_output, sorted
   const Buffer<bf16> d_gate_up((rows + k.row_unit) * gate_up_stride, threads);  // [row][2 * inter]
   const int range = output_range(rows, hidden);
-  const Buffer<float> dx(want_x ? rows * range : 0, threads);             // [row][range]
+  const Buffer<float> dx(want_x ? rows * range : 0, threads);              // [row][range]
   const bool bias_matters = in.down_bias && grads.top_k_weights;
   const int partials = inter_blocks + (bias_matters ? 1 : 0);
   const Buffer<float> d_weight(rows * partials);                           // [row][block]: partial <dh, h>; <dy, bias>

@@ -65,7 +65,7 @@ struct Inputs {
   bool transposed, interleaved;
   int parts = 1;               // of the weights' rows, by NUMA node: a preference of threads for tasks (parallel.h)
   Dropout dropout;             // of the input of both LoRA pairs, by slot of the whole batch
-  const bool* elsewhere = nullptr;  // [experts], or null: those that another device computes. Here their slots are no rows
+  const bool* elsewhere = nullptr;  // [experts], or null: those computed on another device; their slots are no rows here
   int64_t first_slot = 0;      // of this part of the batch
 
   Inputs from_token(const Shape& shape, int64_t token) const {

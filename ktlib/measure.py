@@ -37,6 +37,14 @@ def matmul_rate_from_memory(tokens, features, inner, matrices=16, dtype=torch.bf
     return 2 * tokens * weights.numel() / best_seconds(multiply)
 
 
+def bus_rates(size=2**28):
+    """Bytes per second between pinned memory and the GPU, ``{"h2d": to it, "d2h": from it}``."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(size, dtype=torch.uint8, device="cuda")
+    copies = {"h2d": lambda: device.copy_(host), "d2h": lambda: host.copy_(device)}
+    return {name: size / best_seconds(copy) for name, copy in copies.items()}
+
+
 def memory_bytes():
     """Bytes of main memory, all of it."""
     import psutil

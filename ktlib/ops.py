@@ -190,9 +190,9 @@ def _stream_device(device):
 
 # ------------------------------------------------------------------------------------------------- the registered op
 
-# A call as C++ takes it: ``held`` are the tensors whose memory ``inputs`` name (hold on to them during the call),
-# ``elsewhere`` the experts that C++ leaves out and ``streamed`` computes, both None if there are none.
-_Call = namedtuple("_Call", "counts inputs held elsewhere streamed")
+# A call as C++ takes it: ``held`` are the tensors whose memory ``inputs`` name (hold on to them during the call, and to
+# ``streamed``, which has the list of the experts that C++ leaves out and computes them; None if there are none).
+_Call = namedtuple("_Call", "counts inputs held streamed")
 
 
 def _address(tensor):
@@ -232,10 +232,10 @@ def _arguments(tensors, settings):
         *(None if t is None else t.contiguous() for t in tensors[3:]),
     )
     dropout = (0 if seed is None else seed.item(), threshold)
-    elsewhere = choose(held.top_k_index, experts, settings.stream_rows)
+    chosen = choose(held.top_k_index, experts, settings.stream_rows)
     streamed = None
-    if elsewhere is not None:
-        streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, elsewhere)
+    if chosen is not None:
+        streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, chosen)
     inputs = (
         *(t.data_ptr() for t in held[:5]),
         _address(held.gate_up_bias),
@@ -247,9 +247,9 @@ def _arguments(tensors, settings):
         settings.interleaved,
         settings.parts,
         dropout,
-        0 if elsewhere is None else elsewhere.data_ptr(),
+        0 if streamed is None else streamed.chosen.data_ptr(),
     )
-    return _Call(counts, inputs, held, elsewhere, streamed)
+    return _Call(counts, inputs, held, streamed)
 
 
 def _saved_shapes(tensors, settings):

@@ -58,14 +58,20 @@ def lora_delta(lora, expert, num_experts):
     return scaling * (b @ a)
 
 
+def clamp_gate(gate_proj, up_proj, limit):
+    """Gate and up within ``limit`` (see :func:`ktlib.moe_experts`), if there is one."""
+    if limit is not None:  # not torch.clamp: at a NaN its gradient is 0, which would hide it
+        gate_proj = torch.where(gate_proj > limit, limit, gate_proj)
+        up_proj = torch.where(up_proj > limit, limit, torch.where(up_proj < -limit, -limit, up_proj))
+    return gate_proj, up_proj
+
+
 def apply_gate(gate_proj, up_proj, gate="silu", limit=None, alpha=None):
     """The gate of :func:`ktlib.moe_experts` (see there), elementwise, in the dtype of its arguments.
 
     Both GELUs are written without the sum 1 + erf or 1 + tanh, which loses the lower tail even in float64.
     """
-    if limit is not None:  # not torch.clamp: at a NaN its gradient is 0, which would hide it
-        gate_proj = torch.where(gate_proj > limit, limit, gate_proj)
-        up_proj = torch.where(up_proj > limit, limit, torch.where(up_proj < -limit, -limit, up_proj))
+    gate_proj, up_proj = clamp_gate(gate_proj, up_proj, limit)
     if gate == "silu":
         return F.silu(gate_proj) * up_proj
     if gate == "gelu":

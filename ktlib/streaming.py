@@ -41,7 +41,7 @@ class Streamed:
     """
 
     def __init__(self, tensors, settings, scalings, dropout, chosen):
-        self.tensors, self.settings, self.dropout = tensors, settings, dropout
+        self.tensors, self.settings, self.dropout, self.chosen = tensors, settings, dropout, chosen
         self.scaling = dict(zip(PROJECTIONS, scalings, strict=True))
         self.gate = settings.gate, None if math.isinf(settings.limit) else settings.limit, settings.alpha
         self.device = torch.device(settings.stream_device)
@@ -307,10 +307,7 @@ def _product(a, b):
 
 def gate_backward(dh, gate, up, kind, limit, alpha):
     """Gradients of gate and up from that of ``h = reference.apply_gate(gate, up, ...)``; fp32, elementwise."""
-    g, u = gate, up
-    if limit is not None:  # as reference.apply_gate
-        g = torch.where(gate > limit, limit, gate)
-        u = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+    g, u = reference.clamp_gate(gate, up, limit)
     act, slope = _act(g, kind, alpha)
     d_gate, d_up = dh * (u + 1 if kind == "swiglu_oai" else u) * slope, dh * act
     if limit is not None:
