@@ -11,14 +11,15 @@ import torch
 
 from .audit import component
 from .experts import is_experts
-from .streaming import GROUP_BYTES
-from .weight_stream import THERE
+from .streaming import BLOCK_VALUES, GROUP_BYTES
+from .weight_stream import PIECE, PIECES, THERE
 
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
 PCIE = 25e9  # bytes/s to the GPU: 16 lanes of PCIe 4.0
 LEFT = "other weights, left in the file's map"  # resident after they went to the GPU, dropped when memory is short
+STREAMED = "logits, or streamed experts"  # in the place of the logits alone
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
 
@@ -182,8 +183,9 @@ def estimate(
         host["pinned buffers of copies"] = staging_bytes(tokens, top_k, hidden) if experts else 0
         host[LEFT] = 2 * rest
         if streamed:
-            one = 2 * routed // (moe_layers * count)
-            device["streamed experts"] = THERE * max(one, GROUP_BYTES // one * one) + 8 * tokens * hidden
+            streams = streaming_bytes(tokens, top_k, hidden, inner, count)
+            device[STREAMED] = max(device.pop("logits and their gradient"), streams)  # not at the same time
+            host["pinned buffers of copies"] += PIECES * PIECE
     else:
         host |= other
 
@@ -210,6 +212,15 @@ def estimate(
         seconds["copies"] = moe_layers * 4 * tokens * hidden * 2 / 12e9
     break_even = break_even_rows(cpu_rate, bus, bandwidth) if gpu and routed and finetuning == "lora" else None
     return Estimate(host, device, seconds, tokens, tokens * top_k / count, break_even)
+
+
+def streaming_bytes(tokens, top_k, hidden, intermediate, experts):
+    """Bytes of a GPU's memory for the streamed experts of one layer, in backward: two buffers of weights, the output's
+    gradient and that of hidden_states, and of one block of rows about seven matrices as wide as its widest in fp32."""
+    one, widest = 6 * hidden * intermediate, max(2 * intermediate, hidden)
+    group = min(experts, max(1, GROUP_BYTES // one)) * one
+    block = max(widest, min(BLOCK_VALUES, tokens * top_k * widest))
+    return THERE * group + 6 * tokens * hidden + 28 * block
 
 
 def stream_rate(bus, bandwidth):

@@ -30,7 +30,9 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
             if they are added later, at the next move of the model and at the latest in its next forward.
         stream_rows: as in :func:`ktlib.moe_experts`: experts with at least so many rows in a batch are computed on the
             GPU that the rest of the model is on, from weights that stay on the CPU and are copied there each time.
-            None: the CPU computes all. :func:`ktlib.estimate.break_even_rows` says from how many on that is faster.
+            None: the CPU computes all. :func:`ktlib.estimate.break_even_rows` says from how many on that is faster for
+            one expert. Where most experts of the usual batch have more, a small number is best: the CPU takes several
+            milliseconds for whatever is left to it.
 
     Raises:
         TypeError: stream_rows is not an int.

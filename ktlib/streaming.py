@@ -7,22 +7,28 @@ CPU; :func:`ktlib.moe_experts` sends such experts here and computes the others i
 Nothing is kept: weights pass through two buffers of a few experts' size, and backward lets them pass once more and
 computes gate and up again. Values are rounded to bf16 where the CPU's kernels round them (csrc/moe.h); sums over tokens
 are taken in a fixed order, so a repeated call gives the same bits.
+
+Each operation that Python queues costs 10 to 40 microseconds of one core, and the thread that sends weights needs the
+cores too. Hence experts are computed in groups, and what several groups need alike is made for all of them at once.
 """
 
 import contextlib
+import itertools
 import math
 from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ktlib import _kernels, reference
 from ktlib.threads import operator_threads
 from ktlib.weight_stream import download, upload, weights_on
 
-GROUP_BYTES = 2**27  # experts are computed together while their weights are not larger
-BLOCK = 2048  # rows of one expert that are computed together
+GROUP_BYTES = 2**28  # experts are computed together while their weights are not larger
+BLOCK_VALUES = 2**24  # and values of the widest matrix of all their rows not more
+LARGE = 2.0**100
 PROJECTIONS = ("gate_up", "down")
 
 
@@ -46,8 +52,8 @@ class Streamed:
         self.gate = settings.gate, None if math.isinf(settings.limit) else settings.limit, settings.alpha
         self.device = torch.device(settings.stream_device)
         _kernels.select_isa(settings.isa)  # wrong names are errors also where nothing is left for the CPU
-        self.groups = _groups(tensors.top_k_index, chosen.numpy(), self._limit())
-        self.leaves_rows = sum(len(block.slots) for _, blocks in self.groups for block in blocks) < self._slots
+        self.groups = _groups(tensors.top_k_index, chosen.numpy(), *self._limits())
+        self.leaves_rows = sum(len(rows.slots) for _, blocks in self.groups for rows in blocks) < self._slots
 
     def forward(self):
         """What the chosen experts add to the output: (tokens, hidden) fp32 on the device, perhaps not computed yet."""
@@ -55,9 +61,10 @@ class Streamed:
             output = self._zeros(self.tensors.hidden_states.shape)
             for group in self._on_device():
                 for block in group.blocks:
-                    h = self._activate(self._project(group, block, "gate_up", block.x))
-                    y = self._project(group, block, "down", h)
-                    self._add(output, block, y.mul_(block.weights))
+                    gate_up, _ = self._project(group, block, "gate_up", block.x)
+                    h = reference.apply_gate(*self._split(gate_up), *self.gate).bfloat16()
+                    y, _ = self._project(group, block, "down", h)
+                    _add(output, block, y, block.slot_weights)
             return output
 
     def backward(self, grad_output, wanted):
@@ -67,7 +74,7 @@ class Streamed:
             grads = {name: self._zeros(self._grad_shape(name)) for name in wanted}
             for group in self._on_device():
                 for block in group.blocks:
-                    self._backward_of(group, block, grad_output[block.tokens], grads)
+                    self._backward_of(group, block, grad_output[block.of_token], grads)
             return {name: self._as_given(name, grad) for name, grad in grads.items()}
 
     def complete(self, results):
@@ -80,67 +87,80 @@ class Streamed:
     # --------------------------------------------------------------------- one block of rows, (experts, rows, features)
 
     def _backward_of(self, group, block, dy, grads):
-        gate_up = self._project(group, block, "gate_up", block.x)
-        h = self._activate(gate_up)
-        dh = _product(dy, self._matrix(group, block, "down").mT)
-        d_weights = (dh * h).sum(2)
-        if group.biases["down"] is not None:
-            d_weights += (dy * group.biases["down"][: block.experts, None]).sum(2)
+        gate_up, t = self._project(group, block, "gate_up", block.x)
+        _clear(block, gate_up)
+        gate, up = self._split(gate_up)
+        parts = gate_parts(gate, up, *self.gate)
+        h = torch.mul(parts.act, parts.factor, out=self._rounded(gate.shape))
+        dh, term = _product(dy, self._matrix(group, "down").mT), None
         if "down" in group.lora:
-            # the routing weight comes last: the expert's output is not needed for its gradient
-            lora_A, lora_B = self._pair(group, block, "down")
-            inner = _product(dy, lora_B).mul_(self.scaling["down"])
-            term = torch.bmm(inner, lora_A.float())
-            d_weights += (term * self._kept(block, "down", h)).sum(2)
+            inner = self._inner("down", dy, group.lora["down"].B)
+            term = self._add_lora(dh, group, block, "down", inner)
+        if "top_k_weights" in grads:  # they come last: the experts' outputs are not needed for their gradient
+            d_weights = (dh * h).sum(2)
+            if term is not None:  # of all of it: what is dropped of h is 0, which hides no NaN of lora_A
+                d_weights += (term * self._kept(block, "down", h)).sum(2)
+            if group.biases["down"] is not None:
+                d_weights += (dy * group.biases["down"][:, None]).sum(2)
+            grads["top_k_weights"][block.padded] = d_weights
+        if term is not None:
             dh += self._kept(block, "down", term)
-            self._lora_grads(group, block, "down", h, inner.mul_(block.weights), dy, grads, block.weights)
-        if "top_k_weights" in grads:
-            grads["top_k_weights"].view(-1)[block.slots] = d_weights.flatten()[block.places]
-        d_gate_up = self._join(*gate_backward(dh.mul_(block.weights), *self._split(gate_up), *self.gate)).bfloat16()
+        _clear(block, dh)
+        if "down" in group.lora:
+            self._lora_grads(group, "down", self._kept(block, "down", h), inner, dy, grads, weights=block.weights)
+        d_gate_up = self._rounded(gate_up.shape)
+        gate_backward(dh.mul_(block.weights), gate, up, parts, self.gate[1], self._split(d_gate_up))
+        del gate_up, gate, up, parts, h, dh  # large, as is what follows
         if "gate_up" in group.lora:
-            lora_A, lora_B = self._pair(group, block, "gate_up")
-            inner = _product(d_gate_up, lora_B).mul_(self.scaling["gate_up"])
-            self._lora_grads(group, block, "gate_up", block.x, inner, d_gate_up, grads)
+            inner = self._inner("gate_up", d_gate_up, group.lora["gate_up"].B)
+            self._lora_grads(group, "gate_up", self._kept(block, "gate_up", block.x), inner, d_gate_up, grads, t=t)
         if "hidden_states" in grads:
-            dx = _product(d_gate_up, self._matrix(group, block, "gate_up").mT)
+            dx = _product(d_gate_up, self._matrix(group, "gate_up").mT)
             if "gate_up" in group.lora:
-                dx += self._kept(block, "gate_up", torch.bmm(inner, lora_A.float()))
-            self._add(grads["hidden_states"], block, dx)
-
-    def _lora_grads(self, group, block, projection, x, inner, d_out, grads, weights=1.0):
-        """Gradients of one pair: A's from ``inner``, what reaches it from behind; B's from its output's gradient."""
-        experts = group.index[: block.experts]
-        x = self._kept(block, projection, x)
-        if (name := f"{projection}_lora_A") in grads:
-            inner, inputs = self._real(block, inner), self._real(block, x.float())
-            grads[name].index_add_(0, experts, torch.bmm(inner.mT, inputs))
-        if (name := f"{projection}_lora_B") in grads:
-            t = _product(x, self._pair(group, block, projection)[0].mT).mul_(self.scaling[projection]).mul_(weights)
-            d_out, t = self._real(block, d_out.float()), self._real(block, t)
-            grads[name].index_add_(0, experts, torch.bmm(d_out.mT, t))
-
-    def _real(self, block, rows):
-        """Without what infinite weights have made of the rows that fill up."""
-        return rows if block.real is None else torch.where(block.real, rows, 0.0)
+                term = self._add_lora(dx, group, block, "gate_up", inner)
+                if term is not None:
+                    dx += self._kept(block, "gate_up", term)
+            _add(grads["hidden_states"], block, dx)
 
     def _project(self, group, block, projection, x):
-        """One projection of the rows ``x`` with LoRA and bias, fp32."""
-        result = _product(x, self._matrix(group, block, projection))
+        """One projection of the rows ``x`` with LoRA and bias, fp32; and LoRA's inner values, if there is LoRA."""
+        result, t = _product(x, self._matrix(group, projection)), None
         if projection in group.lora:
-            lora_A, lora_B = self._pair(group, block, projection)
-            t = _product(self._kept(block, projection, x), lora_A.mT).mul_(self.scaling[projection])
-            result.baddbmm_(t, lora_B.float().mT)
+            lora = group.lora[projection]
+            t = self._inner(projection, self._kept(block, projection, x), lora.A.mT)
+            result.baddbmm_(t, lora.B.float().mT)
         if group.biases[projection] is not None:
-            result += group.biases[projection][: block.experts, None]
-        return result
+            result += group.biases[projection][:, None]
+        return result, t
 
-    def _matrix(self, group, block, projection):
+    def _add_lora(self, d_x, group, block, projection, inner):
+        """Add to ``d_x`` what comes through one LoRA pair; ``inner`` has passed B. With dropout only return it."""
+        lora_A = group.lora[projection].A.float()
+        if projection in block.masks:
+            return torch.bmm(inner, lora_A)
+        d_x.baddbmm_(inner, lora_A)
+        return None
+
+    def _lora_grads(self, group, projection, x, inner, d_out, grads, t=None, weights=None):
+        """Gradients of one pair: A's from its input ``x`` and ``inner``, B's from ``d_out`` and ``t`` or ``x``."""
+
+        def weighted(rows):
+            return rows.float() if weights is None else rows * weights
+
+        if (name := f"{projection}_lora_A") in grads:
+            grads[name][group.span].baddbmm_(weighted(inner).mT, x.float())
+        if (name := f"{projection}_lora_B") in grads:
+            t = self._inner(projection, x, group.lora[projection].A.mT) if t is None else t
+            grads[name][group.span].baddbmm_(weighted(d_out).mT, t)
+
+    def _inner(self, projection, rows, matrix):
+        """Inner values of a LoRA pair, scaled: not a factor of the product with the other matrix, where 0 hides NaN."""
+        return _product(rows, matrix).mul_(self.scaling[projection])
+
+    def _matrix(self, group, projection):
         """(experts, in, out), a view."""
-        weight = group.weights[PROJECTIONS.index(projection)][: block.experts]
+        weight = group.weights[projection]
         return weight if self.settings.transposed else weight.mT
-
-    def _pair(self, group, block, projection):
-        return [matrix[: block.experts] for matrix in group.lora[projection]]
 
     def _kept(self, block, projection, x):
         """What dropout keeps of the input of a LoRA pair, or of the input's gradient."""
@@ -149,33 +169,17 @@ class Streamed:
     def _split(self, gate_up):
         return (gate_up[..., 0::2], gate_up[..., 1::2]) if self.settings.interleaved else gate_up.chunk(2, dim=-1)
 
-    def _join(self, gate, up):
-        return torch.stack([gate, up], -1).flatten(-2) if self.settings.interleaved else torch.cat([gate, up], -1)
-
-    def _activate(self, gate_up):
-        return reference.apply_gate(*self._split(gate_up), *self.gate).bfloat16()
-
-    def _add(self, sums, block, rows):
-        rows, tokens = rows.flatten(0, 1)[block.places], block.slots // self._top_k
-        if sums.is_cuda:  # of both, the one that adds in a fixed order there
-            sums.index_put_((tokens,), rows, accumulate=True)
-        else:
-            sums.index_add_(0, tokens, rows)
-
     # -------------------------------------------------------------------------------------------------- what it needs
 
     @property
     def _slots(self):
         return self.tensors.top_k_index.numel()
 
-    @property
-    def _top_k(self):
-        return self.tensors.top_k_index.shape[1]
-
-    def _limit(self):
-        """Experts in one group."""
-        one = sum(weight[0].nbytes for weight in (self.tensors.gate_up_proj, self.tensors.down_proj))
-        return max(1, GROUP_BYTES // one)
+    def _limits(self):
+        """Experts in one group, and rows of all of them."""
+        t = self.tensors
+        one = t.gate_up_proj[0].nbytes + t.down_proj[0].nbytes
+        return max(1, GROUP_BYTES // one), max(1, BLOCK_VALUES // max(t.gate_up_proj.shape[1:]))
 
     @contextlib.contextmanager
     def _ready(self):
@@ -187,37 +191,64 @@ class Streamed:
     def _on_device(self):
         """The groups, one after the other, with all that they need on the device."""
         t = self.tensors
-        weights, groups = (t.gate_up_proj, t.down_proj), [experts.tolist() for experts, _ in self.groups]
-        with weights_on(weights, groups, self.device) as streamed:
-            hidden_states = self._with_zeros(t.hidden_states)
-            routing = self._with_zeros(t.top_k_weights.view(-1, 1))
-            biases = [b if b is None else upload(b, self.device).float() for b in (t.gate_up_bias, t.down_bias)]
-            lora = {p: self._lora(p) for p in PROJECTIONS if getattr(t, f"{p}_lora_A") is not None}
+        groups = [experts.tolist() for experts, _ in self.groups]
+        with weights_on((t.gate_up_proj, t.down_proj), groups, self.device) as streamed:
             index = self._index()
-            for matrices, (_, blocks) in zip(streamed, self.groups, strict=True):
-                group = SimpleNamespace(weights=matrices, index=next(index))
-                group.lora = {p: [matrix[group.index] for matrix in pair] for p, pair in lora.items()}
-                group.biases = {p: b if b is None else b[group.index] for p, b in zip(PROJECTIONS, biases, strict=True)}
-                group.blocks = (self._block(rows, index, hidden_states, routing, lora) for rows in blocks)
-                yield group
-
-    def _block(self, rows, index, hidden_states, routing, lora):
-        slots, places, padded = (next(index) for _ in rows)
-        tokens = torch.div(padded, self._top_k, rounding_mode="floor")
-        block = SimpleNamespace(slots=slots, places=places, tokens=tokens, experts=len(padded))
-        block.x, block.weights = hidden_states[tokens], routing[padded]
-        block.real = (padded < self._slots)[..., None] if len(rows.slots) < rows.padded.size else None
-        block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
-        return block
+            lora = {p: self._lora(p, index.experts) for p in PROJECTIONS if getattr(t, f"{p}_lora_A") is not None}
+            biases = [b if b is None else upload(b, self.device).float() for b in (t.gate_up_bias, t.down_bias)]
+            biases = {p: b if b is None else b[index.experts] for p, b in zip(PROJECTIONS, biases, strict=True)}
+            blocks = self._blocks(index, lora)
+            first = 0
+            for matrices, (experts, rows) in zip(streamed, self.groups, strict=True):
+                span = slice(first, first + len(experts))
+                first = span.stop
+                yield SimpleNamespace(
+                    span=span,
+                    weights=dict(zip(PROJECTIONS, matrices, strict=True)),
+                    lora={p: _Lora(*(matrix[span] for matrix in pair)) for p, pair in lora.items()},
+                    biases={p: b if b is None else b[span] for p, b in biases.items()},
+                    blocks=itertools.islice(blocks, len(rows)),
+                )
 
     def _index(self):
-        """All index arrays on the device, in the order of their use, by one copy."""
-        arrays = []
-        for experts, blocks in self.groups:
-            arrays += [experts, *(array for rows in blocks for array in rows)]
-        there = upload(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), self.device)
-        for array, part in zip(arrays, there.split([array.size for array in arrays]), strict=True):
-            yield part.view(array.shape)
+        """All index arrays on the device, by one copy: the groups' experts, and for each field of _Rows its arrays."""
+        blocks = [rows for _, blocks in self.groups for rows in blocks]
+        arrays = {name: [getattr(rows, name).ravel() for rows in blocks] for name in _Rows._fields}
+        arrays["experts"] = [experts for experts, _ in self.groups]
+        joined = [np.concatenate(parts) for parts in arrays.values()]
+        there = upload(torch.from_numpy(np.concatenate(joined)), self.device).split([len(array) for array in joined])
+        return SimpleNamespace(**dict(zip(arrays, there, strict=True)))
+
+    def _blocks(self, index, lora):
+        """All blocks of rows, in the order of the groups, each made when it is asked for."""
+        t, blocks = self.tensors, [rows for _, blocks in self.groups for rows in blocks]
+        hidden_states, routing = self._with_zeros(t.hidden_states), self._with_zeros(t.top_k_weights.view(-1, 1))
+
+        def by_block(whole, name):
+            return whole.split([getattr(rows, name).size for rows in blocks])
+
+        of_token = torch.div(index.padded, t.top_k_index.shape[1], rounding_mode="trunc")
+        fields = {
+            "padded": by_block(index.padded, "padded"),
+            "of_token": by_block(of_token, "padded"),
+            "weights": by_block(routing[index.padded], "padded"),
+            "filled": by_block((index.padded == self._slots)[:, None], "padded"),
+            "slot_weights": by_block(routing[index.slots].view(-1), "slots"),
+            "places": by_block(index.places, "places"),
+            "tokens": by_block(index.tokens, "tokens"),
+            "starts": by_block(index.starts, "starts"),
+        }
+
+        def made(rows, values):
+            block, shape = SimpleNamespace(**dict(zip(fields, values, strict=True))), rows.padded.shape
+            block.padded, block.of_token = block.padded.view(shape), block.of_token.view(shape)
+            block.weights = block.weights.view(*shape, 1)
+            block.filled = block.filled.view(*shape, 1) if len(rows.slots) < rows.padded.size else None
+            block.x = hidden_states[block.of_token]
+            block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
+            return block
+
+        return itertools.starmap(made, zip(blocks, zip(*fields.values(), strict=True), strict=True))
 
     def _mask(self, projection, padded):
         features = getattr(self.tensors, f"{projection}_lora_A").shape[1]
@@ -229,28 +260,43 @@ class Streamed:
         )  # fmt: skip
         return bits.to(self.device, non_blocking=True).bool().view(*padded.shape, features)
 
-    def _lora(self, projection):
-        """lora_A (experts, rank, in) and lora_B (experts, out, rank), bf16, on the device."""
+    def _lora(self, projection, experts):
+        """lora_A (chosen experts, rank, in) and lora_B (chosen experts, out, rank), bf16, on the device."""
         lora_A, lora_B = (
             upload(getattr(self.tensors, f"{projection}_lora_{matrix}"), self.device).bfloat16() for matrix in "AB"
         )
-        experts = len(self.tensors.gate_up_proj)
-        by_expert = lora_B.view(len(lora_B), -1, experts).permute(2, 0, 1).contiguous()
-        return lora_A.view(experts, -1, lora_A.shape[1]), by_expert
+        count = len(self.tensors.gate_up_proj)
+        by_expert = lora_B.view(len(lora_B), -1, count).permute(2, 0, 1)
+        return lora_A.view(count, -1, lora_A.shape[1])[experts], by_expert[experts].contiguous()
 
     def _grad_shape(self, name):
+        """Of what one call computes; :meth:`_as_given` makes the shape of the argument of it."""
         given, experts = getattr(self.tensors, name), len(self.tensors.gate_up_proj)
+        chosen = int(self.chosen.sum())
+        if name == "top_k_weights":
+            return (self._slots + 1,)
         if name.endswith("lora_A"):
-            return experts, len(given) // experts, given.shape[1]
-        return (experts, len(given), given.shape[1] // experts) if name.endswith("lora_B") else given.shape
+            return chosen, len(given) // experts, given.shape[1]
+        return (chosen, len(given), given.shape[1] // experts) if name.endswith("lora_B") else given.shape
 
     def _as_given(self, name, grad):
+        given = getattr(self.tensors, name)
+        if name == "top_k_weights":
+            return grad[:-1].view(given.shape)
+        if "lora" not in name:
+            return grad
+        experts = torch.from_numpy(np.concatenate([experts for experts, _ in self.groups])).to(self.device)
+        count = len(self.tensors.gate_up_proj)
         if name.endswith("lora_A"):
-            return grad.flatten(0, 1)
-        return grad.permute(1, 2, 0).flatten(1) if name.endswith("lora_B") else grad
+            return self._zeros((count, *grad.shape[1:])).index_copy_(0, experts, grad).view(given.shape)
+        by_expert = self._zeros((*grad.shape[1:], count)).index_copy_(2, experts, grad.permute(1, 2, 0))
+        return by_expert.view(given.shape)
 
     def _zeros(self, shape):
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def _rounded(self, shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device=self.device)
 
     def _with_zeros(self, rows):
         """The rows on the device, and one more of zeros, which fills up the experts of a group."""
@@ -260,9 +306,12 @@ class Streamed:
         return result
 
 
-# Rows of a group's experts, on the host: their slots; where these lie among (experts, width) rows; the slots of all of
-# those rows, the number of slots for one that fills up.
-_Rows = namedtuple("_Rows", "slots places padded")
+_Lora = namedtuple("_Lora", "A B")
+
+# Rows of a group's experts, as index arrays on the host. padded: (experts, width) slots, their number where a row is
+# filled up; slots: the real ones, ascending; places: where these lie among the rows; tokens: theirs, each once; starts:
+# where each token's begin in places.
+_Rows = namedtuple("_Rows", "padded slots places tokens starts")
 
 
 def choose(top_k_index, experts, rows):
@@ -277,8 +326,11 @@ def choose(top_k_index, experts, rows):
     return chosen if chosen.any() else None
 
 
-def _groups(top_k_index, chosen, limit):
-    """``[(experts, [_Rows, ...]), ...]``: the chosen experts by number of rows, at most ``limit`` in a group."""
+def _groups(top_k_index, chosen, most_experts, most_rows):
+    """``[(experts, [_Rows, ...]), ...]``: the chosen experts by number of rows, groups within both limits.
+
+    An expert with more than ``most_rows`` is a group of its own, of several blocks of rows.
+    """
     ids = top_k_index.flatten().int().numpy()  # a copy: memory that numpy has seen can no longer be resized
     # numpy sorts integers of 16 bits by their digits, ten times as fast as longer ones
     order = np.argsort(ids.astype(np.uint16) if len(chosen) <= 2**16 else ids, kind="stable")
@@ -287,17 +339,42 @@ def _groups(top_k_index, chosen, limit):
     experts = np.flatnonzero(chosen)
     experts = experts[np.argsort(-counts[experts], kind="stable")]
     groups = []
-    for group in np.split(experts, range(limit, len(experts), limit)):
+    while len(experts):
+        width = counts[experts[0]]
+        count = min(most_experts, max(1, most_rows // width))
+        group, experts = experts[:count], experts[count:]
         slots = [order[ends[expert] - counts[expert] : ends[expert]] for expert in group]
-        blocks = []
-        for first in range(0, len(slots[0]), BLOCK):
-            pieces = [some[first : first + BLOCK] for some in slots if len(some) > first]
-            padded = np.full((len(pieces), len(pieces[0])), len(ids))
-            for row, piece in zip(padded, pieces, strict=True):
-                row[: len(piece)] = piece
-            blocks.append(_Rows(np.concatenate(pieces), np.flatnonzero(padded < len(ids)), padded))
+        firsts = range(0, width, most_rows)
+        blocks = [_rows([some[first : first + most_rows] for some in slots], top_k_index) for first in firsts]
         groups.append((group, blocks))
     return groups
+
+
+def _rows(slots, top_k_index):
+    """The _Rows of some experts with these slots, the longest first."""
+    padded = np.full((len(slots), len(slots[0])), top_k_index.numel())
+    for row, some in zip(padded, slots, strict=True):
+        row[: len(some)] = some
+    places = np.flatnonzero(padded < top_k_index.numel())
+    ascending = places[np.argsort(padded.ravel()[places], kind="stable")]
+    slots = padded.ravel()[ascending]
+    tokens = slots // top_k_index.shape[1]
+    starts = np.flatnonzero(np.diff(tokens, prepend=-1))
+    return _Rows(padded, slots, ascending, tokens[starts], starts)
+
+
+def _add(sums, block, rows, weights=None):
+    """Add the rows of a block, perhaps times weights of its slots, to those of their tokens, in a fixed order."""
+    of_tokens = F.embedding_bag(
+        block.places, rows.flatten(0, 1), block.starts, mode="sum", per_sample_weights=weights
+    )  # fmt: skip
+    sums.index_add_(0, block.tokens, of_tokens)
+
+
+def _clear(block, rows):
+    """Zeros in the rows that fill up, of which infinite weights or biases make something else."""
+    if block.filled is not None:
+        rows.masked_fill_(block.filled, 0.0)
 
 
 def _product(a, b):
@@ -305,14 +382,23 @@ def _product(a, b):
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def gate_backward(dh, gate, up, kind, limit, alpha):
-    """Gradients of gate and up from that of ``h = reference.apply_gate(gate, up, ...)``; fp32, elementwise."""
+_Gate = namedtuple("_Gate", "act slope factor")
+
+
+def gate_parts(gate, up, kind, limit, alpha):
+    """``act``, its derivative and ``factor``, where ``reference.apply_gate(gate, up, ...) = act * factor``; fp32."""
     g, u = reference.clamp_gate(gate, up, limit)
-    act, slope = _act(g, kind, alpha)
-    d_gate, d_up = dh * (u + 1 if kind == "swiglu_oai" else u) * slope, dh * act
+    return _Gate(*_act(g, kind, alpha), u + 1 if kind == "swiglu_oai" else u)
+
+
+def gate_backward(dh, gate, up, parts, limit, results):
+    """Write the gradients of gate and up into ``results``, from that of ``h = parts.act * parts.factor``."""
+    d_gate, d_up = results
+    torch.mul(dh * parts.factor, parts.slope, out=d_gate)
+    torch.mul(dh, parts.act, out=d_up)
     if limit is not None:
-        d_gate, d_up = torch.where(gate > limit, 0.0, d_gate), torch.where(up.abs() > limit, 0.0, d_up)
-    return d_gate, d_up
+        d_gate.masked_fill_(gate > limit, 0.0)
+        d_up.masked_fill_(up.abs() > limit, 0.0)
 
 
 def _act(gate, kind, alpha):
@@ -321,9 +407,12 @@ def _act(gate, kind, alpha):
         share = torch.special.erfc(-gate / math.sqrt(2)) / 2
         return gate * share, share + gate * torch.exp(-gate * gate / 2) / math.sqrt(2 * math.pi)
     if kind == "gelu_tanh":
-        z, dz, factor = gate + 0.044715 * gate**3, 1 + 3 * 0.044715 * gate**2, math.sqrt(8 / math.pi)
-    else:
-        z, dz, factor = gate, 1.0, alpha if kind == "swiglu_oai" else 1.0
-    share = torch.sigmoid(factor * z)
-    bend = share * (1 - share)  # where it has vanished, z may be infinite
-    return gate * share, share + torch.where(bend == 0, 0.0, gate * bend * factor * dz)
+        factor = math.sqrt(8 / math.pi)
+        share = torch.sigmoid(factor * (gate + 0.044715 * gate**3))
+        bend = share * (1 - share)  # where it has vanished, the derivative of what the sigmoid is of may be infinite
+        inner = gate * bend * (factor * (1 + 3 * 0.044715 * gate**2))
+        return gate * share, share + torch.where(bend == 0, 0.0, inner)
+    factor = alpha if kind == "swiglu_oai" else 1.0
+    within = gate.clamp(-LARGE, LARGE)  # the sigmoid is 0 or 1 long before, and infinity times 0 would be NaN
+    share = torch.sigmoid(within * factor if kind == "swiglu_oai" else within)
+    return gate * share, torch.addcmul(share, within * share, 1 - share, value=factor)

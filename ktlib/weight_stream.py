@@ -11,7 +11,7 @@ from ktlib import _kernels
 from ktlib.threads import operator_threads
 
 THERE = 2  # buffers on the GPU, of one group of experts each
-PIECES, PIECE = 3, 2**24  # pinned buffers and their size in bytes
+PIECES, PIECE = 3, 2**25  # pinned buffers and their size in bytes
 
 
 @contextlib.contextmanager
@@ -23,13 +23,13 @@ def weights_on(weights, groups, device):
 
     Args:
         weights: contiguous CPU tensors whose first dimension is the expert.
-        groups: lists of expert ids, the longest first.
+        groups: lists of expert ids.
         device: a CUDA device, or the CPU for tests.
     """
     if device.type == "cpu":
         yield ([w[group] for w in weights] for group in groups)
         return
-    compute, copies, size = torch.cuda.current_stream(device), _copy_stream(device), len(groups[0])
+    compute, copies, size = torch.cuda.current_stream(device), _copy_stream(device), max(map(len, groups))
     there = [[torch.empty((size, *w.shape[1:]), dtype=w.dtype, device=device) for w in weights] for _ in range(THERE)]
     sent, used = ([torch.cuda.Event() for _ in range(THERE)] for _ in range(2))
     free, full = queue.SimpleQueue(), queue.SimpleQueue()

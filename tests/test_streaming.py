@@ -115,10 +115,10 @@ def test_without_lora_and_without_gradients(place):
         assert relative_error(gradients[1], gradients[0]) < 0.008, only
 
 
-@pytest.mark.parametrize("group_bytes, block", [(1, 2048), (20_000, 7), (2**27, 10)])
-def test_groups_and_blocks(group_bytes, block, place, monkeypatch):
+@pytest.mark.parametrize("group_bytes, rows", [(1, 2048), (20_000, 7), (2**27, 10), (2**27, 90), (2**27, 1)])
+def test_groups_and_blocks(group_bytes, rows, place, monkeypatch):
     monkeypatch.setattr(streaming, "GROUP_BYTES", group_bytes)
-    monkeypatch.setattr(streaming, "BLOCK", block)
+    monkeypatch.setattr(streaming, "BLOCK_VALUES", rows * 2 * 56)
     cases = layers(90, 7, 3, 72, 56, 4)
     for stream_rows in (1, some_of(cases)):
         assert_within(errors(cases, place, stream_rows))
@@ -260,6 +260,12 @@ def test_weights_whose_memory_was_freed_since_forward(place):
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
+def gate_gradients(dh, gate, up, kind, limit, alpha):
+    parts, results = streaming.gate_parts(gate, up, kind, limit, alpha), (torch.empty_like(gate), torch.empty_like(up))
+    streaming.gate_backward(dh, gate, up, parts, limit, results)
+    return results
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_gradients_of_the_gates(gate):
     """Against float64's, everywhere: small and large values, at and beyond limits."""
@@ -272,7 +278,7 @@ def test_gradients_of_the_gates(gate):
     leaves = [gate_values.double().requires_grad_(), up.double().requires_grad_()]
     dh = torch.randn(len(up), generator=torch.Generator().manual_seed(0))
     reference.apply_gate(*leaves, *arguments).backward(dh.double())
-    for got, leaf in zip(streaming.gate_backward(dh, gate_values, up, *arguments), leaves, strict=True):
+    for got, leaf in zip(gate_gradients(dh, gate_values, up, *arguments), leaves, strict=True):
         torch.testing.assert_close(got.double(), leaf.grad, rtol=2e-5, atol=2e-5)
 
 
@@ -281,7 +287,7 @@ def test_gradients_of_the_gates_at_nan():
     for options in GATES.values():
         for gate, up in ((nan, number), (number, nan)):
             arguments = options["gate"], options.get("limit"), options.get("alpha", 1.702)
-            assert any(grad.isnan() for grad in streaming.gate_backward(torch.ones(1), gate, up, *arguments))
+            assert any(grad.isnan() for grad in gate_gradients(torch.ones(1), gate, up, *arguments))
 
 
 def test_masks_of_rows():
@@ -311,17 +317,18 @@ def test_copies(threads):
 def test_groups_hold_every_row_once():
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, 9, (70, 3), generator=generator) ** 2 // 8
-    chosen = index.flatten().bincount(minlength=9) >= 12
-    for limit in (1, 2, 100):
-        groups = streaming._groups(index, chosen.numpy(), limit)
-        assert all(len(experts) <= limit for experts, _ in groups)
+    ids = index.flatten()
+    chosen = ids.bincount(minlength=9) >= 12
+    for most_experts, most_rows in itertools.product((1, 2, 100), (1, 13, 50, 1000)):
+        groups = streaming._groups(index, chosen.numpy(), most_experts, most_rows)
         assert sorted(int(e) for experts, _ in groups for e in experts) == chosen.nonzero().flatten().tolist()
-        counts = [len(rows.slots) for _, blocks in groups for rows in blocks]
-        wanted = [slot for slot, expert in enumerate(index.flatten().tolist()) if chosen[expert]]
-        assert sum(counts) == len(wanted)
-        assert sorted(int(slot) for _, blocks in groups for rows in blocks for slot in rows.slots) == wanted
-        for experts, blocks in groups:
-            for rows in blocks:
-                assert np.array_equal(rows.padded.ravel()[rows.places], rows.slots)
-                for expert, line in zip(experts, rows.padded, strict=False):
-                    assert all(index.flatten()[slot] == expert for slot in line if slot < index.numel())
+        blocks = [rows for _, blocks in groups for rows in blocks]
+        wanted = [slot for slot, expert in enumerate(ids.tolist()) if chosen[expert]]
+        assert sorted(int(slot) for rows in blocks for slot in rows.slots) == wanted
+        for experts, rows in ((experts, rows) for experts, blocks in groups for rows in blocks):
+            assert len(experts) == len(rows.padded) <= most_experts and rows.padded.size <= max(most_rows, len(experts))
+            assert np.array_equal(rows.padded.ravel()[rows.places], rows.slots) and (np.diff(rows.slots) > 0).all()
+            assert np.array_equal(np.repeat(rows.tokens, np.diff(rows.starts, append=len(rows.slots))), rows.slots // 3)
+            assert len(np.unique(rows.tokens)) == len(rows.tokens)
+            for expert, line in zip(experts, rows.padded, strict=True):
+                assert all(ids[slot] == expert for slot in line if slot < len(ids))

@@ -13,6 +13,7 @@ from ktlib import stored, synthetic
 from ktlib.estimate import (
     LEFT,
     PCIE,
+    STREAMED,
     Estimate,
     break_even_rows,
     estimate,
@@ -112,14 +113,16 @@ def test_streamed_experts():
     assert streamed.seconds["routed experts"] == pytest.approx(2 * weights * (1 / 25e9 + 2 / 1e11))
     less = on_cpu.host["experts' saved activations"] - streamed.host["experts' saved activations"]
     assert less == 26 * 2 * 4096 * 6 * (2 * 1408 + 4 * 8)
-    assert streamed.gpu["streamed experts"] > 2 * 120e6 and "streamed experts" not in on_cpu.gpu
+    assert streamed.gpu_bytes == on_cpu.gpu_bytes, "these logits are larger"
+    long, short = (estimate(config, **options | {"logits_per_row": n}, stream_rows=1) for n in (129, 1))
+    assert long.gpu[STREAMED] - 2 * 2**28 < short.gpu[STREAMED] < long.gpu[STREAMED] and STREAMED not in on_cpu.gpu
     assert on_cpu.break_even == break_even_rows(5e12, 25e9, 1e11) == 300 and on_cpu.rows == 384
     assert "an expert with 300 rows or more is faster on the GPU (stream_rows); here one has 384" in str(on_cpu)
     for nothing in (
         estimate(config, **options, gpu=False, stream_rows=1),
         estimate(config, **options, finetuning="full"),
     ):
-        assert nothing.break_even is None and "streamed experts" not in nothing.gpu
+        assert nothing.break_even is None and STREAMED not in nothing.gpu
     with pytest.raises(ValueError, match="stream_rows: got 8 with finetuning='full'"):
         estimate(config, finetuning="full", stream_rows=8)
 

@@ -32,11 +32,18 @@ NEEDED_WITH_GPU = {
     "all_logits": {"seconds", "gpu_peak_reserved", "host_peak"},
     "adapters_on_gpu": {"log", "loss_cpu", "loss_cuda", "gpu_peak_reserved", "host_peak"},
     "stock_experts": {"gpu_peak_reserved"},
-    "streamed": {"stream_rows", "losses", "seconds", "finite", "gpu_used_with_context", "host_peak"},
+    "streamed": {
+        "stream_rows",
+        "losses",
+        "seconds",
+        "tokens_per_second",
+        "finite",
+        "gpu_used_with_context",
+        "host_peak",
+    },
     "streamed_timeline": {"step_seconds", "shares", "spans", "layer_seconds"},
 }
 REQUIRED = {"weights", "run_main"}
-LATER = {"streamed", "streamed_timeline"}  # parts that a recorded run may be too old to have
 
 
 def missing(result, needed):
@@ -44,8 +51,6 @@ def missing(result, needed):
     found = []
     for name, keys in needed.items():
         part = result["parts"].get(name) or result.get(name, {})
-        if name in LATER and not part:
-            continue
         if name not in REQUIRED and ("skipped" in part or "error" in part):
             continue
         found += [f"{name}.{key}" for key in sorted(keys - part.keys())]
@@ -113,12 +118,18 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
     def verdict(met):
         return "met" if met else "missed"
 
+    streamed = recorded["parts"]["streamed"]
+    fast, gpu_then = streamed["tokens_per_second"], streamed["gpu_used_with_context"] / 1e9
+    host_then = streamed["host_peak"] / 1e9
     sentences = (
         f"{rate:.0f} tokens/s, {reserved:.1f} GB of GPU memory reserved by torch ({gpu:.1f} GB with CUDA's context), "
         f"{host:.1f} GB of host memory, of which {experts:.1f} GB are the experts.",
         f"Stock PEFT's experts on the same CPU in the same run: {stock:.0f} tokens/s.",
-        f"Goals: at least 1060 tokens/s ({verdict(rate >= 1060)}), at most 6 GB of GPU memory with CUDA's context "
-        f"({verdict(gpu <= 6)}), at most {bar:.1f} GB of host memory ({verdict(host <= bar)}).",
+        f"With experts streamed to the GPU in the same run: {fast:.0f} tokens/s, {gpu_then:.2f} GB of GPU memory with "
+        f"CUDA's context, {host_then:.1f} GB of host memory.",
+        f"Goals: at least 1060 tokens/s ({verdict(rate >= 1060)}; streamed: {verdict(fast >= 1060)}), at most 6 GB of "
+        f"GPU memory with CUDA's context ({verdict(max(gpu, gpu_then) <= 6)}), at most {bar:.1f} GB of host memory "
+        f"({verdict(max(host, host_then) <= bar)}).",
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     for sentence in sentences:

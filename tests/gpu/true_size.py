@@ -81,7 +81,7 @@ def parser():
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=20)
     add("--streamed-steps", type=int, default=20)
-    add("--stream-rows", type=int, default=128, help="experts with as many rows in a batch are streamed, where any are")
+    add("--stream-rows", type=int, default=16, help="experts with as many rows in a batch are streamed, where any are")
     add("--learning-rate", type=float, default=5e-4)
     add("--layers", type=int, default=27)
     add("--reduced-layers", type=int, default=4)
