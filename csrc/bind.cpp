@@ -1,10 +1,12 @@
 // Python's entry. ktlib/ops.py is the only caller: it owns every check of type, device, shape and layout, and keeps the
 // tensors alive for the duration of the call; what arrives here are addresses. Expert ids are checked in C++ (plan.cpp).
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 
 #include "cpu.h"
@@ -126,12 +128,24 @@ NB_MODULE(_kernels, m) {
     });
   });
   m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
-  m.def("copy", [](int threads, const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& args) {
-    std::vector<Copy> copies;
-    for (const auto& [to, from, bytes] : args) copies.push_back({at<void>(to), at<const void>(from), bytes});
-    const nb::gil_scoped_release release;
-    copy(threads, copies);
-  });
+  m.def(
+      "copy",
+      [](int threads, const std::vector<std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>>& args, int64_t ahead,
+         const std::optional<nb::callable>& ready) {
+        std::vector<Piece> pieces;
+        for (const auto& piece : args) {
+          pieces.emplace_back();
+          for (const auto& [to, from, bytes] : piece)
+            pieces.back().push_back({at<void>(to), at<const void>(from), bytes});
+        }
+        const nb::gil_scoped_release release;
+        copy(threads, pieces, ahead, [&](int64_t piece) {
+          if (!ready) return;
+          const nb::gil_scoped_acquire gil;
+          (*ready)(piece);
+        });
+      },
+      nb::arg(), nb::arg(), nb::arg("ahead") = 2, nb::arg("ready") = nb::none());
   m.def("keep_masks", [](const std::string& isa, int threads, uintptr_t masks, const DropoutArgs& drop,
                          uint32_t projection, uintptr_t slots, int64_t rows, int columns) {
     const Kernels& k = select_isa(isa);

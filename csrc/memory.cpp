@@ -1,9 +1,11 @@
 #include <emmintrin.h>
 #include <linux/mempolicy.h>
+#include <sched.h>
 
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -51,19 +53,65 @@ void stream_copy(char* to, const char* from, int64_t bytes) {
   _mm_sfence();  // such stores are in no order with others, as with the one that says that a task is done
 }
 
+// Waits a little, longer if it has often; returns how often it has.
+int pause(int waits) {
+  constexpr int kBusy = 64, kYielding = 256;
+  if (waits < kBusy)
+    _mm_pause();
+  else if (waits < kYielding)
+    sched_yield();
+  else
+    usleep(20);
+  return waits + 1;
+}
+
 }  // namespace
 
-void copy(int threads, const std::vector<Copy>& copies) {
-  constexpr int64_t kPiece = int64_t(256) << 10;
-  constexpr Kernels kPlain{};
-  std::vector<Copy> pieces;
-  for (const Copy& whole : copies)
-    for (int64_t first = 0; first < whole.bytes; first += kPiece)
-      pieces.push_back({static_cast<char*>(whole.to) + first, static_cast<const char*>(whole.from) + first,
-                        std::min(kPiece, whole.bytes - first)});
-  parallel_tasks(kPlain, threads_here(threads), int64_t(pieces.size()), [&](int64_t i, int) {
-    stream_copy(static_cast<char*>(pieces[i].to), static_cast<const char*>(pieces[i].from), pieces[i].bytes);
+void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const std::function<void(int64_t)>& ready) {
+  constexpr int64_t kBlock = int64_t(256) << 10;
+  const int64_t count = int64_t(pieces.size());
+  std::vector<std::pair<int64_t, Copy>> blocks;  // in the order of their pieces
+  std::vector<std::atomic<int64_t>> left(count);
+  for (int64_t i = 0; i < count; i++) {
+    for (const Copy& whole : pieces[i])
+      for (int64_t first = 0; first < whole.bytes; first += kBlock) {
+        char* const to = static_cast<char*>(whole.to) + first;
+        const char* const from = static_cast<const char*>(whole.from) + first;
+        blocks.push_back({i, {to, from, std::min(kBlock, whole.bytes - first)}});
+        left[i].fetch_add(1, std::memory_order_relaxed);
+      }
+  }
+  std::atomic<int64_t> next{0}, allowed{ahead};
+  std::atomic<bool> stopped{false};
+  std::exception_ptr error;
+  const auto all_begun = [&] { return next.load(std::memory_order_relaxed) >= int64_t(blocks.size()); };
+  const auto copy_one = [&] {  // false if none may be begun
+    int64_t n = next.load(std::memory_order_relaxed);
+    do {
+      if (n >= int64_t(blocks.size()) || blocks[n].first >= allowed.load(std::memory_order_acquire)) return false;
+    } while (!next.compare_exchange_weak(n, n + 1, std::memory_order_relaxed));
+    const auto& [piece, block] = blocks[n];
+    stream_copy(static_cast<char*>(block.to), static_cast<const char*>(block.from), block.bytes);
+    left[piece].fetch_sub(1, std::memory_order_release);
+    return true;
+  };
+  parallel_team(threads_here(threads), [&](int thread) {
+    int waits = 0;
+    if (thread != 0)
+      while (!stopped.load(std::memory_order_relaxed) && !all_begun()) waits = copy_one() ? 0 : pause(waits);
+    for (int64_t i = 0; thread == 0 && i < count; i++) {
+      while (left[i].load(std::memory_order_acquire) > 0) waits = copy_one() ? 0 : pause(waits);
+      try {
+        ready(i);
+      } catch (...) {
+        error = std::current_exception();
+        stopped = true;
+        break;
+      }
+      allowed.store(i + ahead, std::memory_order_release);
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 void place_pages(void* memory, int64_t bytes, int node) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,22 @@ namespace ktlib {
 // would wait for them forever.
 int threads_here(int threads);
 
+// body(thread) on every thread of a team, 0 being the calling one.
+template <class Body>
+void parallel_team(int threads, const Body& body) {
+#ifdef KTLIB_STD_THREADS
+  // For ThreadSanitizer, which cannot see the fork and join of GNU OpenMP, an uninstrumented library, and so reports
+  // every region as a race.
+  std::vector<std::thread> team;
+  for (int thread = 1; thread < threads; thread++) team.emplace_back(body, thread);
+  body(0);
+  for (std::thread& member : team) member.join();
+#else
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num());
+#endif
+}
+
 // body(task, thread) for every task, taken in order by whichever thread is free. Each output element belongs to one
 // task and no task depends on another's thread, so results do not depend on the number of threads. Throws Interrupted,
 // with tasks left undone, if the call is to end.
@@ -33,19 +50,13 @@ template <class Body>
 void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& body) {
   if (count == 0) return;
 #ifdef KTLIB_STD_THREADS
-  // For ThreadSanitizer, which cannot see the fork and join of GNU OpenMP, an uninstrumented library, and so reports
-  // every region as a race. The counter is relaxed: it hands out tasks and orders nothing, as OpenMP's own.
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int thread) {
+  std::atomic<int64_t> next{0};  // relaxed: it hands out tasks and orders nothing, as OpenMP's own
+  parallel_team(int(std::min<int64_t>(threads, count)), [&](int thread) {
     if (k.thread_begin) k.thread_begin();
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
       if (!interrupted(k)) body(task, thread);
     if (k.thread_end) k.thread_end();
-  };
-  std::vector<std::thread> team;
-  for (int thread = 1; thread < std::min<int64_t>(threads, count); thread++) team.emplace_back(work, thread);
-  work(0);
-  for (std::thread& member : team) member.join();
+  });
 #else
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, count)))
   {
@@ -91,13 +102,17 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, int parts, con
 // step on 16 CPUs. Only hints to the operating system; changes no contents.
 void populate(int threads, void* memory, int64_t bytes);
 
-// memcpy by many threads: one alone reaches a fraction of the memory's bandwidth.
 struct Copy {
   void* to;
   const void* from;
   int64_t bytes;
 };
-void copy(int threads, const std::vector<Copy>& copies);
+using Piece = std::vector<Copy>;
+
+// memcpy by many threads, one alone reaching a fraction of the memory's bandwidth, piece after piece: ready(i), on the
+// calling thread, once piece i is complete, while others copy on. Piece i + ahead is not begun before ready(i + 1) has
+// returned: until then it may lie in the same memory. What ready throws ends the copying. ahead >= 2.
+void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const std::function<void(int64_t)>& ready);
 
 // Uninitialized memory for the duration of one call. Large blocks come from, and return to, a small process-wide store of
 // raw memory: fresh pages must be cleared by the operating system, which took a quarter of a training step. Nothing is

@@ -356,7 +356,7 @@ def _rows(slots, top_k_index):
     for row, some in zip(padded, slots, strict=True):
         row[: len(some)] = some
     places = np.flatnonzero(padded < top_k_index.numel())
-    ascending = places[np.argsort(padded.ravel()[places], kind="stable")]
+    ascending = places[np.argsort(padded.ravel()[places])]
     slots = padded.ravel()[ascending]
     tokens = slots // top_k_index.shape[1]
     starts = np.flatnonzero(np.diff(tokens, prepend=-1))

@@ -11,7 +11,7 @@ from ktlib import _kernels
 from ktlib.threads import operator_threads
 
 THERE = 2  # buffers on the GPU, of one group of experts each
-PIECES, PIECE = 3, 2**25  # pinned buffers and their size in bytes
+PIECES, PIECE = 4, 2**24  # pinned buffers and their size in bytes
 
 
 @contextlib.contextmanager
@@ -35,20 +35,29 @@ def weights_on(weights, groups, device):
     free, full = queue.SimpleQueue(), queue.SimpleQueue()
     for n in range(THERE):
         free.put(n)
+    threads = operator_threads()  # of this thread; the sender has a number of its own
     copies.wait_stream(compute)  # until now the buffers on the device may have been something else's
-    put = _from_where_they_are if all(w.is_pinned() for w in weights) else _Pieces(operator_threads())
+
+    def begin():
+        """The next group's buffers on the device, when they are free."""
+        if (n := free.get()) is None:
+            raise _Stopped
+        copies.wait_event(used[n])
+        return n
+
+    def finish(n):
+        sent[n].record()
+        full.put(n)
 
     def send():
         try:
             with torch.cuda.stream(copies):
-                for group in groups:
-                    if (n := free.get()) is None:
-                        return
-                    copies.wait_event(used[n])
-                    for target, w in zip(there[n], weights, strict=True):
-                        put(target, w, group)
-                    sent[n].record()
-                    full.put(n)
+                if all(w.is_pinned() for w in weights):
+                    _from_where_they_are(weights, groups, there, begin, finish)
+                else:
+                    _in_pieces(threads, weights, groups, there, begin, finish)
+        except _Stopped:
+            pass
         except BaseException as error:
             full.put(error)
 
@@ -71,34 +80,53 @@ def weights_on(weights, groups, device):
         compute.wait_stream(copies)  # before the buffers become something else's
 
 
-def _from_where_they_are(target, weight, group):
-    for one, expert in zip(target, group, strict=False):
-        one.copy_(weight[expert], non_blocking=True)
+class _Stopped(Exception):
+    """Nobody waits for weights any more."""
 
 
-class _Pieces:
-    """Sends weights in pieces through a ring of pinned buffers, on the current stream."""
+def _from_where_they_are(weights, groups, there, begin, finish):
+    for group in groups:
+        n = begin()
+        for targets, w in zip(there[n], weights, strict=True):
+            for target, expert in zip(targets, group, strict=False):
+                target.copy_(w[expert], non_blocking=True)
+        finish(n)
 
-    def __init__(self, threads):
-        self.threads, self.sent = threads, 0
-        self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
-        self.read = [torch.cuda.Event() for _ in range(PIECES)]
 
-    def __call__(self, target, weight, group):
-        target, one = target.view(-1).view(torch.uint8), weight[0].nbytes
-        for first in range(0, len(group) * one, PIECE):
-            last = min(first + PIECE, len(group) * one)
-            buffer, read = self.buffers[self.sent % PIECES], self.read[self.sent % PIECES]
-            read.synchronize()
-            copies = []
-            for i in range(first // one, -(-last // one)):
-                begin, end = max(first, i * one), min(last, (i + 1) * one)
-                source = weight.data_ptr() + group[i] * one + begin - i * one
-                copies.append((buffer.data_ptr() + begin - first, source, end - begin))
-            _kernels.copy(self.threads, copies)
-            target[first:last].copy_(buffer[: last - first], non_blocking=True)
-            read.record()
-            self.sent += 1
+def _in_pieces(threads, weights, groups, there, begin, finish):
+    """Through a ring of pinned buffers, which threads fill while others are on their way."""
+    ring = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
+    read = [torch.cuda.Event() for _ in range(PIECES)]
+    plan, pieces = [], []  # of each piece: group, number of the weight, bytes of the group; what is copied
+    for group in groups:
+        for number, w in enumerate(weights):
+            one = w[0].nbytes
+            for first in range(0, len(group) * one, PIECE):
+                last = min(first + PIECE, len(group) * one)
+                buffer = ring[len(plan) % PIECES].data_ptr()
+                copies = []
+                for i in range(first // one, -(-last // one)):
+                    begins, ends = max(first, i * one), min(last, (i + 1) * one)
+                    source = w.data_ptr() + group[i] * one + begins - i * one
+                    copies.append((buffer + begins - first, source, ends - begins))
+                plan.append((group, number, first, last))
+                pieces.append(copies)
+    at = None
+
+    def ready(i):
+        nonlocal at
+        group, number, first, last = plan[i]
+        if number == first == 0:
+            at = begin()
+        target = there[at][number].view(-1).view(torch.uint8)[first:last]
+        target.copy_(ring[i % PIECES][: last - first], non_blocking=True)
+        read[i % PIECES].record()
+        if i + 1 == len(plan) or plan[i + 1][0] is not group:
+            finish(at)
+        if i > 0:
+            read[(i - 1) % PIECES].synchronize()
+
+    _kernels.copy(threads, pieces, PIECES, ready)
 
 
 def upload(tensor, device):
@@ -106,7 +134,7 @@ def upload(tensor, device):
     if device.type == "cpu" or tensor.is_pinned():
         return tensor.to(device, non_blocking=True)
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    _kernels.copy(operator_threads(), [(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)])
+    _kernels.copy(operator_threads(), [[(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)]])
     return staged.to(device, non_blocking=True)
 
 
@@ -123,7 +151,7 @@ def download(pairs):
             staged.append((result, buffer))
     if pairs[0][0].is_cuda:
         torch.cuda.current_stream(pairs[0][0].device).synchronize()
-    _kernels.copy(operator_threads(), [(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged])
+    _kernels.copy(operator_threads(), [[(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged]])
 
 
 @functools.cache

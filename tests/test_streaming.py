@@ -309,9 +309,40 @@ def test_copies(threads):
     arguments = [
         (to[1:].data_ptr(), source.data_ptr(), len(source)) for to, source in zip(targets, sources, strict=True)
     ]
-    _kernels.copy(threads, arguments)
+    _kernels.copy(threads, [arguments])
     for to, source in zip(targets, sources, strict=True):
         assert torch.equal(to[1:-1], source) and to[0] == to[-1] == 7
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 1000, 2**20 + 3])
+def test_copies_through_a_ring(threads, size):
+    """Each piece is whole when it is announced, in order, though it lies where an earlier one did."""
+    source = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 20 * size, np.uint8))
+    ring, seen = [torch.zeros(size, dtype=torch.uint8) for _ in range(3)], []
+
+    def ready(i):
+        seen.append(torch.equal(ring[i % 3], source[i * size : (i + 1) * size]))
+
+    pieces = [[(ring[i % 3].data_ptr(), source.data_ptr() + i * size, size)] for i in range(20)]
+    _kernels.copy(threads, pieces, 3, ready)
+    assert seen == [True] * 20
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("at", [0, 7, 19])
+def test_copies_end_with_what_is_raised_meanwhile(threads, at):
+    memory, seen = torch.zeros(20, 2**20, dtype=torch.uint8), []
+
+    def ready(i):
+        seen.append(i)
+        if i == at:
+            raise KeyboardInterrupt("enough")
+
+    pieces = [[(row.data_ptr(), memory[0].data_ptr(), 2**20)] for row in memory]
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        _kernels.copy(threads, pieces, 2, ready)
+    assert seen == list(range(at + 1))
 
 
 def test_groups_hold_every_row_once():

@@ -99,18 +99,25 @@ def test_calls_at_the_same_time():
     assert not failed and not any(caller.is_alive() for caller in callers)
 
 
-@pytest.mark.parametrize("at", [1, 2, 5])
+def failing(copy, at, error):
+    """``_kernels`` whose ``copy`` fails at piece ``at``."""
+
+    def fails(threads, pieces, ahead=2, ready=None):
+        def sometimes(i):
+            if i == at:
+                raise error
+            ready(i)
+
+        copy(threads, pieces, ahead, ready and sometimes)
+
+    return SimpleNamespace(copy=fails)
+
+
+@pytest.mark.parametrize("at", [0, 1, 8, 30])
 def test_what_fails_in_the_sender_is_raised_where_it_is_waited_for(at, monkeypatch):
-    calls, copy = [], weight_stream._kernels.copy
-
-    def fail(*arguments):
-        calls.append(None)
-        if len(calls) == at:
-            raise RuntimeError("no memory")
-        copy(*arguments)
-
+    monkeypatch.setattr(weight_stream, "PIECE", 50)
     with monkeypatch.context() as patch:
-        patch.setattr(weight_stream, "_kernels", SimpleNamespace(copy=fail))
+        patch.setattr(weight_stream, "_kernels", failing(weight_stream._kernels.copy, at, RuntimeError("no memory")))
         with pytest.raises(RuntimeError, match="no memory"):
             received(weights(), GROUPS)
     assert received(weights(), GROUPS) == GROUPS

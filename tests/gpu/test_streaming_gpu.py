@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import test_streaming
+import test_weight_stream
 import torch
 from test_hybrid_gpu import adapted, assert_same, loss_and_gradients, losses, trainer
 from test_moe_experts import layers
@@ -87,18 +88,20 @@ def test_a_call_that_fails_halfway_leaves_nothing_behind(layer, failing, where, 
     """In the thread that sends weights, or in the one that computes; the next call is right."""
     want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
     monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", 1)
-    calls = []
+    calls, product = [], test_streaming.streaming._product
 
-    def fail(*arguments, **options):
+    def fail(*arguments):
         calls.append(None)
         if len(calls) == 5:
             raise failing("halfway")
-        return original(*arguments, **options)
+        return product(*arguments)
 
-    place, name = (weight_stream._Pieces, "__call__") if where == "copy" else (test_streaming.streaming, "_product")
-    original = getattr(place, name)
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, fail)
+        if where == "copy":
+            kernels = test_weight_stream.failing(weight_stream._kernels.copy, 5, failing("halfway"))
+            patch.setattr(weight_stream, "_kernels", kernels)
+        else:
+            patch.setattr(test_streaming.streaming, "_product", fail)
         with pytest.raises(failing, match="halfway"):
             ktlib.moe_experts(**layer, stream_rows=1)
     monkeypatch.undo()
