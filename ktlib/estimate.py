@@ -17,6 +17,7 @@ from .weight_stream import PIECE, PIECES, THERE
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
 HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
 MARGIN = 1.05
+QUEUEING = 9e-3  # seconds that Python takes to queue one pass of one layer's GPU work, with adapters (16-CPU Xeon)
 PCIE = 25e9  # bytes/s to the GPU: 16 lanes of PCIe 4.0
 LEFT = "other weights, left in the file's map"  # resident after they went to the GPU, dropped when memory is short
 STREAMED = "logits, or streamed experts"  # in the place of the logits alone
@@ -131,7 +132,8 @@ def estimate(
     pages of the checkpoint stay resident until something needs the memory. Time of the experts = the larger of
     arithmetic (4 FLOP per active weight and token, forward and backward; full: 6) and of reading every expert twice.
     Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights to the GPU
-    (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token: forward is computed twice).
+    (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token: forward is computed twice). The
+    rest takes the larger of arithmetic and, on a GPU, of queueing it, which does not depend on the number of tokens.
 
     Raises:
         ValueError: another ``finetuning``, or a full one with ``stream_rows``.
@@ -202,10 +204,11 @@ def estimate(
     on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth)
     bus = bus or (measure.bus_rates()["h2d"] if gpu and torch.cuda.is_available() else PCIE)
     on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / stream_rate(bus, bandwidth))
+    rest_flops = passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits
+    queueing = QUEUEING * layers * (3 if checkpointing else 2)
     seconds = {
         "routed experts": on_gpu if streamed else on_cpu,
-        "the rest": (passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits)
-        / (gpu_rate if gpu else cpu_rate),
+        "the rest": max(rest_flops / (gpu_rate if gpu else cpu_rate), queueing if gpu else 0),
         "optimizer": (routed_lora * 28 * lora_bytes / 4) / bandwidth,
     }
     if gpu:
