@@ -77,7 +77,8 @@ TSAN = $(call EXTENSION,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_P
 FORBIDDEN = $(call EXTENSION,pages) KTLIB_TEST_PAGES=1
 sanitized = $(timed) .venv/bin/cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
 	-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
-PIECES = tests/test_streaming.py::test_copies tests/test_streaming.py::test_masks_of_rows
+PIECES = $(addprefix tests/test_streaming.py::, \
+	test_copies test_copies_through_a_ring test_copies_end_with_what_is_raised_meanwhile test_masks_of_rows)
 FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
