@@ -77,14 +77,14 @@ def batches(rows, size):
             yield collate(rows[start : start + size])
 
 
-def train_steps(model, stream, steps, learning_rate=1e-3, optimizer=None, deadline=None):
+def train_steps(model, stream, steps, learning_rate=1e-3, deadline=None):
     """Plain training: AdamW, clipping at 1. Returns a dict per step: loss, seconds, grad_norm.
 
     No step is begun that would end after ``deadline`` (time.perf_counter's) if it takes as long as the one before.
     """
     device = next(p.device for n, p in model.named_parameters() if "embed_tokens" in n)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer or torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0, fused=True)
     log = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -110,7 +110,8 @@ def timeline(step):
     """Run ``step()`` under torch's profiler; returns ``{"seconds", "spans": {track: [[start, end], ...]}}``.
 
     Tracks are :data:`TRACKS`; spans are seconds from the start of the step, sorted; those of "GPU" are kernels, merged
-    where they touch. The profiler itself makes the step a few percent slower.
+    where they touch. The profiler itself makes the step a few percent slower, and on a GPU all later ones of the process
+    (https://github.com/pytorch/pytorch/issues/144455).
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
