@@ -110,7 +110,7 @@ def timeline(step):
     """Run ``step()`` under torch's profiler; returns ``{"seconds", "spans": {track: [[start, end], ...]}}``.
 
     Tracks are :data:`TRACKS`; spans are seconds from the start of the step, sorted; those of "GPU" are kernels, merged
-    where they touch. The profiler itself makes the step a few percent slower, and on a GPU all later ones of the process
+    where they touch. The profiler itself makes the step a few percent slower, and on a GPU all later ones too
     (https://github.com/pytorch/pytorch/issues/144455).
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
