@@ -95,7 +95,8 @@ void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const st
     left[piece].fetch_sub(1, std::memory_order_release);
     return true;
   };
-  parallel_team(threads_here(threads), [&](int thread) {
+  const int64_t useful = std::max<int64_t>(1, int64_t(blocks.size()));
+  parallel_team(int(std::min<int64_t>(threads_here(threads), useful)), [&](int thread) {
     int waits = 0;
     if (thread != 0)
       while (!stopped.load(std::memory_order_relaxed) && !all_begun()) waits = copy_one() ? 0 : pause(waits);
