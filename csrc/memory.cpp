@@ -69,6 +69,7 @@ int pause(int waits) {
 
 void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const std::function<void(int64_t)>& ready) {
   constexpr int64_t kBlock = int64_t(256) << 10;
+  if (ahead < 2) throw std::invalid_argument("ahead: got " + std::to_string(ahead) + ", needs at least 2");
   const int64_t count = int64_t(pieces.size());
   std::vector<std::pair<int64_t, Copy>> blocks;  // in the order of their pieces
   std::vector<std::atomic<int64_t>> left(count);

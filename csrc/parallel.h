@@ -111,7 +111,8 @@ using Piece = std::vector<Copy>;
 
 // memcpy by many threads, one alone reaching a fraction of the memory's bandwidth, piece after piece: ready(i), on the
 // calling thread, once piece i is complete, while others copy on. Piece i + ahead is not begun before ready(i + 1) has
-// returned: until then it may lie in the same memory. What ready throws ends the copying. ahead >= 2.
+// returned: until then it may lie in the same memory. What ready throws ends the copying. Throws
+// std::invalid_argument if ahead < 2, with which nothing could follow the first piece.
 void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const std::function<void(int64_t)>& ready);
 
 // Uninitialized memory for the duration of one call. Large blocks come from, and return to, a small process-wide store of

@@ -53,7 +53,9 @@ class Streamed:
         self.device = torch.device(settings.stream_device)
         _kernels.select_isa(settings.isa)  # wrong names are errors also where nothing is left for the CPU
         self.groups = _groups(tensors.top_k_index, chosen.numpy(), *self._limits())
-        self.leaves_rows = sum(len(rows.slots) for _, blocks in self.groups for rows in blocks) < self._slots
+        self.experts = np.concatenate([experts for experts, _ in self.groups])
+        self.blocks = [rows for _, blocks in self.groups for rows in blocks]
+        self.leaves_rows = sum(len(rows.slots) for rows in self.blocks) < self._slots
 
     def forward(self):
         """What the chosen experts add to the output: (tokens, hidden) fp32 on the device, perhaps not computed yet."""
@@ -212,20 +214,19 @@ class Streamed:
 
     def _index(self):
         """All index arrays on the device, by one copy: the groups' experts, and for each field of _Rows its arrays."""
-        blocks = [rows for _, blocks in self.groups for rows in blocks]
-        arrays = {name: [getattr(rows, name).ravel() for rows in blocks] for name in _Rows._fields}
-        arrays["experts"] = [experts for experts, _ in self.groups]
-        joined = [np.concatenate(parts) for parts in arrays.values()]
-        there = upload(torch.from_numpy(np.concatenate(joined)), self.device).split([len(array) for array in joined])
-        return SimpleNamespace(**dict(zip(arrays, there, strict=True)))
+        fields = {n: np.concatenate([getattr(rows, n).ravel() for rows in self.blocks]) for n in _Rows._fields}
+        fields["experts"] = self.experts
+        there = upload(torch.from_numpy(np.concatenate(list(fields.values()))), self.device)
+        parts = there.split([len(array) for array in fields.values()])
+        return SimpleNamespace(**dict(zip(fields, parts, strict=True)))
 
     def _blocks(self, index, lora):
         """All blocks of rows, in the order of the groups, each made when it is asked for."""
-        t, blocks = self.tensors, [rows for _, blocks in self.groups for rows in blocks]
+        t = self.tensors
         hidden_states, routing = self._with_zeros(t.hidden_states), self._with_zeros(t.top_k_weights.view(-1, 1))
 
         def by_block(whole, name):
-            return whole.split([getattr(rows, name).size for rows in blocks])
+            return whole.split([getattr(rows, name).size for rows in self.blocks])
 
         of_token = torch.div(index.padded, t.top_k_index.shape[1], rounding_mode="trunc")
         fields = {
@@ -248,7 +249,7 @@ class Streamed:
             block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
             return block
 
-        return itertools.starmap(made, zip(blocks, zip(*fields.values(), strict=True), strict=True))
+        return itertools.starmap(made, zip(self.blocks, zip(*fields.values(), strict=True), strict=True))
 
     def _mask(self, projection, padded):
         features = getattr(self.tensors, f"{projection}_lora_A").shape[1]
@@ -272,7 +273,7 @@ class Streamed:
     def _grad_shape(self, name):
         """Of what one call computes; :meth:`_as_given` makes the shape of the argument of it."""
         given, experts = getattr(self.tensors, name), len(self.tensors.gate_up_proj)
-        chosen = int(self.chosen.sum())
+        chosen = len(self.experts)
         if name == "top_k_weights":
             return (self._slots + 1,)
         if name.endswith("lora_A"):
@@ -285,7 +286,7 @@ class Streamed:
             return grad[:-1].view(given.shape)
         if "lora" not in name:
             return grad
-        experts = torch.from_numpy(np.concatenate([experts for experts, _ in self.groups])).to(self.device)
+        experts = torch.from_numpy(self.experts).to(self.device)
         count = len(self.tensors.gate_up_proj)
         if name.endswith("lora_A"):
             return self._zeros((count, *grad.shape[1:])).index_copy_(0, experts, grad).view(given.shape)
@@ -365,9 +366,8 @@ def _rows(slots, top_k_index):
 
 def _add(sums, block, rows, weights=None):
     """Add the rows of a block, perhaps times weights of its slots, to those of their tokens, in a fixed order."""
-    of_tokens = F.embedding_bag(
-        block.places, rows.flatten(0, 1), block.starts, mode="sum", per_sample_weights=weights
-    )  # fmt: skip
+    rows = rows.flatten(0, 1)
+    of_tokens = F.embedding_bag(block.places, rows, block.starts, mode="sum", per_sample_weights=weights)
     sums.index_add_(0, block.tokens, of_tokens)
 
 

@@ -97,7 +97,7 @@ def _in_pieces(threads, weights, groups, there, begin, finish):
     """Through a ring of pinned buffers, which threads fill while others are on their way."""
     ring = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
     read = [torch.cuda.Event() for _ in range(PIECES)]
-    plan, pieces = [], []  # of each piece: group, number of the weight, bytes of the group; what is copied
+    plan, pieces = [], []  # of each piece: number of the weight, bytes of the group, whether it ends; what is copied
     for group in groups:
         for number, w in enumerate(weights):
             one = w[0].nbytes
@@ -106,22 +106,22 @@ def _in_pieces(threads, weights, groups, there, begin, finish):
                 buffer = ring[len(plan) % PIECES].data_ptr()
                 copies = []
                 for i in range(first // one, -(-last // one)):
-                    begins, ends = max(first, i * one), min(last, (i + 1) * one)
-                    source = w.data_ptr() + group[i] * one + begins - i * one
-                    copies.append((buffer + begins - first, source, ends - begins))
-                plan.append((group, number, first, last))
+                    begin_at, end_at = max(first, i * one), min(last, (i + 1) * one)
+                    source = w.data_ptr() + group[i] * one + begin_at - i * one
+                    copies.append((buffer + begin_at - first, source, end_at - begin_at))
+                plan.append((number, first, last, number + 1 == len(weights) and last == len(group) * one))
                 pieces.append(copies)
     at = None
 
     def ready(i):
         nonlocal at
-        group, number, first, last = plan[i]
+        number, first, last, ends = plan[i]
         if number == first == 0:
             at = begin()
         target = there[at][number].view(-1).view(torch.uint8)[first:last]
         target.copy_(ring[i % PIECES][: last - first], non_blocking=True)
         read[i % PIECES].record()
-        if i + 1 == len(plan) or plan[i + 1][0] is not group:
+        if ends:
             finish(at)
         if i > 0:
             read[(i - 1) % PIECES].synchronize()

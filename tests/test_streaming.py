@@ -329,6 +329,11 @@ def test_copies_through_a_ring(threads, size):
     assert seen == [True] * 20
 
 
+def test_copies_that_could_not_go_on_are_refused():
+    with pytest.raises(ValueError, match="ahead: got 1, needs at least 2"):
+        _kernels.copy(2, [[], []], 1)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("at", [0, 7, 19])
 def test_copies_end_with_what_is_raised_meanwhile(threads, at):
