@@ -1,5 +1,6 @@
 // Python's entry. ktlib/ops.py owns every check of type, device, shape and layout, and keeps the tensors alive for the
-// duration of the call, in which streaming.py and weight_stream.py call too; what arrives here are addresses. Expert ids are checked in C++ (plan.cpp).
+// duration of the call, in which streaming.py and weight_stream.py call too; what arrives here are addresses. Expert ids
+// are checked in C++ (plan.cpp).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

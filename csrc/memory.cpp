@@ -32,27 +32,6 @@ void populate(int threads, void* memory, int64_t bytes) {
 
 namespace {
 
-constexpr int64_t kLine = 64;
-
-void stream_line(char* to, const char* from) {
-  for (int64_t i = 0; i < kLine; i += int64_t(sizeof(__m128i)))
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-}
-
-// memcpy with stores past the caches, on four pages at a time: 1.5 times as fast where no cache holds the memory, because
-// no line is read only to be written, and because a core has more reads under way on several pages than on one.
-void stream_copy(char* to, const char* from, int64_t bytes) {
-  constexpr int64_t kApart = 4096, kAtOnce = 4 * kApart;
-  int64_t done = std::min(bytes, int64_t(-uintptr_t(to) % kLine));
-  std::memcpy(to, from, size_t(done));
-  for (; bytes - done >= kAtOnce; done += kAtOnce)
-    for (int64_t line = done; line < done + kApart; line += kLine)
-      for (int64_t i = line; i < line + kAtOnce; i += kApart) stream_line(to + i, from + i);
-  for (; bytes - done >= kLine; done += kLine) stream_line(to + done, from + done);
-  std::memcpy(to + done, from + done, size_t(bytes - done));
-  _mm_sfence();  // such stores are in no order with others, as with the one that says that a task is done
-}
-
 // Waits a little, longer if it has often; returns how often it has.
 int pause(int waits) {
   constexpr int kBusy = 64, kYielding = 256;
@@ -92,7 +71,7 @@ void copy(int threads, const std::vector<Piece>& pieces, int64_t ahead, const st
       if (n >= int64_t(blocks.size()) || blocks[n].first >= allowed.load(std::memory_order_acquire)) return false;
     } while (!next.compare_exchange_weak(n, n + 1, std::memory_order_relaxed));
     const auto& [piece, block] = blocks[n];
-    stream_copy(static_cast<char*>(block.to), static_cast<const char*>(block.from), block.bytes);
+    std::memcpy(block.to, block.from, size_t(block.bytes));
     left[piece].fetch_sub(1, std::memory_order_release);
     return true;
   };
