@@ -40,8 +40,10 @@ NEEDED_WITH_GPU = {
         "finite",
         "gpu_used_with_context",
         "host_peak",
+        "layer_seconds",
+        "weights_bytes_per_second",
     },
-    "streamed_timeline": {"step_seconds", "shares", "spans", "layer_seconds"},
+    "streamed_timeline": {"step_seconds", "shares", "spans"},
 }
 REQUIRED = {"weights", "run_main"}
 
@@ -121,6 +123,8 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
     streamed = recorded["parts"]["streamed"]
     fast, gpu_then = streamed["tokens_per_second"], streamed["gpu_used_with_context"] / 1e9
     host_then = streamed["host_peak"] / 1e9
+    rounding = recorded["parts"]["reduced"]["largest_difference"]
+    ours, stocks = rounding["hybrid, experts streamed to the GPU"], rounding["stock, all on the GPU"]
     sentences = (
         f"{rate:.0f} tokens/s, {reserved:.1f} GB of GPU memory reserved by torch ({gpu:.1f} GB with CUDA's context), "
         f"{host:.1f} GB of host memory, of which {experts:.1f} GB are the experts.",
@@ -130,6 +134,8 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
         f"Goals: at least 1060 tokens/s ({verdict(rate >= 1060)}; streamed: {verdict(fast >= 1060)}), at most 6 GB of "
         f"GPU memory with CUDA's context ({verdict(max(gpu, gpu_then) <= 6)}), at most {bar:.1f} GB of host memory "
         f"({verdict(max(host, host_then) <= bar)}).",
+        f"At reduced depth the loss stays within {ours:.3f} of stock in fp32 for twelve steps, that of stock in bf16 "
+        f"within {stocks:.3f}.",
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     for sentence in sentences:

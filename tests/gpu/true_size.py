@@ -7,13 +7,14 @@
 The last line makes the smaller file that notebook 08 reads: no paths, no tracebacks, spans as fine as a figure shows.
 
 Parts: weights (checkpoint written and loaded, or made in memory), main (stock Trainer, experts and their adapters on
-the CPU), the same with experts streamed to the GPU, all logits, adapters of the experts on the GPU, timelines of a step
-of the first two, audit of the saved adapter, stock PEFT's experts on the CPU, and at reduced depth the same curve on
-the GPU alone, hybrid, and on the CPU alone. A part that fails or does not fit into the budget says so in the file, and
-the next one runs.
+the CPU), the same with experts streamed to the GPU and one layer by the size of the batch, all logits, adapters of the
+experts on the GPU, timelines of a step of the first two, audit of the saved adapter, stock PEFT's experts on the CPU,
+and at reduced depth the same curve by stock in fp32 and bf16, hybrid, and on the CPU alone. A part that fails or does
+not fit into the budget says so in the file, and the next one runs.
 """
 
 import argparse
+import collections
 import copy
 import datetime
 import functools
@@ -41,6 +42,7 @@ from ktlib.audit import audit
 from ktlib.estimate import available_memory, estimate
 from ktlib.experts import is_experts
 from ktlib.placement import placement
+from ktlib.weight_stream import weights_on
 
 
 def main():
@@ -81,7 +83,7 @@ def parser():
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=20)
     add("--streamed-steps", type=int, default=20)
-    add("--stream-rows", type=int, default=16, help="experts with as many rows in a batch are streamed, where any are")
+    add("--stream-rows", type=int, default=1, help="experts with as many rows in a batch are streamed, where any are")
     add("--learning-rate", type=float, default=5e-4)
     add("--layers", type=int, default=27)
     add("--reduced-layers", type=int, default=4)
@@ -269,22 +271,8 @@ def step_timeline(state):
     line = profiled_step(state)
     found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
     found |= {f"share {name}": round(seconds / line["seconds"], 4) for name, seconds in found["shares"].items()}
-    found["operator_forward_seconds"] = mapped_and_copied(model, options.tokens)
     if state["device"].type == "cuda":
         found["shared_experts_seconds"] = shared_experts_seconds(model, options.tokens)
-    return found
-
-
-@torch.no_grad()
-def mapped_and_copied(model, tokens):
-    """Seconds of one layer's routed experts on random tokens, with the weights as they lie and with a copy of them."""
-    experts, inputs = first_layer(model, tokens)
-    found = {}
-    for name, weights in (
-        ("as loaded", (experts.gate_up_proj, experts.down_proj)),
-        ("copied", (experts.gate_up_proj.clone(), experts.down_proj.clone())),
-    ):
-        found[name] = measure.best_seconds(functools.partial(ktlib.moe_experts, *inputs, *weights))
     return found
 
 
@@ -314,19 +302,20 @@ def shared_experts_seconds(model, tokens):
 
 
 def streamed(state):
-    """The Trainer run once more, where it was left, with experts streamed to the GPU."""
+    """The Trainer run once more, where it was left, with experts streamed to the GPU; and what one layer takes."""
     options, model = state["options"], state["model"]
     if state["device"].type != "cuda":
         return {"skipped": "needs a GPU"}
     ktlib.pin_experts(model, stream_rows=options.stream_rows)
     try:
-        return {"stream_rows": options.stream_rows, **trainer_run(state, options.streamed_steps)}
+        found = {"stream_rows": options.stream_rows, **trainer_run(state, options.streamed_steps)}
     finally:
         ktlib.pin_experts(model)
+    return found | {"layer_seconds": layer_seconds(model, None, 1), "weights_bytes_per_second": arrival_rate(model)}
 
 
 def streamed_timeline(state):
-    """One step of it under the profiler, and one layer by the size of the batch, both ways."""
+    """One step of it under the profiler."""
     options, model = state["options"], state["model"]
     if state["device"].type != "cuda":
         return {"skipped": "needs a GPU"}
@@ -335,8 +324,7 @@ def streamed_timeline(state):
         line = profiled_step(state)
     finally:
         ktlib.pin_experts(model)
-    found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
-    return found | {"layer_seconds": layer_seconds(model, None, 1)}
+    return {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
 
 
 def profiled_step(state):
@@ -362,6 +350,20 @@ def layer_seconds(model, *stream_rows):
 
         table.append([tokens, *(measure.best_seconds(functools.partial(step, rows)) for rows in stream_rows)])
     return table
+
+
+def arrival_rate(model):
+    """Bytes per second with which the weights of one layer's experts reach the GPU, when nothing is computed."""
+    experts, _ = first_layer(model, 1)
+    weights = [experts.gate_up_proj, experts.down_proj]
+    groups = torch.arange(len(weights[0])).chunk(4)
+
+    def send():
+        with weights_on(weights, [group.tolist() for group in groups], torch.device("cuda")) as arriving:
+            collections.deque(arriving, maxlen=0)
+        torch.cuda.synchronize()
+
+    return sum(w.nbytes for w in weights) / measure.best_seconds(send)
 
 
 def all_logits(state):
@@ -437,8 +439,14 @@ def register_stock_on_cpu():
     ExpertsInterface.register("grouped_mm_on_cpu", grouped_mm_on_cpu)
 
 
+REFERENCE = "stock in fp32"
+
+
 def reduced(state):
-    """Loss curves of a model with few layers, equal seeds: stock on the GPU, hybrid (both ways), all on the CPU."""
+    """Loss curves of a model with few layers, equal seeds: stock on the GPU, hybrid (both ways), all on the CPU.
+
+    The first is of stock in fp32, in which rounding plays no part: what the others differ from it is their rounding.
+    """
     options = state["options"]
     state.pop("model", None)
     if state["temporary"]:
@@ -447,13 +455,15 @@ def reduced(state):
     config = config_of(options, options.reduced_layers)
     rows = hybrid.token_rows(config, 4 * options.tokens // options.length, options.length, options.response)
     cuda = state["device"].type == "cuda"
+    stock = {"stock": True, "pinned": False}
     variants = {
-        "stock, all on the GPU": ("cuda", {"stock": True, "pinned": False}, 12),
+        REFERENCE: (state["device"].type, stock, 12),
+        "stock, all on the GPU": ("cuda", stock, 12),
         "hybrid, expert adapters on the CPU": ("cuda", {}, 12),
         "hybrid, expert adapters on the GPU": ("cuda", {"lora_device": "cuda"}, 12),
         "hybrid, experts streamed to the GPU": ("cuda", {"stream_rows": options.stream_rows}, 12),
         "ktlib, all on the CPU": ("cpu", {}, 4),
-        "stock, all on the CPU": ("cpu", {"stock": True, "pinned": False}, 2),
+        "stock, all on the CPU": ("cpu", stock, 2),
     }
     found = {"layers": options.reduced_layers, "curves": {}}
     for name, (device, adapting, steps) in variants.items():
@@ -464,9 +474,11 @@ def reduced(state):
             continue
         print(f"  {name}", flush=True)
         model = synthetic.random_model(config, progress=False)
-        if adapting.get("stock"):
-            model.set_experts_implementation("grouped_mm")
+        if adapting.get("stock"):  # on a GPU grouped_mm wants bf16
+            model.set_experts_implementation("eager" if name == REFERENCE else "grouped_mm")
         model = hybrid.adapt(model, device, rank=options.rank, **adapting)
+        if name == REFERENCE:
+            model.float()
         stream = hybrid.batches(rows, options.tokens // options.length)
         log = hybrid.train_steps(model, stream, steps, learning_rate=options.learning_rate)
         found["curves"][name] = {
