@@ -52,10 +52,11 @@ class Streamed:
         self.gate = settings.gate, None if math.isinf(settings.limit) else settings.limit, settings.alpha
         self.device = torch.device(settings.stream_device)
         _kernels.select_isa(settings.isa)  # wrong names are errors also where nothing is left for the CPU
-        self.groups = _groups(tensors.top_k_index, chosen.numpy(), *self._limits())
-        self.experts = np.concatenate([experts for experts, _ in self.groups])
-        self.blocks = [rows for _, blocks in self.groups for rows in blocks]
-        self.leaves_rows = sum(len(rows.slots) for rows in self.blocks) < self._slots
+        ids = tensors.top_k_index.flatten().int().numpy()  # a copy: memory numpy has seen can no longer be resized
+        counts = np.bincount(ids, minlength=len(chosen))
+        self.ids, self.groups = ids, _groups(counts, chosen.numpy(), *self._limits())
+        self.experts = np.concatenate(self.groups)
+        self.leaves_rows = bool(counts[self.experts].sum() < self._slots)
 
     def forward(self):
         """What the chosen experts add to the output: (tokens, hidden) fp32 on the device, perhaps not computed yet."""
@@ -191,17 +192,18 @@ class Streamed:
             yield
 
     def _on_device(self):
-        """The groups, one after the other, with all that they need on the device."""
+        """The groups, one after the other, with all that they need on the device; made while weights are sent."""
         t = self.tensors
-        groups = [experts.tolist() for experts, _ in self.groups]
-        with weights_on((t.gate_up_proj, t.down_proj), groups, self.device) as streamed:
+        with weights_on((t.gate_up_proj, t.down_proj), [g.tolist() for g in self.groups], self.device) as streamed:
+            rows = _rows_of(self.ids, t.top_k_index.shape[1], len(self.chosen), self.groups, self._limits()[1])
+            self.blocks = [block for blocks in rows for block in blocks]
             index = self._index()
             lora = {p: self._lora(p, index.experts) for p in PROJECTIONS if getattr(t, f"{p}_lora_A") is not None}
             biases = [b if b is None else upload(b, self.device).float() for b in (t.gate_up_bias, t.down_bias)]
             biases = {p: b if b is None else b[index.experts] for p, b in zip(PROJECTIONS, biases, strict=True)}
             blocks = self._blocks(index, lora)
             first = 0
-            for matrices, (experts, rows) in zip(streamed, self.groups, strict=True):
+            for matrices, experts, of_group in zip(streamed, self.groups, rows, strict=True):
                 span = slice(first, first + len(experts))
                 first = span.stop
                 yield SimpleNamespace(
@@ -209,7 +211,7 @@ class Streamed:
                     weights=dict(zip(PROJECTIONS, matrices, strict=True)),
                     lora={p: _Lora(*(matrix[span] for matrix in pair)) for p, pair in lora.items()},
                     biases={p: b if b is None else b[span] for p, b in biases.items()},
-                    blocks=itertools.islice(blocks, len(rows)),
+                    blocks=itertools.islice(blocks, len(of_group)),
                 )
 
     def _index(self):
@@ -327,39 +329,46 @@ def choose(top_k_index, experts, rows):
     return chosen if chosen.any() else None
 
 
-def _groups(top_k_index, chosen, most_experts, most_rows):
-    """``[(experts, [_Rows, ...]), ...]``: the chosen experts by number of rows, groups within both limits.
+def _groups(counts, chosen, most_experts, most_rows):
+    """The chosen experts by number of rows, as groups within both limits: arrays of ids.
 
-    An expert with more than ``most_rows`` is a group of its own, of several blocks of rows.
+    An expert with more than ``most_rows`` is a group of its own.
     """
-    ids = top_k_index.flatten().int().numpy()  # a copy: memory that numpy has seen can no longer be resized
-    # numpy sorts integers of 16 bits by their digits, ten times as fast as longer ones
-    order = np.argsort(ids.astype(np.uint16) if len(chosen) <= 2**16 else ids, kind="stable")
-    counts = np.bincount(ids, minlength=len(chosen))
-    ends = np.cumsum(counts)
     experts = np.flatnonzero(chosen)
     experts = experts[np.argsort(-counts[experts], kind="stable")]
     groups = []
     while len(experts):
-        width = counts[experts[0]]
-        count = min(most_experts, max(1, most_rows // width))
-        group, experts = experts[:count], experts[count:]
-        slots = [order[ends[expert] - counts[expert] : ends[expert]] for expert in group]
-        firsts = range(0, width, most_rows)
-        blocks = [_rows([some[first : first + most_rows] for some in slots], top_k_index) for first in firsts]
-        groups.append((group, blocks))
+        size = min(most_experts, max(1, most_rows // counts[experts[0]]))
+        groups.append(experts[:size])
+        experts = experts[size:]
     return groups
 
 
-def _rows(slots, top_k_index):
-    """The _Rows of some experts with these slots, the longest first."""
-    padded = np.full((len(slots), len(slots[0])), top_k_index.numel())
+def _rows_of(ids, top_k, experts, groups, most_rows):
+    """For each group the _Rows of its blocks, several where an expert has more than ``most_rows``.
+
+    ``ids`` are the experts of all slots, ``experts`` how many there are.
+    """
+    # numpy sorts integers of 16 bits by their digits, ten times as fast as longer ones
+    order = np.argsort(ids.astype(np.uint16) if experts <= 2**16 else ids, kind="stable")
+    starts = np.searchsorted(ids[order], np.arange(experts + 1))
+    found = []
+    for group in groups:
+        slots = [order[starts[expert] : starts[expert + 1]] for expert in group]
+        firsts = range(0, len(slots[0]), most_rows)
+        found.append([_rows([some[first : first + most_rows] for some in slots], len(ids), top_k) for first in firsts])
+    return found
+
+
+def _rows(slots, total, top_k):
+    """The _Rows of some experts with these slots, of ``total`` ones, the longest first."""
+    padded = np.full((len(slots), len(slots[0])), total)
     for row, some in zip(padded, slots, strict=True):
         row[: len(some)] = some
-    places = np.flatnonzero(padded < top_k_index.numel())
+    places = np.flatnonzero(padded < total)
     ascending = places[np.argsort(padded.ravel()[places])]
     slots = padded.ravel()[ascending]
-    tokens = slots // top_k_index.shape[1]
+    tokens = slots // top_k
     starts = np.flatnonzero(np.diff(tokens, prepend=-1))
     return _Rows(padded, slots, ascending, tokens[starts], starts)
 

@@ -14,6 +14,7 @@ THERE = 2  # buffers on the GPU, of one group of experts each
 # Pinned buffers and their size in bytes: so small together that a cache may hold them. Then memory is read once and not
 # written (16-CPU Xeon, H100: 47 GB/s arrived on the GPU, 38 with stores past the caches).
 PIECES, PIECE = 4, 2**23
+SENDING = 2  # pieces on their way at once: the bus goes on while the sender waits for its turn in Python
 
 
 @contextlib.contextmanager
@@ -37,8 +38,7 @@ def weights_on(weights, groups, device):
     free, full = queue.SimpleQueue(), queue.SimpleQueue()
     for n in range(THERE):
         free.put(n)
-    # Of this thread; the sender has a number of its own. A quarter is left to what queues the GPU's work.
-    threads = max(1, operator_threads() * 3 // 4)
+    threads = _threads()[0]  # of this thread; the sender has a number of its own
     copies.wait_stream(compute)  # until now the buffers on the device may have been something else's
 
     def begin():
@@ -126,10 +126,10 @@ def _in_pieces(threads, weights, groups, there, begin, finish, copies):
         read[i % PIECES].record(copies)
         if ends:
             finish(at)
-        if i > 0:
-            read[(i - 1) % PIECES].synchronize()
+        if i >= SENDING:
+            read[(i - SENDING) % PIECES].synchronize()
 
-    _kernels.copy(threads, pieces, PIECES, ready)
+    _kernels.copy(threads, pieces, PIECES - SENDING + 1, ready)
 
 
 def upload(tensor, device):
@@ -137,7 +137,7 @@ def upload(tensor, device):
     if device.type == "cpu" or tensor.is_pinned():
         return tensor.to(device, non_blocking=True)
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    _kernels.copy(operator_threads(), [[(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)]])
+    _kernels.copy(_threads()[1], [[(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)]])
     return staged.to(device, non_blocking=True)
 
 
@@ -155,6 +155,13 @@ def download(pairs):
     if pairs[0][0].is_cuda:
         torch.cuda.current_stream(pairs[0][0].device).synchronize()
     _kernels.copy(operator_threads(), [[(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged]])
+
+
+def _threads():
+    """How many of the operator's threads send weights, and how many the thread has that queues the GPU's work."""
+    threads = operator_threads()
+    sending = max(1, threads * 3 // 4)
+    return sending, max(1, threads - sending)
 
 
 @functools.cache

@@ -15,11 +15,15 @@ GPU = SimpleNamespace(type="cuda")
 
 
 class Event:
+    """Has been waited for since it was recorded, or not."""
+
+    waited = True
+
     def record(self, stream=None):
-        pass
+        self.waited = False
 
     def synchronize(self):
-        pass
+        self.waited = True
 
 
 class Stream:
@@ -97,6 +101,38 @@ def test_calls_at_the_same_time():
     for caller in callers:
         caller.join(20)
     assert not failed and not any(caller.is_alive() for caller in callers)
+
+
+@pytest.mark.parametrize("pieces, sending", [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3)])
+def test_no_buffer_is_filled_before_it_was_read(pieces, sending, monkeypatch):
+    """What may be begun after each call of ``ready``, with a copy that begins all of it at once."""
+    monkeypatch.setattr(weight_stream, "PIECE", 50)
+    monkeypatch.setattr(weight_stream, "PIECES", pieces)
+    monkeypatch.setattr(weight_stream, "SENDING", sending)
+    reads, begun = [], []
+    made = weight_stream.torch.cuda.Event
+
+    class Read(made):
+        def __init__(self):
+            reads.append(self)
+
+    def copy(threads, copies, ahead=2, ready=None):
+        def begin(until):
+            for i in range(len(begun), min(until, len(copies))):
+                begun.append(i)
+                assert reads[-pieces:][i % pieces].waited, (i, "is written where another piece is still on its way")
+                kernels.copy(1, [copies[i]])
+
+        begin(ahead)
+        for i in range(len(copies)):
+            ready(i)
+            begin(i + ahead)
+
+    kernels = weight_stream._kernels
+    monkeypatch.setattr(weight_stream, "_kernels", SimpleNamespace(copy=copy))
+    monkeypatch.setattr(weight_stream.torch.cuda, "Event", Read)
+    assert received(weights(), GROUPS) == GROUPS
+    assert len(begun) > 20
 
 
 def failing(copy, at, error):
