@@ -196,12 +196,12 @@ class Streamed:
         t = self.tensors
         with weights_on((t.gate_up_proj, t.down_proj), [g.tolist() for g in self.groups], self.device) as streamed:
             rows = _rows_of(self.ids, t.top_k_index.shape[1], len(self.chosen), self.groups, self._limits()[1])
-            self.blocks = [block for blocks in rows for block in blocks]
-            index = self._index()
+            every = [one for of_group in rows for one in of_group]
+            index = self._index(every)
             lora = {p: self._lora(p, index.experts) for p in PROJECTIONS if getattr(t, f"{p}_lora_A") is not None}
             biases = [b if b is None else upload(b, self.device).float() for b in (t.gate_up_bias, t.down_bias)]
             biases = {p: b if b is None else b[index.experts] for p, b in zip(PROJECTIONS, biases, strict=True)}
-            blocks = self._blocks(index, lora)
+            blocks = self._blocks(every, index, lora)
             first = 0
             for matrices, experts, of_group in zip(streamed, self.groups, rows, strict=True):
                 span = slice(first, first + len(experts))
@@ -214,21 +214,21 @@ class Streamed:
                     blocks=itertools.islice(blocks, len(of_group)),
                 )
 
-    def _index(self):
+    def _index(self, blocks):
         """All index arrays on the device, by one copy: the groups' experts, and for each field of _Rows its arrays."""
-        fields = {n: np.concatenate([getattr(rows, n).ravel() for rows in self.blocks]) for n in _Rows._fields}
+        fields = {n: np.concatenate([getattr(rows, n).ravel() for rows in blocks]) for n in _Rows._fields}
         fields["experts"] = self.experts
         there = upload(torch.from_numpy(np.concatenate(list(fields.values()))), self.device)
         parts = there.split([len(array) for array in fields.values()])
         return SimpleNamespace(**dict(zip(fields, parts, strict=True)))
 
-    def _blocks(self, index, lora):
+    def _blocks(self, blocks, index, lora):
         """All blocks of rows, in the order of the groups, each made when it is asked for."""
         t = self.tensors
         hidden_states, routing = self._with_zeros(t.hidden_states), self._with_zeros(t.top_k_weights.view(-1, 1))
 
         def by_block(whole, name):
-            return whole.split([getattr(rows, name).size for rows in self.blocks])
+            return whole.split([getattr(rows, name).size for rows in blocks])
 
         of_token = torch.div(index.padded, t.top_k_index.shape[1], rounding_mode="trunc")
         fields = {
@@ -251,7 +251,7 @@ class Streamed:
             block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
             return block
 
-        return itertools.starmap(made, zip(self.blocks, zip(*fields.values(), strict=True), strict=True))
+        return itertools.starmap(made, zip(blocks, zip(*fields.values(), strict=True), strict=True))
 
     def _mask(self, projection, padded):
         features = getattr(self.tensors, f"{projection}_lora_A").shape[1]
