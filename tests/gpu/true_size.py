@@ -1,6 +1,6 @@
 """Measure a hybrid run of DeepSeek-V2-Lite's size on this machine; writes one JSON file, updated after every part.
 
-    python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: about 6 minutes
+    python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: 7 to 10 minutes
     python tests/gpu/true_size.py --out result.json --tiny              # anywhere, a minute: does it run?
     python tests/gpu/true_size.py --compact result.json --out notebooks/recorded/hybrid_true_size.json
 
@@ -15,6 +15,7 @@ not fit into the budget says so in the file, and the next one runs.
 
 import argparse
 import collections
+import contextlib
 import copy
 import datetime
 import functools
@@ -58,13 +59,17 @@ def main():
     state = {"options": options, "device": torch.device(options.device), "began": began, "result": result}
     for part in (part for part in PARTS if not options.parts or part.__name__ in options.parts.split(",")):
         start = time.perf_counter()
-        left = options.budget - (start - began)
         try:
-            found = part(state) if left > 0 else {"skipped": f"the budget of {options.budget} s is used up"}
+            if start - began > options.budget:
+                found = {"skipped": f"the budget of {options.budget} s is used up"}
+            elif part in ON_A_GPU and state["device"].type != "cuda":
+                found = {"skipped": "needs a GPU"}
+            else:
+                found = part(state)
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        result["parts"][part.__name__] = {**(found or {}), "part_seconds": time.perf_counter() - start}
+        result["parts"][part.__name__] = {**found, "part_seconds": time.perf_counter() - start}
         options.out.write_text(json.dumps(result, indent=1))
         brief = {k: v for k, v in result["parts"][part.__name__].items() if not isinstance(v, (list, dict))}
         print(f"[{time.perf_counter() - began:5.0f} s] {part.__name__}: {json.dumps(brief)[:1500]}", flush=True)
@@ -245,12 +250,11 @@ def trainer_run(state, steps):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steady = clock.seconds[2:] or clock.seconds
-    median = statistics.median(steady)
     found = {
         "optimizer": str(arguments.optim), "losses": losses, "seconds": clock.seconds,
         "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
-        "tokens_per_second": options.tokens * len(steady) / sum(steady),
-        "tokens_per_second_median": options.tokens / median, "tokens_per_step": options.tokens, **hybrid.memory(),
+        "tokens_per_second": options.tokens * len(steady) / sum(steady), "tokens_per_step": options.tokens,
+        **hybrid.memory(),
     }  # fmt: skip
     found["finite"] = all(map(math.isfinite, losses))
     found["loss_fell_by"] = losses[0] - losses[-1]
@@ -261,18 +265,11 @@ def trainer_run(state, steps):
     return found
 
 
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def step_timeline(state):
     """One step under the profiler, and what could be gained by overlapping shared experts."""
-    options, model = state["options"], state["model"]
-    line = profiled_step(state)
-    found = {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
-    found |= {f"share {name}": round(seconds / line["seconds"], 4) for name, seconds in found["shares"].items()}
+    found = profiled_step(state)
     if state["device"].type == "cuda":
-        found["shared_experts_seconds"] = shared_experts_seconds(model, options.tokens)
+        found["shared_experts_seconds"] = shared_experts_seconds(state["model"], state["options"].tokens)
     return found
 
 
@@ -301,39 +298,38 @@ def shared_experts_seconds(model, tokens):
     return seconds * len(modules)
 
 
+@contextlib.contextmanager
+def streaming(state):
+    """Within, experts are streamed to the GPU."""
+    ktlib.pin_experts(state["model"], stream_rows=state["options"].stream_rows)
+    try:
+        yield
+    finally:
+        ktlib.pin_experts(state["model"])
+
+
 def streamed(state):
     """The Trainer run once more, where it was left, with experts streamed to the GPU; and what one layer takes."""
     options, model = state["options"], state["model"]
-    if state["device"].type != "cuda":
-        return {"skipped": "needs a GPU"}
-    ktlib.pin_experts(model, stream_rows=options.stream_rows)
-    try:
+    with streaming(state):
         found = {"stream_rows": options.stream_rows, **trainer_run(state, options.streamed_steps)}
-    finally:
-        ktlib.pin_experts(model)
     return found | {"layer_seconds": layer_seconds(model, None, 1), "weights_bytes_per_second": arrival_rate(model)}
 
 
 def streamed_timeline(state):
     """One step of it under the profiler."""
-    options, model = state["options"], state["model"]
-    if state["device"].type != "cuda":
-        return {"skipped": "needs a GPU"}
-    ktlib.pin_experts(model, stream_rows=options.stream_rows)
-    try:
-        line = profiled_step(state)
-    finally:
-        ktlib.pin_experts(model)
-    return {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
+    with streaming(state):
+        return profiled_step(state)
 
 
 def profiled_step(state):
-    """The :func:`ktlib.hybrid.timeline` of one step, after one to warm up."""
+    """The :func:`ktlib.hybrid.timeline` of one step, after one to warm up, and the shares of its tracks."""
     model, device = state["model"], state["device"]
-    parameters = trainable(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=state["options"].learning_rate, fused=True)
     hybrid.one_step(model, next(state["stream"]), optimizer, parameters, device)
-    return hybrid.timeline(lambda: hybrid.one_step(model, next(state["stream"]), optimizer, parameters, device))
+    line = hybrid.timeline(lambda: hybrid.one_step(model, next(state["stream"]), optimizer, parameters, device))
+    return {"step_seconds": line["seconds"], "shares": hybrid.shares(line), "spans": line["spans"]}
 
 
 def layer_seconds(model, *stream_rows):
@@ -369,8 +365,6 @@ def arrival_rate(model):
 def all_logits(state):
     """The memory of two steps in which every token has a loss, not only the response."""
     options, model = state["options"], state["model"]
-    if state["device"].type != "cuda":
-        return {"skipped": "needs a GPU"}
     rows = hybrid.token_rows(model.config, options.tokens // options.length, options.length, options.length - 1)
     hybrid.reset_memory()
     log = hybrid.train_steps(model, hybrid.batches(rows, len(rows)), 2, learning_rate=options.learning_rate)
@@ -380,8 +374,6 @@ def all_logits(state):
 def adapters_on_gpu(state):
     """Pinned again with lora_device="cuda": the same loss on the same batch, and the time of some steps."""
     options, model = state["options"], state["model"]
-    if state["device"].type != "cuda":
-        return {"skipped": "needs a GPU"}
     batch = next(state["stream"])
     placed = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
     with torch.no_grad():
@@ -500,6 +492,7 @@ PARTS = (  # throughput before the profiler, which leaves launches slower: githu
     weights, run_main, streamed, all_logits, adapters_on_gpu, step_timeline, streamed_timeline, audit_adapter,
     stock_experts, reduced,
 )  # fmt: skip
+ON_A_GPU = (streamed, all_logits, adapters_on_gpu, streamed_timeline)
 
 
 if __name__ == "__main__":
