@@ -15,13 +15,13 @@ from .streaming import BLOCK_VALUES, GROUP_BYTES
 from .weight_stream import PIECE, PIECES, THERE
 
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
-HOST_OVERHEAD = 1.5e9  # Python, torch, CUDA's host side
+HOST_OVERHEAD = 1.5e9  # Python, torch
+CUDA_ON_HOST = 1e9  # its libraries and buffers on the host (measured beside that H100)
 MARGIN = 1.05
 # Seconds that Python takes to queue one pass of one layer's GPU work, with adapters (16-CPU Xeon). Streamed experts
 # take as long again, before weights can be sent and after they were.
 QUEUEING = 9e-3
 PCIE = 25e9  # bytes/s to the GPU: 16 lanes of PCIe 4.0
-LEFT = "other weights, left in the file's map"  # resident after they went to the GPU, dropped when memory is short
 STREAMED = "logits, or streamed experts"  # in the place of the logits alone
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
 
@@ -55,8 +55,7 @@ class Estimate:
             host_available = available_memory()
         if self.gpu and gpu_available is None and torch.cuda.is_available():
             gpu_available = torch.cuda.mem_get_info()[0]
-        host = self.host_bytes - self.host.get(LEFT, 0)
-        for where, need, have in (("host", host, host_available), ("GPU", self.gpu_bytes, gpu_available)):
+        for where, need, have in (("host", self.host_bytes, host_available), ("GPU", self.gpu_bytes, gpu_available)):
             if have is not None and need * MARGIN > have:
                 raise MemoryError(f"needs {need * MARGIN / 1e9:.1f} GB of {where} memory, {have / 1e9:.1f} GB are free")
         return self
@@ -130,9 +129,10 @@ def estimate(
 
     Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments; full: 6 bytes
     per trained weight) + for each MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values,
-    and hidden states in and out; with a GPU, the buffers of one layer's copies, and the weights that went there, whose
-    pages of the checkpoint stay resident until something needs the memory. Time of the experts = the larger of
-    arithmetic (4 FLOP per active weight and token, forward and backward; full: 6) and of reading every expert twice.
+    and hidden states in and out; with a GPU, the buffers of one layer's copies. (If one mapped file holds experts and
+    other weights, pages of what went to the GPU stay until something needs the memory; ktlib writes no such files.)
+    Time of the experts = the larger of arithmetic (4 FLOP per active weight and token, forward and backward; full: 6)
+    and of reading every expert twice.
     Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights to the GPU
     (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token: forward is computed twice), and
     what it takes to queue that. The rest takes the larger of arithmetic and, on a GPU, of queueing it, which does not
@@ -185,8 +185,8 @@ def estimate(
     (host if lora_device == "cpu" or not gpu else other)[f"expert {trained}"] = state * routed_lora
     device = other | {"program": GPU_OVERHEAD} if gpu else {}
     if gpu:
+        host["program"] += CUDA_ON_HOST
         host["pinned buffers of copies"] = staging_bytes(tokens, top_k, hidden) if experts else 0
-        host[LEFT] = 2 * rest
         if streamed:
             streams = streaming_bytes(tokens, top_k, hidden, inner, count)
             device[STREAMED] = max(device.pop("logits and their gradient"), streams)  # not at the same time

@@ -46,12 +46,9 @@ def fuse_checkpoint(source, out, progress=True):
     tensors = fused_tensors(stored.read(*files), ExpertLayout(config.model_type))
     _check(tensors, config, source)
 
-    shards = {}
-    for name, tensor in tensors.items():
-        shards.setdefault(stored.shard_of(name), {})[name] = tensor
     about = {"files": {file.name: file.stat().st_size for file in files}, "config": config.to_dict()}
     about = json.loads(json.dumps(about, default=str))
-    stored.write_sharded(out, list(shards.values()), about, NOTE, progress)
+    stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, progress)
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != NOTE:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .audit import component
+
 PAGE = 4096
 DTYPES = {
     "F64": torch.float64,
@@ -119,17 +121,21 @@ def write_sharded(folder, shards, about, note, progress=True):
         about: a dict that says what these weights are, stored as JSON in the file ``note``.
 
     Raises:
-        ValueError: ``folder`` holds shards of something else than ``about``.
+        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way.
         OSError: too little space on the disk, said before anything is written.
     """
     from tqdm.auto import tqdm
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads((folder / note).read_text()) if (folder / note).is_file() else about
+    before = json.loads((folder / note).read_text()) if (folder / note).is_file() else None
     files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if before != about or (not (folder / note).is_file() and any(folder.glob("*.safetensors"))):
+    there = set(folder.glob("*.safetensors"))
+    strange = sorted(path.name for path in there.difference(files))
+    if before not in (None, about) or (before is None and there):
         raise ValueError(f"folder: {folder} holds a checkpoint that was made from something else ({note} differs)")
+    if strange:
+        raise ValueError(f"folder: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
@@ -152,7 +158,15 @@ def write_text(path, text):
     os.replace(partial, path)
 
 
-def shard_of(name):
-    """Which file a tensor goes to: one for each layer, as "model.layers.3", and "rest"."""
-    parts = name.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "rest")
+def shards_of(tensors):
+    """``{name: Stored}`` divided for :func:`write_sharded`: a layer's routed experts, its other tensors, and the rest.
+
+    A mapped file stays in a process's memory as long as one of its tensors is in use. So experts that stay on the host
+    have files to themselves, and what went to a GPU leaves nothing behind.
+    """
+    shards = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        layer = next((tuple(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
+        shards.setdefault((layer, component(name) == "routed_experts"), {})[name] = tensor
+    return list(shards.values())

@@ -119,10 +119,10 @@ def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="k
 def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True):
     """Write the same weights as :func:`random_model` makes, as a sharded safetensors checkpoint; returns the folder.
 
-    One shard per layer, experts fused as transformers holds them, so that ``from_pretrained`` maps the files into
-    memory and copies nothing (a checkpoint with one tensor per expert is stacked at load). At most one tensor is in
-    memory. Each shard appears whole under its name or not at all, and shards that are there already are kept: call it
-    again after an interruption.
+    Experts are fused as transformers holds them, so that ``from_pretrained`` maps the files into memory and copies
+    nothing (a checkpoint with one tensor per expert is stacked at load). At most one tensor is in memory. Each
+    shard appears whole under its name or not at all, and shards that are there already are kept: call it again after an
+    interruption.
 
     Raises:
         ValueError: ``folder`` holds shards of another config or seed.
@@ -133,12 +133,10 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    shards, pool = {}, functools.cache(lambda: _pool(config, seed))
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            shards.setdefault(stored.shard_of(name), {})[name] = _made(name, tensor, pool, seed)
+    pool = functools.cache(lambda: _pool(config, seed))
+    made = {name: _made(name, tensor, pool, seed) for name, tensor in model.state_dict().items() if name not in tied}
     about = {"seed": seed, "config": json.loads(config.to_json_string())}
-    stored.write_sharded(folder, list(shards.values()), about, "synthetic.json", progress)
+    stored.write_sharded(folder, stored.shards_of(made), about, "synthetic.json", progress)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     return Path(folder)

@@ -78,6 +78,24 @@ def test_fused_weights_are_used_where_they_lie(tmp_path):
     assert before == {path.name: path.read_bytes() for path in fused.glob("*.safetensors")}
 
 
+def test_weights_that_go_elsewhere_leave_no_file_mapped_behind(tmp_path):
+    hub, _ = save_hub(tmp_path / "hub")
+    made = synthetic.write_checkpoint(synthetic.deepseek_v2_small(), tmp_path / "made", progress=False)
+    for folder in (fuse_checkpoint(hub, tmp_path / "fused", progress=False), made):
+        model = ktlib.pin_experts(load(folder))
+        files = {name: mapped_file(parameter) for name, parameter in model.named_parameters()}
+        experts = {file for name, file in files.items() if ".experts." in name}
+        others = {file for name, file in files.items() if ".experts." not in name}
+        assert experts and others and not experts & others and mapped(folder) == experts | others
+        model.to("meta")
+        assert mapped(folder) == experts
+
+
+def mapped(folder):
+    """The files of the folder that this process has mapped."""
+    return {line.split()[-1] for line in open("/proc/self/maps") if f" {folder}/" in line}
+
+
 CONFIG = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256,
     "num_hidden_layers": 9, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,

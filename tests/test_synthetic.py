@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
 from ktlib import stored, synthetic
 from ktlib.estimate import (
-    LEFT,
     PCIE,
     QUEUEING,
     STREAMED,
@@ -50,7 +49,8 @@ def test_disk_and_memory_hold_the_same_weights(tmp_path):
 def test_an_interrupted_write_goes_on(tmp_path):
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == CONFIG.num_hidden_layers + 1 and not list(tmp_path.glob("*.partial"))
+    moe_layers = CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace
+    assert len(files) == CONFIG.num_hidden_layers + moe_layers + 1 and not list(tmp_path.glob("*.partial"))
     wanted, kept = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].unlink()
     (tmp_path / f"{files[1].name}.partial").write_bytes(b"half")
@@ -59,6 +59,9 @@ def test_an_interrupted_write_goes_on(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="made from something else"):
         synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
+    files[2].rename(tmp_path / "model-00003-of-00009.safetensors")
+    with pytest.raises(ValueError, match="holds this checkpoint in other files: model-00003-of-00009"):
+        synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
 
 
 def test_files_are_aligned_and_complete(tmp_path):
@@ -101,7 +104,6 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
     there = estimate(CONFIG, lora_device="cuda", **options)
     assert "expert adapters, gradients, moments" in there.gpu
-    assert LEFT not in alone.host and there.host[LEFT] == there.gpu["other weights"]
 
 
 def test_streamed_experts():
@@ -140,13 +142,6 @@ def test_at_the_break_even_both_ways_take_as_long():
     sending = streamed.seconds["routed experts"] - 2 * 26 * QUEUEING
     assert on_cpu.seconds["routed experts"] == pytest.approx(sending, rel=0.01)
     assert break_even_rows(0.999 * rows * rate, 25e9, 1e12) == rows
-
-
-def test_what_the_kernel_can_drop_does_not_keep_a_run_from_starting():
-    needed = Estimate({"expert weights": 30e9, LEFT: 10e9}, {})
-    assert needed.host_bytes == 40e9 and needed.check(32e9) is needed
-    with pytest.raises(MemoryError, match=r"needs 31.5 GB of host memory, 31.0 GB are free"):
-        needed.check(31e9)
 
 
 def test_the_recorded_run_took_what_the_formulas_say():

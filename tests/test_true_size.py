@@ -100,11 +100,22 @@ def test_compact_joins_spans_and_drops_paths(script):
     assert small["recorded"]["command"] == "python tests/gpu/true_size.py --out result.json --steps 8 --in-memory"
     assert small["parts"]["step_timeline"]["spans"] == {"GPU": [[0.0, 0.05], [1.0, 1.5]], "optimizer": []}
     assert small["parts"]["reduced"] == {"error": "OSError: full"} and "table" not in small["parts"]["audit_adapter"]
+    assert small["others"] == []
     assert "options" in result and "table" in parts["audit_adapter"], "the result itself was changed"
 
 
+def test_compact_keeps_speeds_and_peaks_of_other_runs(script):
+    run = {"tokens_per_second": 5.0, "host_peak": 7, "gpu_used_with_context": 3}
+    more = {"machine": {"bf16_rate": 1e12, "bandwidth": 2e10, "gpu": "G"}}
+    more |= {"parts": {"run_main": run | {"losses": [1.0]}, "streamed": run | {"host_peak": 6}, "weights": {}}}
+    small = script.compact({"recorded": {}, "options": {}, "parts": {}}, [more])
+    rates = {"bf16_rate": 1e12, "bandwidth": 2e10}
+    assert small["others"] == [rates | {"run_main": run, "streamed": run | {"host_peak": 6}}]
+
+
 def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
-    parts = json.loads(RECORDED.read_text())["parts"]
+    recorded = json.loads(RECORDED.read_text())
+    parts, (slower,) = recorded["parts"], recorded["others"]
     main, streamed, stock, apart = (parts[name] for name in ("run_main", "streamed", "stock_experts", "reduced"))
 
     def host_bar(stream_rows):
@@ -134,6 +145,9 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
         row("stock PEFT and transformers, on the same CPU in the same run", stock),
         f"at least 1060 tokens/s ({on_cpu} on the CPU, {on_gpu} streamed), at most 6 GB of GPU memory "
         f"({verdict(*(run['gpu_used_with_context'] <= 6e9 for run in (main, streamed)))})",
+        f"On another machine of this kind, whose bf16 reached {slower['bf16_rate'] / 1e12:.1f} instead of "
+        f"{recorded['machine']['bf16_rate'] / 1e12:.1f} TFLOP/s, the first two were "
+        f"{slower['run_main']['tokens_per_second']:.0f} and {slower['streamed']['tokens_per_second']:.0f} tokens/s.",
         f"At reduced depth the loss stays within {distance['hybrid, experts streamed to the GPU']:.3f} of stock in "
         f"fp32 for {steps} steps, that of stock in bf16 within {distance['stock, all on the GPU']:.3f}.",
     )

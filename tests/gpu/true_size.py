@@ -2,7 +2,7 @@
 
     python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: 7 to 10 minutes
     python tests/gpu/true_size.py --out result.json --tiny              # anywhere, a minute: does it run?
-    python tests/gpu/true_size.py --compact result.json --out notebooks/recorded/hybrid_true_size.json
+    python tests/gpu/true_size.py --compact result.json --out notebooks/recorded/hybrid_true_size.json [--also ...]
 
 The last line makes the smaller file that notebook 08 reads: no paths, no tracebacks, spans as fine as a figure shows.
 
@@ -51,7 +51,8 @@ def main():
     if options.compact:
         source = json.loads(options.compact.read_text())
         source.setdefault("recorded", {"date": str(datetime.date.fromtimestamp(options.compact.stat().st_mtime))})
-        options.out.write_text(json.dumps(compact(source)) + "\n")
+        others = [json.loads(path.read_text()) for path in options.also]
+        options.out.write_text(json.dumps(compact(source, others)) + "\n")
         return 0
     began = time.perf_counter()
     result = {"recorded": {"date": str(datetime.date.today())}}
@@ -99,6 +100,7 @@ def parser():
     add("--budget", type=float, default=400, help="seconds; no part is begun after that")
     add("--parts", help="names of some parts, joined by commas; the first two are always needed")
     add("--compact", type=Path, help="measure nothing: write this result, smaller, to --out")
+    add("--also", type=Path, nargs="*", default=[], help="with --compact: other runs; their speeds and peaks are kept")
     return made
 
 
@@ -126,15 +128,16 @@ def machine(options):
     return facts
 
 
-def compact(result, resolution=2e-4):
+def compact(result, others=(), resolution=2e-4):
     """A result as it is recorded: with the command that made it, without paths and tracebacks.
 
-    Spans of a timeline that are less than ``resolution`` seconds apart are one; the shares beside them are of all.
+    Spans of a timeline that are less than ``resolution`` seconds apart are one; the shares beside them are of all. Of
+    ``others``, the same measurement on other machines, speeds and peaks of the first two runs are kept.
     """
     result = copy.deepcopy(result)
     parts, options = result["parts"], result.pop("options")
     defaults = {action.dest: action.default for action in parser()._actions}
-    told = options.keys() - {"out", "checkpoint", "compact", "device"}
+    told = options.keys() - {"out", "checkpoint", "compact", "also", "device"}
     given = {k: v for k, v in options.items() if k in told and v != str(defaults.get(k))}
     flags = [f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}") for k, v in given.items()]
     result["recorded"]["command"] = " ".join(["python tests/gpu/true_size.py --out result.json", *flags])
@@ -146,6 +149,12 @@ def compact(result, resolution=2e-4):
             track: [[round(start, 4), round(end, 4)] for start, end in hybrid.merged(spans, resolution)]
             for track, spans in line["spans"].items()
         }
+    rates, peaks = ("bf16_rate", "bandwidth"), ("tokens_per_second", "host_peak", "gpu_used_with_context")
+    result["others"] = [
+        {name: other["machine"][name] for name in rates}
+        | {name: {peak: other["parts"][name][peak] for peak in peaks} for name in ("run_main", "streamed")}
+        for other in others
+    ]
     parts.get("audit_adapter", {}).pop("table", None)  # its counts are there by name, its first line is a path
     return result
 
