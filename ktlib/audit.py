@@ -8,7 +8,6 @@ Reads adapters of stock PEFT, those with one module per expert (transformers 4),
 projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,25 +17,10 @@ from pathlib import Path
 import torch
 
 from ktlib import pairing
-
-# Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
-# transformers and PEFT; add a line here for a family that calls its parts differently.
-COMPONENTS = (
-    ("self_attn", r"\.(self_attn|attention|attn|linear_attn)\."),
-    ("shared_experts", r"\.shared_(experts?|mlp)\."),
-    ("routed_experts", r"\.experts\."),
-    ("router", r"\.(gate|router|shared_expert_gate)\."),
-    ("dense_mlp", r"\.(mlp|feed_forward|ffn)\."),
-    ("other", r""),
-)
-
+from ktlib.components import COMPONENTS, component
+from ktlib.stored import read_json
 
 CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
-
-
-def component(name):
-    """The component, one of :data:`COMPONENTS`, of a module or parameter called ``name``."""
-    return next(label for label, pattern in COMPONENTS if re.search(pattern, f".{name}."))
 
 
 @dataclass
@@ -156,7 +140,7 @@ def audit(source, config=None, trained=None):
             raise ValueError(f"config: given to compare tensor counts, but there is no adapter_config.json in {path}")
         expected = None if config is None else expected_adapter_counts(config, settings)
         tensors = _file_tensors(path)
-        if trained is None and _read_json(_beside(path, "trainer_state.json")).get("global_step"):
+        if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
 
     report = Audit(label, [], [])
@@ -293,21 +277,10 @@ def _beside(path, name):
     return (path if path.is_dir() else path.parent) / name
 
 
-def _read_json(file):
-    """The object in a file, ``{}`` if there is no such file; ValueError that names it if it holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: needs an object, holds a {type(content).__name__}")
-    return content
-
-
 def _settings(path):
     """``adapter_config.json``; what is computed with is a number."""
     file = _beside(path, "adapter_config.json")
-    settings = _read_json(file)
+    settings = read_json(file)
     for name, kinds, least in (("r", int, 1), ("lora_alpha", (int, float), -math.inf)):
         value = settings.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= least):
@@ -350,7 +323,7 @@ def _files(path):
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: has no weight_map of tensor names and files")
         for name in sorted(map(str, weight_map.values())):

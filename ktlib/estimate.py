@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .audit import component
+from .components import component
 from .experts import is_experts
 from .streaming import BLOCK_VALUES, GROUP_BYTES
 from .weight_stream import PIECE, PIECES, THERE

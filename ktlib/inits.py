@@ -6,7 +6,7 @@ import statistics
 import torch
 
 from ktlib import sft
-from ktlib.audit import component
+from ktlib.components import component
 
 
 def kaiming(a, generator):

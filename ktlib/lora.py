@@ -22,8 +22,9 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .adapter_files import CONFIG, SAVED_DROPOUT
-from .audit import bare_modules, component, matches
+from .audit import bare_modules, matches
 from .checks import check_probability
+from .components import component
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")

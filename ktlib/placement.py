@@ -11,6 +11,7 @@ import functools
 import torch
 
 from .checks import check_stream_rows
+from .components import component
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 CPU = torch.device("cpu")
@@ -79,8 +80,6 @@ def share_experts(model):
 
 def placement(model):
     """``{(component, device, dtype): bytes}`` of all parameters and buffers: what lies where."""
-    from .audit import component
-
     table = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         label = f"{component(name)} LoRA" if ".lora_" in name else component(name)

@@ -25,7 +25,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from ktlib.audit import component
 from ktlib.base_model import BASE
 from ktlib.callback import ShowProgress, StopOnNonFinite
 from ktlib.checkpoints import (
@@ -38,6 +37,7 @@ from ktlib.checkpoints import (
     start_or_resume,
     writing,
 )
+from ktlib.components import component
 from ktlib.cpu import cpu_info
 from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate

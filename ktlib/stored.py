@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .audit import component
+from .components import component
 
 PAGE = 4096
 DTYPES = {
@@ -149,6 +149,17 @@ def write_sharded(folder, shards, about, note, progress=True):
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     return folder
+
+
+def read_json(file):
+    """The object in a file, ``{}`` if there is no such file; ValueError that names it if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: needs an object, holds a {type(content).__name__}")
+    return content
 
 
 def write_text(path, text):

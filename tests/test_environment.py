@@ -144,6 +144,7 @@ NOT_IN_CI = {
     "make lab": "opens a browser",
     "make refs": "rewrites the stored outputs that `make test` compares with",
     "conda env": "downloads an environment; that its pins are those CI installs is tested above",
+    "make test-oldest": "several gigabytes of old packages; run by hand for the table of compatibility",
     "python -m ktlib.bench": "half an hour; its kernels are timed in notebook 03",
 }
 # Those that it runs in other words: where, and what of them must stand there.
@@ -214,7 +215,8 @@ def test_readme_numbers_are_the_recorded_ones():
     sources = {
         "ktlib, AMX": (rows, "ktlib amx_bf16"),
         "kt-kernel 0.7.2 (KTransformers), AMX": (rows, "kt-kernel amx"),
-        "ktlib, AVX-512 without AMX": (avx512, "ktlib avx512f"),
+        "ktlib, AVX-512 (`KTLIB_ISA=avx512f`)": (avx512, "ktlib avx512f"),
+        "ktlib, AVX512-BF16": (avx512, "ktlib avx512_bf16"),
         "kt-kernel 0.7.2, AVX512-BF16": (avx512, "kt-kernel avx512_bf16"),
         "stock PEFT on grouped_mm experts": (rows, "grouped_mm + PEFT"),
     }

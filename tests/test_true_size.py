@@ -135,6 +135,7 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
 
     rates = (run["tokens_per_second"] >= 1060 for run in (main, streamed))
     on_cpu, on_gpu = map(verdict, rates)
+    firsts = [run["tokens_per_step"] / run["seconds"][0] for run in (main, streamed)]
     distance, steps = apart["largest_difference"], len(apart["curves"]["hybrid, experts streamed to the GPU"]["losses"])
     lines = (
         f"The experts are {parts['weights']['expert_bytes'] / 1e9:.1f} GB of the host's memory",
@@ -142,11 +143,12 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
         row(
             f"streamed to the GPU, `stream_rows={streamed['stream_rows']}`", streamed, host_bar(streamed["stream_rows"])
         ),
-        row("stock PEFT and transformers, on the same CPU in the same run", stock),
-        f"at least 1060 tokens/s ({on_cpu} on the CPU, {on_gpu} streamed), at most 6 GB of GPU memory "
-        f"({verdict(*(run['gpu_used_with_context'] <= 6e9 for run in (main, streamed)))})",
+        row("stock PEFT and transformers, same CPU and run: one step, its first", stock),
+        f"their own first steps made {firsts[0]:.0f} and {firsts[1]:.0f} tokens/s.",
+        f"at least 1060 tokens/s, twice the higher published speed ({on_cpu} on the CPU, {on_gpu} streamed), at most "
+        f"6 GB of GPU memory ({verdict(*(run['gpu_used_with_context'] <= 6e9 for run in (main, streamed)))})",
         f"On another machine of this kind, whose bf16 reached {slower['bf16_rate'] / 1e12:.1f} instead of "
-        f"{recorded['machine']['bf16_rate'] / 1e12:.1f} TFLOP/s, the first two were "
+        f"{recorded['machine']['bf16_rate'] / 1e12:.1f} TFLOP/s, the first two rows were "
         f"{slower['run_main']['tokens_per_second']:.0f} and {slower['streamed']['tokens_per_second']:.0f} tokens/s.",
         f"At reduced depth the loss stays within {distance['hybrid, experts streamed to the GPU']:.3f} of stock in "
         f"fp32 for {steps} steps, that of stock in bf16 within {distance['stock, all on the GPU']:.3f}.",

@@ -1,0 +1,19 @@
+"""What a parameter is a part of, by its name."""
+
+import re
+
+# Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
+# transformers and PEFT; add a line here for a family that calls its parts differently.
+COMPONENTS = (
+    ("self_attn", r"\.(self_attn|attention|attn|linear_attn)\."),
+    ("shared_experts", r"\.shared_(experts?|mlp)\."),
+    ("routed_experts", r"\.experts\."),
+    ("router", r"\.(gate|router|shared_expert_gate)\."),
+    ("dense_mlp", r"\.(mlp|feed_forward|ffn)\."),
+    ("other", r""),
+)
+
+
+def component(name):
+    """The component, one of :data:`COMPONENTS`, of a module or parameter called ``name``."""
+    return next(label for label, pattern in COMPONENTS if re.search(pattern, f".{name}."))
