@@ -233,6 +233,15 @@ def test_readme_numbers_are_the_recorded_ones():
     assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README
 
 
+def test_readme_says_the_memory_that_the_parameter_files_say():
+    files = {"DeepSeek-V2-Lite": "deepseek_v2_lite", "Qwen3-30B-A3B": "qwen3_30b_a3b", "Mixtral-8x7B": "mixtral_8x7b"}
+    for name, file in files.items():
+        said = (ROOT / "notebooks" / "params" / f"{file}.yaml").read_text()
+        host, gpu = re.search(r"(\d+) GB of host memory, (\d+) GB of GPU memory", said).groups()
+        assert f"{host} GB for {name}" in README and 5 <= int(gpu) <= 14, file
+    assert "A GPU of 5 to 14 GB" in " ".join(README.split())
+
+
 def test_the_compatibility_table_is_that_of_the_tests():
     """Every row has tests that carry its name, every such test has its row, and no row claims what did not pass."""
     marked = set()
