@@ -6,6 +6,7 @@ other programs), for which :meth:`Estimate.check` keeps a margin.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 
 import torch
 
@@ -77,17 +78,34 @@ class Estimate:
         return "\n".join(lines)
 
 
-def available_memory():
-    """Bytes that this process can still get: what is free on the machine, or up to its control group's limit."""
+def available_memory(mount="/sys/fs/cgroup", membership="/proc/self/cgroup"):
+    """Bytes that this process can still get: what the machine has available, or up to the limits of its control groups.
+
+    Files in memory, such as mapped experts, count as available, as the machine's do: they make room. ``mount`` and
+    ``membership`` say where the kernel shows control groups (version 2) and of which of them this process is a member.
+    """
     import psutil
 
-    free = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return free
+        lines = Path(membership).read_text().splitlines()
+    except OSError:  # a kernel without control groups
+        lines = []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for group in (
+        own,
+        *map(str, PurePath(own).parents),
+    ):  # each may have a limit; a container's own is the mount itself
+        try:
+            limit, used, stat = (
+                Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")
+            )
+            counts = dict(line.split() for line in stat.splitlines())
+            files = int(counts["inactive_file"]) + int(counts["active_file"])
+            available = min(available, int(limit) - int(used) + files)
+        except (OSError, ValueError, KeyError):  # no such group here, or no limit ("max")
+            pass
+    return available
 
 
 def estimate(
