@@ -25,7 +25,8 @@ from .adapter_files import CONFIG, SAVED_DROPOUT
 from .audit import bare_modules, matches
 from .checks import check_probability
 from .components import component
-from .experts import IMPLEMENTATION, is_experts, unserved
+from .experts import IMPLEMENTATION, _warn_once, is_experts, unserved
+from .stored import read_json
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
 _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
@@ -35,7 +36,8 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
     """LoRA on one parameter of an experts module (or on the weight of a Linear) without building ``W + BA``.
 
     Whatever it cannot factor (experts that ktlib's operator does not serve, another experts implementation, merged or
-    disabled adapters) takes the stock path of its base class. That has no dropout: in training with it, it is refused.
+    disabled adapters) takes the stock path of its base class. That has no dropout: in training with it, it is refused;
+    in training without, a warning says once if the experts implementation alone is in the way.
     """
 
     def __init__(self, base_layer, adapter_name, parameter_name, config, **kwargs):
@@ -62,6 +64,12 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
                 )
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
+            if self.training and unserved(self.get_base_layer(), x) is None:
+                _warn_once(
+                    type(self.get_base_layer()),
+                    f"LoRA adds a dense W + BA, because {reason}; model.set_experts_implementation({IMPLEMENTATION!r}) "
+                    "trains the factors alone",
+                )
         if isinstance(self.get_base_layer(), torch.nn.Linear):
             base = result = self.base_layer(x, *args, **kwargs)
             for adapter, (lora_A, lora_B, scaling) in self._active_factors().items():

@@ -436,6 +436,23 @@ def test_other_implementations_take_the_stock_path(implementation):
         assert torch.equal(ours(tokens()).logits, factored)
 
 
+def test_training_on_another_implementation_is_said_once():
+    """Whoever forgets experts_implementation="ktlib" gets stock's dense W + BA."""
+    model = tiny_model("olmoe", "grouped_mm", experts_dtype=torch.bfloat16)
+    model = random_adapter(get_peft_model(model, lora_config(model, r=4)))
+    with warnings.catch_warnings(record=True) as caught:
+        model.eval()(tokens())
+        assert not caught
+        model.train()(tokens())
+        model(tokens())
+        model.get_base_model().set_experts_implementation("ktlib")
+        model(tokens())
+    (warning,) = caught
+    assert "OlmoeExperts: LoRA adds a dense W + BA, because the experts implementation is 'grouped_mm'; " in str(
+        warning.message
+    ) and "model.set_experts_implementation('ktlib')" in str(warning.message)
+
+
 @pytest.mark.filterwarnings("default:.*instead of ktlib.*")
 def test_unserved_experts_keep_their_adapters():
     model = tiny_model("olmoe", "ktlib", experts_dtype=torch.float32)
