@@ -12,8 +12,10 @@ configuration that asks for it there, even to load the adapter: it is saved unde
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
-import os
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +64,14 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
                     f"lora_dropout: {dropout} on {self.parameter_name} needs ktlib's operator, but {reason}; without "
                     "dropout (lora_dropout=0, or model.eval()) these adapters work"
                 )
-            return super().forward(x, *args, **kwargs)
-        self._check_forward_args(x, *args, **kwargs)
             if self.training and unserved(self.get_base_layer(), x) is None:
                 _warn_once(
                     type(self.get_base_layer()),
                     f"LoRA adds a dense W + BA, because {reason}; model.set_experts_implementation({IMPLEMENTATION!r}) "
                     "trains the factors alone",
                 )
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
         if isinstance(self.get_base_layer(), torch.nn.Linear):
             base = result = self.base_layer(x, *args, **kwargs)
             for adapter, (lora_A, lora_B, scaling) in self._active_factors().items():
@@ -177,9 +179,12 @@ def load_lora_config(folder):
 
     Raises:
         FileNotFoundError: no ``adapter_config.json`` there.
-        ValueError: not the configuration of a LoRA adapter.
+        ValueError: that file is damaged, or not the configuration of a LoRA adapter.
     """
-    settings = LoraConfig.from_json_file(os.path.join(folder, CONFIG))
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"folder: {file} is not there")
+    settings = read_json(file)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"folder: peft_type of the adapter in {folder} is {settings.get('peft_type')!r}, needs 'LORA'")
     dropout = settings.pop(SAVED_DROPOUT, None)
@@ -229,8 +234,10 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
         r, lora_alpha: rank per expert and per linear layer, and alpha, as in LoraConfig.
         target_modules: linear layers to adapt: names or ends of names, a regular expression, "all-linear" (all but
             the output head and the routers), or [] for none. Default: attention, shared experts and dense MLPs.
-        target_parameters: parameters to adapt. Default: the weights of all routed experts. [] for none.
+        target_parameters: parameters to adapt: a list of names or ends of names. Default: the weights of all routed
+            experts. [] for none.
         **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for such models.
+            ``exclude_modules`` is for routed experts too, by the name of the module or of the parameter.
             ``lora_dropout`` is for all adapters, those of routed experts included, which stock PEFT cannot do: the
             saved configuration calls it ``ktlib_lora_dropout``, see :func:`load_lora_config`.
 
@@ -241,24 +248,31 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
 
     Raises:
         TypeError, ValueError: an option that expert parameters cannot have, a lora_dropout that is no probability below
-            1, no routed experts, or unknown targets.
+            1, a lora_alpha that is no finite number, no routed experts, or a target that is not in the model.
     """
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: got {lora_alpha!r}, needs a finite number")
+    if isinstance(target_parameters, str):
+        raise TypeError(f"target_parameters: got {target_parameters!r}, needs a list of names")
     modules = dict(bare_modules(model))
     experts = {name: module for name, module in modules.items() if is_experts(module)}
     if target_parameters is None:
         target_parameters = _expert_parameters(experts)
         if not target_parameters:
             raise ValueError(f"model: {type(model).__name__} has no routed experts stored as 3-D parameters")
+    excluded = kwargs.get("exclude_modules")
     linears = _linear_layers(model, modules)
-    chosen = _chosen_layers(linears, target_modules)
-    chosen = [name for name in chosen if not matches(name, kwargs.get("exclude_modules"))]
+    chosen = [name for name in _chosen_layers(linears, target_modules) if not matches(name, excluded)]
     ends = {_unambiguous_end(name, chosen, linears) for name in chosen}
     taken = _taken_by_peft(model, ends)
     by_parameter = [f"{end}.weight" for end in taken]
-    unknown = [] if target_modules is None or isinstance(target_modules, str) else target_modules
-    unknown = [target for target in unknown if not any(matches(name, [target]) for name in linears)]
-    if target_parameters:  # habit from transformers 4: gate_proj and the like of the routed experts
-        unknown = [target for target in unknown if target not in _taken_by_peft(model, unknown)]
+    others = [] if target_modules is None or isinstance(target_modules, str) else target_modules
+    others = [target for target in others if not any(matches(name, [target]) for name in linears)]
+    habits = {target for target in _taken_by_peft(model, others) if _of_routed_experts(target)}
+    _refuse_unknown("target_modules", [target for target in others if target not in habits], modules)
+    if target_parameters:
+        others = [target for target in others if target not in habits]
+    target_parameters = _without_excluded(target_parameters, modules, excluded)
 
     if target_parameters or by_parameter:
         _refuse_what_parameters_cannot_have(kwargs)
@@ -274,12 +288,40 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     config = (LoraConfigWithDropout if with_dropout else LoraConfig)(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=sorted(ends - taken) + unknown,
+        target_modules=sorted(ends - taken) + others,
         target_parameters=[*target_parameters, *sorted(by_parameter)],
         **kwargs,
     )
     config._register_custom_module({torch.nn.Module: _wrap})
     return config
+
+
+def _without_excluded(target_parameters, modules, excluded):
+    """The same targets, or if some of their parameters are excluded the others by their whole names: PEFT does not
+    apply ``exclude_modules`` to parameters."""
+    names = {f"{name}.{own}": name for name, m in modules.items() for own, _ in m.named_parameters(recurse=False)}
+    _refuse_unknown("target_parameters", target_parameters, names)
+    chosen = {parameter: name for parameter, name in names.items() if matches(parameter, target_parameters)}
+    kept = [parameter for parameter, name in chosen.items() if not any(matches(n, excluded) for n in (parameter, name))]
+    return target_parameters if len(kept) == len(chosen) else kept
+
+
+def _refuse_unknown(argument, targets, names):
+    for target in targets:
+        if any(matches(name, [target]) for name in names):
+            continue
+        parts = str(target).count(".") + 1
+        ends = {".".join(name.split(".")[-parts:]) for name in names}
+        near = difflib.get_close_matches(str(target), sorted(ends), n=3, cutoff=0.0)
+        raise ValueError(
+            f"{argument}: got {target!r}, needs a name or the end of one in the model, of which the nearest are "
+            f"{', '.join(near)}"
+        )
+
+
+def _of_routed_experts(target):
+    """True for what transformers 4 called their layers, such as "gate_proj" or "experts.3.gate_proj"."""
+    return "." not in target or component(target) == "routed_experts"
 
 
 def _refuse_what_parameters_cannot_have(kwargs):

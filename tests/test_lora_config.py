@@ -1,5 +1,7 @@
 """What ``lora_config`` adapts: a stock LoraConfig with the experts among its targets."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ from models import FAMILIES, expert_modules, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_lora import pair
 
-from ktlib.lora import lora_config
+from ktlib.lora import load_lora_config, lora_config
 
 
 def adapted(model):
@@ -58,6 +60,28 @@ def test_excluded_modules_are_left_alone():
     assert not any("shared_experts" in name or "q_proj" in name for name in names) and len(names) == 2 * 3 + 3 + 1
 
 
+@pytest.mark.parametrize("exclude", [r".*layers\.1\..*", ["layers.1.mlp.experts"], ["layers.1.mlp.experts.down_proj"]])
+@pytest.mark.parametrize("targets", [None, ["experts.down_proj"]])
+def test_excluded_experts_are_left_alone(exclude, targets):
+    """PEFT does not apply exclude_modules to target_parameters."""
+    model = tiny_model("qwen3_moe", "ktlib")
+    config = lora_config(model, exclude_modules=exclude, target_parameters=targets)
+    found = {
+        (int(name.split("layers.")[1][0]), module.parameter_name)
+        for name, module in get_peft_model(model, config).named_modules()
+        if hasattr(module, "parameter_name") and "experts" in name
+    }
+    wanted = {(0, "down_proj"), (0, "gate_up_proj"), (1, "gate_up_proj")}
+    wanted -= {(1, "gate_up_proj")} if targets or exclude != ["layers.1.mlp.experts.down_proj"] else set()
+    assert found == wanted - ({(0, "gate_up_proj")} if targets else set())
+
+
+def test_all_experts_can_be_excluded():
+    model = tiny_model("qwen3_moe", "ktlib")
+    config = lora_config(model, target_modules=["q_proj", "gate_proj"], exclude_modules=["mlp.experts"])
+    assert {name.rsplit(".", 1)[1] for name in adapted(get_peft_model(model, config))} == {"q_proj"}
+
+
 def test_projection_names_of_models_without_such_layers():
     """Lists written for transformers 4 name the projections of routed experts, which are adapted anyway."""
     model = tiny_model("qwen3_moe", "ktlib")
@@ -88,11 +112,48 @@ def test_each_module_is_adapted_once_and_none_is_empty():
         ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa'"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"target_modules": "nothing_like_it"}, "matches no linear layer"),
+        ({"lora_alpha": math.nan}, "lora_alpha: got nan, needs a finite number"),
+        ({"lora_alpha": math.inf}, "lora_alpha: got inf, needs a finite number"),
+        ({"lora_alpha": "16"}, "lora_alpha: got '16', needs a finite number"),
     ],
 )
 def test_impossible_options_are_clear_errors(option, message):
     with pytest.raises(ValueError, match=message):
         lora_config(tiny_model("deepseek_v2"), **option)
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        ({"target_modules": ["q_proj", "v_projj"]}, "target_modules: got 'v_projj', .* nearest are .*o_proj"),
+        # what PEFT would take for projections of routed experts
+        ({"target_modules": ["shared_expert.gate_proj"]}, "got 'shared_expert.gate_proj', .*are shared_experts.gate_"),
+        ({"target_modules": ["up_projj"], "target_parameters": []}, "target_modules: got 'up_projj', .* up_proj"),
+        ({"target_parameters": ["mlp.experts.downproj"]}, "got 'mlp.experts.downproj', .* are mlp.experts.down_proj"),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj", "layers.7.mlp.experts.down_proj"]},
+            "target_parameters: got 'layers.7.mlp.experts.down_proj', .* are layers.1.mlp.experts.down_proj",
+        ),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters: got 'mlp.experts', needs a name"),
+    ],
+)
+def test_targets_that_are_not_there_are_clear_errors(targets, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(tiny_model("deepseek_v2"), **targets)
+
+
+def test_one_name_is_no_list_of_parameters():
+    with pytest.raises(TypeError, match="target_parameters: got 'mlp.experts.down_proj', needs a list of names"):
+        lora_config(tiny_model("deepseek_v2"), target_parameters="mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match="adapter_config.json: (not JSON|needs an object, holds a list)"):
+        load_lora_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none/adapter_config.json is not there"):
+        load_lora_config(tmp_path / "none")
 
 
 def test_a_model_without_experts_is_a_clear_error():
