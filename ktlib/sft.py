@@ -99,7 +99,7 @@ def check_parameters(
     - ``lora_dropout``: the share of the inputs of all adapters that training drops, from 0 to below 1
     - ``targets``: ``"all"`` or parts joined by ``+``: attention, experts (routed), shared (experts), dense (MLP layers)
     - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made
-    - ``isa``: None (the best) or an instruction set of this CPU
+    - ``isa``: None (``KTLIB_ISA``, or the best) or an instruction set of this CPU
     - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
       lora_dtype have no meaning, and lora_dropout must be 0)
     - ``torch_threads``: None (by the model's size) or a whole number >= 1: threads of stock torch on the CPU while
@@ -297,7 +297,8 @@ def train(
 
     A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
     ``save`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
-    model, adapters, data and parameters are the same (ValueError otherwise). OSError if nothing can be written there.
+    model, adapters, data, parameters and instruction set are the same (ValueError otherwise). OSError if nothing can be
+    written there.
 
     A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches what is trained:
     the report is ``output_dir/nonfinite.txt``, the adapter or model as it was ``output_dir/last_good``, and the
@@ -355,7 +356,7 @@ def train(
     dtype_kept = adapter_dtype_kept(model) if is_peft else contextlib.nullcontext()
     with writing(output_dir), locked(output_dir), dtype_kept, contextlib.closing(guard), stock_threads(torch_threads):
         check_space(output_dir, model)
-        resume, first_step = start_or_resume(checkpoints, identity) or (None, 0)
+        resume, first_step = start_or_resume(checkpoints, identity | {"isa": cpu_info()["isa"]}) or (None, 0)
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -471,6 +472,14 @@ def run(progress=True, **parameters):
 
 
 def use_isa(isa):
-    """Run the operator on instruction set ``isa`` in this process from now on; None leaves the choice as it is."""
-    if isa is not None:
-        os.environ["KTLIB_ISA"] = isa
+    """Run the operator on instruction set ``isa`` in this process from now on.
+
+    None is the user's choice, ``KTLIB_ISA`` as it was before the first call, or the best without it.
+    """
+    now = os.environ.get("KTLIB_ISA", "")
+    if now != _isa.get("chosen"):  # set by someone else since
+        _isa["given"] = now
+    _isa["chosen"] = os.environ["KTLIB_ISA"] = isa or _isa["given"]
+_isa = {}  # what use_isa chose last, and what KTLIB_ISA was before
+
+

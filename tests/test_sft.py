@@ -17,6 +17,7 @@ from ktlib import sft
 from ktlib.audit import audit, component
 from ktlib.base_model import BASE
 from ktlib.checkpoints import complete_checkpoint
+from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
 from ktlib.tasks import codebook, dates
 from ktlib.trace import NonFinite
@@ -237,7 +238,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("lora_dtype", sft.LORA_DTYPES)
-def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype):
+def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype, monkeypatch):
     options = SMALL | {"steps": 4, "save_every": 2}
     whole, tokenizer = adapted(lora_dtype=lora_dtype)
     sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
@@ -302,6 +303,9 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     with open(tmp_path / "adapter_model.safetensors", "rb") as reader:  # of a file that a later save replaces
         torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"another isa \(\w+, now portable\)"):
+        patch.setenv("KTLIB_ISA", "portable")
+        sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options)
         sft.save(model, tmp_path)
         assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
@@ -450,3 +454,21 @@ def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
     model, _ = sft.load_model("base", experts_implementation="eager")
     loaded = PeftModel.from_pretrained(model, result["saved"])
     assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())
+def test_no_instruction_set_is_the_user_s_or_the_best(monkeypatch):
+    monkeypatch.delenv("KTLIB_ISA", raising=False)
+    monkeypatch.setattr(sft, "_isa", {})
+    best = cpu_info()["isa"]
+
+    def used(isa):
+        sft.use_isa(isa)
+        return cpu_info()["isa"]
+
+    assert [used(isa) for isa in (None, "portable", None, "portable", "portable", None)] == [
+        best, "portable", best, "portable", "portable", best,
+    ]  # fmt: skip
+    monkeypatch.setenv("KTLIB_ISA", "portable")  # the user's
+    assert [used(isa) for isa in (None, best, None)] == ["portable", best, "portable"]
+    monkeypatch.delenv("KTLIB_ISA")
+    assert used(None) == best
+
+
