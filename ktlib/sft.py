@@ -93,8 +93,8 @@ def check_parameters(
 
     - ``model``: ``"base"`` (the embedded model), or a checkpoint folder with a ``config.json``
     - ``dataset``: a built-in task or a JSONL file with ``prompt`` and ``response``
-    - ``rank``, ``steps``, ``batch_size``, ``grad_accumulation``: whole numbers >= 1; ``seed`` >= 0
-    - ``sequence_length``: tokens per row, >= 8; longer rows are left out
+    - ``rank``, ``steps``, ``batch_size``, ``grad_accumulation``: whole numbers >= 1; ``seed`` from 0 to 2**32 - 1
+    - ``sequence_length``: tokens per row, >= 8; longer rows are left out, of training and of evaluation
     - ``alpha``, ``learning_rate``: finite numbers > 0; ``lora_dtype``: ``"fp32"`` or ``"bf16"``
     - ``lora_dropout``: the share of the inputs of all adapters that training drops, from 0 to below 1
     - ``targets``: ``"all"`` or parts joined by ``+``: attention, experts (routed), shared (experts), dense (MLP layers)
@@ -118,6 +118,7 @@ def check_parameters(
         whole = isinstance(given[name], int) and not isinstance(given[name], bool)
         need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
     for name in ("torch_threads", "stream_rows"):
+    need(seed < 2**32, "seed", "a whole number below 2**32")
         whole = isinstance(given[name], int) and not isinstance(given[name], bool) and given[name] >= 1
         need(given[name] is None or whole, name, "none or a whole number >= 1")
     for name in ("alpha", "learning_rate", "lora_dropout"):
@@ -156,11 +157,13 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
     """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
 
     Where there is a GPU, the experts of the operator are pinned to the CPU, with ``stream_rows``, so that ``.to`` and a
-    Trainer move all but them.
+    Trainer move all but them. Raises ValueError if the tokenizer has no token that ends a response.
     """
     path = BASE if model == "base" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
+    if tokenizer.eos_token is None:
+        raise ValueError(f"model: the tokenizer in {path} has no eos_token, needs one to end every response with")
         tokenizer.pad_token = tokenizer.eos_token
     loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, experts_implementation=experts_implementation
@@ -290,7 +293,7 @@ def train(
 ):
     """Fine-tune what requires gradients, in place, with a stock Trainer.
 
-    AdamW, a cosine schedule with 5 % warm-up, gradients clipped at 1.
+    AdamW, a cosine schedule with 5 % warm-up (none for a single step), gradients clipped at 1.
 
     On the CPU the result is the same for any number of threads: stock torch, whose rounding depends on it, works on
     ``torch_threads`` of them, by default ``ktlib.threads.default_threads``; the operator on as many as there are.
@@ -335,7 +338,7 @@ def train(
         gradient_accumulation_steps=grad_accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=min(steps - 1, max(1, steps // 20)),  # its first step has a learning rate of 0
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=seed,

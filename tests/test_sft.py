@@ -77,6 +77,7 @@ def test_defaults_are_valid():
         ("learning_rate", math.inf),
         ("learning_rate", "1e-3"),
         ("seed", -1),
+        ("seed", 2**32),
         ("gradient_checkpointing", "yes"),
         ("output_dir", ""),
         ("output_dir", __file__),
@@ -109,6 +110,17 @@ def test_a_tokenizer_without_a_padding_token(tmp_path):
     _, tokenizer = sft.load_model(folder)
     batch = sft.collator(tokenizer)(sft.encode(tokenizer, ROWS[:5], 64))
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.eos_token_id).all()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    monkeypatch.setattr(sft, "AutoModelForCausalLM", None)
+    with pytest.raises(ValueError, match="model: the tokenizer in .*model has no eos_token, needs one"):
+        sft.load_model(folder)
 
 
 def test_labels_cover_the_response_and_its_end_only():
@@ -178,6 +190,13 @@ def floats(entry):
 
 
 def test_checkpointing_and_accumulation_do_not_change_the_result(tmp_path):
+def test_a_single_step_trains(tmp_path):
+    model, tokenizer = adapted()
+    (entry,) = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"steps": 1})["log"]
+    assert entry["learning_rate"] == 3e-3
+    assert all(p.any() for name, p in weights(model).items() if "lora_B" in name)
+
+
     def loss(**options):
         model, tokenizer = adapted()
         folder = tmp_path / str(options)
