@@ -7,6 +7,7 @@ The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for
 
 import contextlib
 import inspect
+import math
 import os
 import resource
 import time
@@ -45,7 +46,7 @@ from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.keeping import CHECKPOINTING
 from ktlib.lora import adapter_dtype_kept, lora_config
 from ktlib.placement import pin_experts
-from ktlib.tasks import TASKS, collator, encode, load_data, prompt_ids
+from ktlib.tasks import TASKS, collator, encode, load_data, prompt_ids, tokenise
 from ktlib.threads import default_threads, stock_threads
 from ktlib.trace import NonFinite
 
@@ -117,8 +118,8 @@ def check_parameters(
     for name, minimum in least.items():
         whole = isinstance(given[name], int) and not isinstance(given[name], bool)
         need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
-    for name in ("torch_threads", "stream_rows"):
     need(seed < 2**32, "seed", "a whole number below 2**32")
+    for name in ("torch_threads", "stream_rows"):
         whole = isinstance(given[name], int) and not isinstance(given[name], bool) and given[name] >= 1
         need(given[name] is None or whole, name, "none or a whole number >= 1")
     for name in ("alpha", "learning_rate", "lora_dropout"):
@@ -161,9 +162,9 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
     """
     path = BASE if model == "base" else model
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token is None:
     if tokenizer.eos_token is None:
         raise ValueError(f"model: the tokenizer in {path} has no eos_token, needs one to end every response with")
+    if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, experts_implementation=experts_implementation
@@ -243,11 +244,18 @@ def estimate_run(parameters):
 
     ``print`` shows it, its ``check()`` raises MemoryError with the numbers if the run cannot fit in what is free here.
     The built-in model takes no time worth measuring this machine for: its estimate is of memory only.
+    Raises ValueError if ``sequence_length`` exceeds the positions that the model was made for.
     """
     is_base = parameters["model"] == "base"
+    config = AutoConfig.from_pretrained(BASE if is_base else parameters["model"])
+    if parameters["sequence_length"] > (most := positions(config)):
+        raise ValueError(
+            f"sequence_length: got {parameters['sequence_length']}, need at most {most}, the max_position_embeddings "
+            "of the model"
+        )
     names = {part: label for label, part in TARGETS.items()}
     return estimate(
-        AutoConfig.from_pretrained(BASE if is_base else parameters["model"]),
+        config,
         finetuning=parameters["finetuning"],
         rank=parameters["rank"],
         lora_bytes=LORA_DTYPES[parameters["lora_dtype"]].itemsize,
@@ -259,6 +267,11 @@ def estimate_run(parameters):
         timing=not is_base,
         stream_rows=parameters["stream_rows"],
     )
+
+
+def positions(config):
+    """How many tokens a row can have by a model's config; infinity if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -423,12 +436,19 @@ def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progr
     return answers
 
 
-def exact_match(model, tokenizer, rows, batch_size=100, progress=True):
-    """``(accuracy, answers)``: the share of rows whose greedy answer equals the response, outer blanks aside."""
-    longest = max(len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) for row in rows)
-    answers = generate(model, tokenizer, [row["prompt"] for row in rows], longest + 4, batch_size, progress)
-    hits = [answer.strip() == row["response"].strip() for answer, row in zip(answers, rows, strict=True)]
-    return sum(hits) / len(hits), answers
+def exact_match(model, tokenizer, rows, batch_size=100, progress=True, sequence_length=None):
+    """``(accuracy, answers)``: the share of rows whose greedy answer equals the response, outer blanks aside.
+
+    Rows longer than ``sequence_length`` tokens (default: the positions of the model) are left out with a warning: they
+    do not count, and their answer is None. ValueError if none is short enough.
+    """
+    pairs = tokenise(tokenizer, rows, sequence_length or positions(model.config))
+    kept = [row for row, pair in zip(rows, pairs, strict=True) if pair]
+    longest = max(len(response) for _, response in filter(None, pairs))  # with its end token
+    answers = generate(model, tokenizer, [row["prompt"] for row in kept], longest + 3, batch_size, progress)
+    hits = [answer.strip() == row["response"].strip() for answer, row in zip(answers, kept, strict=True)]
+    remaining = iter(answers)
+    return sum(hits) / len(hits), [next(remaining) if pair else None for pair in pairs]
 
 
 def save(model, folder, tokenizer=None):
@@ -445,8 +465,8 @@ def run(progress=True, **parameters):
     """One whole fine-tuning with the parameters of ``check_parameters``; adapter or model go to ``output_dir``.
 
     Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
-    ``answers_after``, ``test`` (rows) and ``saved`` (path). For all but the built-in model the estimate of memory and
-    time is printed. Raises MemoryError before the model is loaded if it cannot fit.
+    ``answers_after`` (as :func:`exact_match`), ``test`` (rows) and ``saved`` (path). For all but the built-in model the
+    estimate of memory and time is printed. Raises MemoryError before the model is loaded if it cannot fit.
     """
     p = check_parameters(**parameters)
     estimated = estimate_run(p)
@@ -457,13 +477,14 @@ def run(progress=True, **parameters):
     use_isa(p["isa"])
     model, tokenizer = load_model(p["model"], stream_rows=p["stream_rows"])
     model.to(device())
-    before, answers_before = exact_match(model, tokenizer, test_rows, progress=progress)
+    evaluation = {"progress": progress, "sequence_length": p["sequence_length"]}
+    before, answers_before = exact_match(model, tokenizer, test_rows, **evaluation)
     lora = {name: p[name] for name in ("rank", "alpha", "lora_dtype", "lora_dropout", "seed")}
     model = prepare(model, p["finetuning"], p["targets"], **lora)
     accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
     options = {key: p[key] for key in accepted}
     result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
-    after, answers_after = exact_match(model, tokenizer, test_rows, progress=progress)
+    after, answers_after = exact_match(model, tokenizer, test_rows, **evaluation)
     return result | {
         "before": before,
         "after": after,
@@ -472,6 +493,9 @@ def run(progress=True, **parameters):
         "test": test_rows,
         "saved": save(model, p["output_dir"], tokenizer if p["finetuning"] == "full" else None),
     }
+
+
+_isa = {}  # what use_isa chose last, and what KTLIB_ISA was before
 
 
 def use_isa(isa):
@@ -483,6 +507,3 @@ def use_isa(isa):
     if now != _isa.get("chosen"):  # set by someone else since
         _isa["given"] = now
     _isa["chosen"] = os.environ["KTLIB_ISA"] = isa or _isa["given"]
-_isa = {}  # what use_isa chose last, and what KTLIB_ISA was before
-
-

@@ -142,23 +142,31 @@ def prompt_ids(tokenizer, prompt):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def encode(tokenizer, rows, sequence_length, progress=False):
-    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
+def tokenise(tokenizer, rows, sequence_length, progress=False):
+    """``(prompt, response)`` of each row as token ids, the response with its end token; None if they are too long.
 
     Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
     """
-    examples = []
+    pairs = []
     for row in tqdm(rows, desc="tokenising", leave=False, disable=not progress):
         prompt = prompt_ids(tokenizer, row["prompt"])
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(prompt) + len(response) <= sequence_length:
-            examples.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    if not examples:
+        pairs.append((prompt, response) if len(prompt) + len(response) <= sequence_length else None)
+    left_out = pairs.count(None)
+    if left_out == len(rows):
         raise ValueError(f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits")
-    if len(examples) < len(rows):
-        left_out = len(rows) - len(examples)
-        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=2)
-    return examples
+    if left_out:
+        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=3)
+    return pairs
+
+
+def encode(tokenizer, rows, sequence_length, progress=False):
+    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
+
+    Rows that are too long are left out, with what :func:`tokenise` says of them.
+    """
+    pairs = filter(None, tokenise(tokenizer, rows, sequence_length, progress))
+    return [{"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in pairs]
 
 
 def collator(tokenizer):

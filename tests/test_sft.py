@@ -144,6 +144,36 @@ def test_long_rows_are_left_out_and_said_so():
         sft.encode(tokenizer, rows[1:], 32)
 
 
+def test_long_rows_are_left_out_of_evaluation(monkeypatch):
+    """What would be generated for them, and for all others of the batch, has no bound."""
+    model, tokenizer = sft.load_model("base")
+    asked = []
+
+    def generate(model, tokenizer, prompts, max_new_tokens, *_):
+        asked.append(max_new_tokens)
+        return ["fox " for _ in prompts]
+
+    monkeypatch.setattr(sft, "generate", generate)
+    rows = [{"prompt": f"Say {word}", "response": word} for word in ("fox", "fox " * 50, "fox", "apple")]
+    short = max(len(tokenizer(row["response"])["input_ids"]) for row in rows if len(row["response"]) < 10) + 4
+    with pytest.warns(UserWarning, match="1 of 4 rows exceed 32 tokens, left out") as caught:
+        accuracy, answers = sft.exact_match(model, tokenizer, rows, progress=False, sequence_length=32)
+    assert caught[0].filename == __file__
+    assert accuracy == 2 / 3 and answers == ["fox ", None, "fox ", "fox "] and asked == [short]
+    rows[1]["response"] = "fox " * 1000  # the model was made for 1024 tokens
+    with pytest.warns(UserWarning, match="1 of 4 rows exceed 1024 tokens, left out"):
+        assert sft.exact_match(model, tokenizer, rows, progress=False) == (accuracy, answers)
+    with pytest.raises(ValueError, match="sequence_length: got 32, need more: none of 1 rows fits"):
+        sft.exact_match(model, tokenizer, rows[1:2], progress=False, sequence_length=32)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch):
+    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
+    with pytest.raises(ValueError, match="sequence_length: got 1025, need at most 1024, the max_position_embeddings"):
+        sft.run(sequence_length=1025, progress=False)
+    sft.estimate_run(sft.check_parameters(sequence_length=1024))
+
+
 PARTS = {"attention": "self_attn", "experts": "routed_experts", "shared": "shared_experts", "dense": "dense_mlp"}
 
 
@@ -158,6 +188,13 @@ def test_targets_train_what_they_name(targets, tmp_path):
     assert len(moved) == sum("lora_B" in name for name in before)
     assert [entry["step"] for entry in result["log"]] == [1, 2, 3]
     assert result["tokens_per_second"] > 0 and result["peak_rss_mib"] > 0
+
+
+def test_a_single_step_trains(tmp_path):
+    model, tokenizer = adapted()
+    (entry,) = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"steps": 1})["log"]
+    assert entry["learning_rate"] == 3e-3
+    assert all(p.any() for name, p in weights(model).items() if "lora_B" in name)
 
 
 def test_a_part_that_the_model_lacks_is_an_error(monkeypatch):
@@ -190,13 +227,6 @@ def floats(entry):
 
 
 def test_checkpointing_and_accumulation_do_not_change_the_result(tmp_path):
-def test_a_single_step_trains(tmp_path):
-    model, tokenizer = adapted()
-    (entry,) = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | {"steps": 1})["log"]
-    assert entry["learning_rate"] == 3e-3
-    assert all(p.any() for name, p in weights(model).items() if "lora_B" in name)
-
-
     def loss(**options):
         model, tokenizer = adapted()
         folder = tmp_path / str(options)
@@ -273,6 +303,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype, mo
         sft.train(adapted(lora_dtype=lora_dtype, rank=5)[0], tokenizer, ROWS, tmp_path / "cut", **options)
     with pytest.raises(ValueError, match="another data"):
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS[1:], tmp_path / "cut", **options)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"another isa \(\w+, now portable\)"):
+        patch.setenv("KTLIB_ISA", "portable")
+        sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options)
     resumed, _ = adapted(lora_dtype=lora_dtype)
     result = sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options)
     assert result["resumed_from"] == 2 and [entry["step"] for entry in result["log"]] == [1, 2, 3, 4]
@@ -322,9 +355,6 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     with open(tmp_path / "adapter_model.safetensors", "rb") as reader:  # of a file that a later save replaces
         torch.nn.init.ones_(next(p for p in model.parameters() if p.requires_grad))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"another isa \(\w+, now portable\)"):
-        patch.setenv("KTLIB_ISA", "portable")
-        sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options)
         sft.save(model, tmp_path)
         assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
@@ -462,17 +492,6 @@ def test_generation_does_not_depend_on_batching():
     assert together == [sft.generate(model, tokenizer, [prompt], 12, progress=False)[0] for prompt in prompts]
 
 
-def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
-    monkeypatch.setenv("KTLIB_ISA", "")
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in codebook(n_train=30, n_test=1)[0]))
-    result = sft.run(dataset=str(path), output_dir=tmp_path / "out", isa="portable", rank=4, **SMALL)
-    assert result["saved"] == tmp_path / "out" and len(result["test"]) == 3
-    assert 0 <= result["before"] <= 1 and len(result["answers_after"]) == 3
-    stored = load_file(result["saved"] / "adapter_model.safetensors")
-    model, _ = sft.load_model("base", experts_implementation="eager")
-    loaded = PeftModel.from_pretrained(model, result["saved"])
-    assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())
 def test_no_instruction_set_is_the_user_s_or_the_best(monkeypatch):
     monkeypatch.delenv("KTLIB_ISA", raising=False)
     monkeypatch.setattr(sft, "_isa", {})
@@ -491,3 +510,14 @@ def test_no_instruction_set_is_the_user_s_or_the_best(monkeypatch):
     assert used(None) == best
 
 
+def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTLIB_ISA", "")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in codebook(n_train=30, n_test=1)[0]))
+    result = sft.run(dataset=str(path), output_dir=tmp_path / "out", isa="portable", rank=4, **SMALL)
+    assert result["saved"] == tmp_path / "out" and len(result["test"]) == 3
+    assert 0 <= result["before"] <= 1 and len(result["answers_after"]) == 3
+    stored = load_file(result["saved"] / "adapter_model.safetensors")
+    model, _ = sft.load_model("base", experts_implementation="eager")
+    loaded = PeftModel.from_pretrained(model, result["saved"])
+    assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())
