@@ -92,17 +92,12 @@ def available_memory(mount="/sys/fs/cgroup", membership="/proc/self/cgroup"):
     except OSError:  # a kernel without control groups
         lines = []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for group in (
-        own,
-        *map(str, PurePath(own).parents),
-    ):  # each may have a limit; a container's own is the mount itself
+    for group in map(str, (PurePath(own), *PurePath(own).parents)):  # each may have a limit; a container sees its own
         try:
-            limit, used, stat = (
-                Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")
-            )
-            counts = dict(line.split() for line in stat.splitlines())
-            files = int(counts["inactive_file"]) + int(counts["active_file"])
-            available = min(available, int(limit) - int(used) + files)
+            files = {name: Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")}
+            counts = dict(line.split() for line in files["stat"].splitlines())
+            cached = int(counts["inactive_file"]) + int(counts["active_file"])
+            available = min(available, int(files["max"]) - int(files["current"]) + cached)
         except (OSError, ValueError, KeyError):  # no such group here, or no limit ("max")
             pass
     return available
