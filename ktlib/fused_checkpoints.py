@@ -5,7 +5,6 @@ model once in memory beside the files, at every load. Files with fused experts a
 takes no memory of its own, and processes on one machine share it.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from .estimate import meta_model
 from .layouts import FUSED, ExpertLayout
 
 NOTE = "fused_from.json"
+SAMPLE = 256  # values in each quarter of a tensor that tell a source from another: a few megabytes of a large one
 
 
 def fuse_checkpoint(source, out, progress=True):
@@ -26,10 +26,14 @@ def fuse_checkpoint(source, out, progress=True):
     Everything else in the folder (config, tokenizer, ...) is copied. A checkpoint that is fused already is copied too,
     into files whose tensors are aligned to pages.
 
+    Files are kept only if they came from the same source: the names of its files, its config, and of each of its
+    tensors name, dtype, shape and some values (``stored.digest``). Training changes these; an edit of a few values by
+    hand may not: give that another ``out``.
+
     Raises:
         FileNotFoundError: no checkpoint there, or a file of it is missing.
         ValueError: quantised weights; a family whose layout transformers does not know; tensors missing or of another
-            shape than the config says (they are listed); ``out`` is ``source`` or holds something else.
+            shape than the config says (they are listed); a damaged file; ``out`` is ``source`` or holds something else.
         OSError: too little space on the disk, said before anything is written.
     """
     from transformers import AutoConfig
@@ -42,32 +46,22 @@ def fuse_checkpoint(source, out, progress=True):
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"source: {source} is quantised, needs weights in bf16, fp16 or fp32")
-    files = checkpoint_files(source)
-    tensors = fused_tensors(stored.read(*files), ExpertLayout(config.model_type))
+    files = stored.weight_files(source)
+    found = stored.read(*files)
+    tensors = fused_tensors(found, ExpertLayout(config.model_type))
     _check(tensors, config, source)
 
-    about = {"files": {file.name: file.stat().st_size for file in files}, "config": config.to_dict()}
-    about = json.loads(json.dumps(about, default=str))
+    about = {
+        "files": [file.name for file in files],  # their order is that of the shards
+        "tensors": stored.digest(found, most=SAMPLE),
+        "config": stored.read_json(source / "config.json"),
+    }
     stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, progress)
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != NOTE:
             shutil.copyfile(path, out / path.name)
     return out
-
-
-def checkpoint_files(folder):
-    """The safetensors files of a checkpoint folder: those of its index, or all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"source: {folder} lacks {', '.join(missing)}")
-    if not files:
-        raise FileNotFoundError(f"source: {folder} has no *.safetensors file")
-    return files
 
 
 def fused_tensors(tensors, layout):

@@ -4,6 +4,7 @@ What is larger than memory passes through here: checkpoints of tens of gigabytes
 """
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def read(*files):
     """``{name: Stored}`` of safetensors files. A file stays mapped as long as one of its tensors is referred to.
 
     Raises:
-        ValueError: a file is damaged, no safetensors file, or holds a tensor that another one holds too.
+        ValueError: a file is damaged, no safetensors file, or holds a tensor that another one holds too or that is of a
+            dtype not in ``DTYPES``.
         FileNotFoundError: a file is not there.
     """
     from safetensors import SafetensorError, safe_open
@@ -65,14 +67,56 @@ def read(*files):
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
-        for name in opened.keys():
+        for name in sorted(opened.keys()):
             if name in tensors:
                 raise ValueError(f"{file}: tensor {name} is in another file as well")
             view = opened.get_slice(name)
+            if (kind := view.get_dtype()) not in DTYPES:
+                raise ValueError(f"{file}: tensor {name} is {kind}, needs one of {', '.join(DTYPES)}")
             tensors[name] = Stored(
-                tuple(view.get_shape()), DTYPES[view.get_dtype()], lambda name=name, of=opened: of.get_tensor(name)
+                tuple(view.get_shape()), DTYPES[kind], lambda name=name, of=opened: of.get_tensor(name)
             )
     return tensors
+
+
+def weight_files(folder):
+    """The safetensors files of a saved model or adapter: those that ``from_pretrained`` takes, or all in the folder.
+
+    Raises:
+        FileNotFoundError: there is none, or one that the index names is missing.
+        ValueError: the index is damaged, or names a file of another folder.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # from_pretrained looks for it first
+        return [single]
+    if not index.is_file():
+        if files := sorted(folder.glob("*.safetensors")):
+            return files
+        raise FileNotFoundError(f"{folder} has no *.safetensors file")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map of tensor names and files")
+    names = sorted(set(map(str, weight_map.values())))
+    if strange := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: names {strange[0]!r:.80}, which is no file of this folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def digest(tensors, most=None):
+    """SHA-256 of the names, types, shapes and bits of ``{name: Stored}``.
+
+    With ``most``, only so many values at the start of each quarter of a tensor count: of a mapped file little is read.
+    That tells one training state from another, but not two that differ in a few single values.
+    """
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for quarter in tensor.load().flatten().tensor_split(4):
+            total.update(quarter[:most].view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def write(path, tensors):
@@ -121,19 +165,23 @@ def write_sharded(folder, shards, about, note, progress=True):
         about: a dict that says what these weights are, stored as JSON in the file ``note``.
 
     Raises:
-        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way.
+        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way, or ``note`` is
+            damaged.
         OSError: too little space on the disk, said before anything is written.
     """
     from tqdm.auto import tqdm
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads((folder / note).read_text()) if (folder / note).is_file() else None
+    before = read_json(folder / note)
     files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     there = set(folder.glob("*.safetensors"))
     strange = sorted(path.name for path in there.difference(files))
-    if before not in (None, about) or (before is None and there):
-        raise ValueError(f"folder: {folder} holds a checkpoint that was made from something else ({note} differs)")
+    if before != about and (before or there):
+        raise ValueError(
+            f"folder: {folder} holds a checkpoint that was made from something else ({note} differs); delete it, or "
+            "choose another folder"
+        )
     if strange:
         raise ValueError(f"folder: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
@@ -141,7 +189,7 @@ def write_sharded(folder, shards, about, note, progress=True):
     space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if space < size - done:
         raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
-    (folder / note).write_text(json.dumps(about))
+    write_text(folder / note, json.dumps(about))
     for file, shard in zip(tqdm(files, desc="writing shards", disable=not progress), shards, strict=True):
         if not file.is_file():
             write(file, shard)

@@ -2,18 +2,19 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from memory import measure
 from models import PER_EXPERT, tiny_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import ktlib
 from ktlib import stored, synthetic
-from ktlib.fused_checkpoints import fuse_checkpoint
+from ktlib.fused_checkpoints import NOTE, fuse_checkpoint
 
 
 def save_hub(folder, family="deepseek_v2", **options):
@@ -177,6 +178,39 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
+    """After more training names and sizes are the same; in a copy, the files' times are not."""
+    hub, _ = save_hub(tmp_path / "hub")
+    out = fuse_checkpoint(hub, tmp_path / "out", progress=False)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    shutil.copytree(hub, tmp_path / "copy", copy_function=shutil.copyfile)
+    fuse_checkpoint(tmp_path / "copy", out, progress=False)
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    for name in ("model.layers.1.mlp.experts.5.up_proj.weight", "model.norm.weight", "lm_head.weight"):
+        trained = shutil.copytree(hub, tmp_path / name)
+        rewrite(trained, lambda t, name=name: t[name].mul_(1.1))
+        with pytest.raises(ValueError, match="out holds a checkpoint that was made from something else"):
+            fuse_checkpoint(trained, out, progress=False)
+    next(iter(stamps)).unlink()
+    with pytest.raises(ValueError, match="made from something else"):  # nor is half of it made from another source
+        fuse_checkpoint(trained, out, progress=False)
+
+
+def test_a_kill_while_the_note_is_written_blocks_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hub, _ = save_hub(tmp_path / "hub")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stored.os, "replace", stop)
+        fuse_checkpoint(hub, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / NOTE).exists()
+    out = fuse_checkpoint(hub, tmp_path / "out", progress=False)
+    (out / NOTE).write_text((out / NOTE).read_text()[:50])
+    with pytest.raises(ValueError, match=f"{NOTE}: not JSON"):
+        fuse_checkpoint(hub, out, progress=False)
+
+
 def rewrite(folder, change):
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
@@ -235,10 +269,39 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="bad.safetensors: damaged"):
         stored.read(tmp_path / "bad.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(save({"w": torch.zeros(2, dtype=torch.uint16)}))
+    with pytest.raises(ValueError, match="bad.safetensors: tensor w is U16, needs one of F64, "):
+        stored.read(tmp_path / "bad.safetensors")
     value = stored.Stored((2, 2), torch.float32, lambda: torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"w: announced \(2, 2\) torch.float32, came \(2, 3\)"):
         stored.write(tmp_path / "new.safetensors", {"w": value})
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{}", "index.json: has no weight_map"),
+        ('{"weight_map": {}}', "index.json: has no weight_map"),
+        ('{"weight_map": {"a": "model-0', "index.json: not JSON"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "names '../x.safetensors', which is no file of this folder"),
+        ('{"weight_map": {"a": 7}}', "hub lacks 7"),
+    ],
+)
+def test_a_damaged_index_is_named(text, message, tmp_path):
+    hub, _ = save_hub(tmp_path / "hub", max_shard_size="100KB")
+    (hub / "model.safetensors.index.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        fuse_checkpoint(hub, tmp_path / "out")
+
+
+def test_of_two_models_in_a_folder_the_one_counts_that_is_loaded(tmp_path):
+    hub, _ = save_hub(tmp_path / "hub", max_shard_size="100KB")
+    other, model = save_hub(tmp_path / "other")
+    rewrite(other, lambda tensors: tensors["model.norm.weight"].fill_(3))
+    shutil.copy(other / "model.safetensors", hub)
+    fused = fuse_checkpoint(hub, tmp_path / "fused", progress=False)
+    assert load(hub).model.norm.weight[0] == load(fused).model.norm.weight[0] == 3
 
 
 def test_mixtral_is_spelled_otherwise(tmp_path):
