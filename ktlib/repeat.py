@@ -3,12 +3,11 @@
 Same seed and parameters, same instruction set, same versions: the same adapter, bit for bit, on any number of threads.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 
-from ktlib import runs
+from ktlib import runs, stored
 from ktlib.cpu import cpu_info
 from ktlib.stamp import facts
 
@@ -32,27 +31,18 @@ def provenance(parameters, result, folder):
 
 
 def digest(folder):
-    """SHA-256 of the names, types, shapes and bits of the tensors saved in a folder."""
-    from safetensors import safe_open
+    """SHA-256 of the names, types, shapes and bits of the tensors of the adapter or model saved in a folder.
 
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+    Raises:
+        FileNotFoundError: nothing is saved there.
+        ValueError: a file is damaged.
+    """
+    return stored.digest(stored.read(*stored.weight_files(folder)))
 
 
 def recorded(notebook):
-    """What an executed notebook recorded with ``provenance``. ValueError if it cannot be read or recorded nothing."""
-    from nbformat.reader import NotJSONError
-
-    try:
-        records = runs.records(notebook)
-    except (NotJSONError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{notebook}: not a notebook ({type(error).__name__})") from None
+    """What an executed notebook recorded with ``provenance``. ValueError if it is no notebook or recorded nothing."""
+    records = runs.records(runs.read(notebook))
     if RECORD not in records:
         raise ValueError(f"{notebook}: has no record of a run, needs an SFT notebook that ran to its end")
     return records[RECORD]

@@ -29,30 +29,38 @@ def load_runs(folder):
 
     ``run`` is the notebook's path below ``folder`` without suffix, ``seconds`` and ``failed`` come from papermill,
     then the parameters that were passed, then everything the notebook recorded (later records win).
-    """
-    import nbformat
 
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file is no notebook.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"folder: there is no folder {folder}")
     rows = []
     for path in sorted(Path(folder).glob("**/*.ipynb")):
         if ".ipynb_checkpoints" in path.parts or path.name == PARTIAL:
             continue
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read(path)
         papermill = notebook.metadata.get("papermill", {})
         row = {"run": path.relative_to(folder).with_suffix("").as_posix()}
         row |= {"seconds": papermill.get("duration"), "failed": bool(papermill.get("exception")) or path.name == FAILED}
         row |= papermill.get("parameters", {})
-        rows.append(row | _records(notebook))
+        rows.append(row | records(notebook))
     return rows
 
 
-def records(notebook):
-    """Everything that one executed notebook recorded, by name."""
+def read(path):
+    """The notebook in a file; ValueError that names the file if it holds none."""
     import nbformat
 
-    return _records(nbformat.read(notebook, as_version=4))
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, nbformat.ValidationError) as error:
+        raise ValueError(f"{path}: not a notebook ({type(error).__name__})") from error
 
 
-def _records(notebook):
+def records(notebook):
+    """Everything that an executed notebook (of :func:`read`) recorded, by name."""
     found = {}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -61,10 +69,12 @@ def _records(notebook):
 
 
 def notebook_parameters(notebook):
-    """``{name: (annotation, default)}`` of the cell tagged ``parameters``; ``{}`` if there is none."""
-    import nbformat
+    """``{name: (annotation, default)}`` of the cell tagged ``parameters``, ``{}`` if there is none.
 
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    Raises:
+        ValueError: the file is no notebook.
+    """
+    for cell in read(notebook).cells:
         if "parameters" in cell.metadata.get("tags", []):
             return {
                 node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value))
@@ -80,8 +90,7 @@ def check_parameters(notebook, given):
     papermill itself only warns about a name that the notebook does not have, and YAML reads ``1e-3`` as a string.
     """
     known = notebook_parameters(notebook)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
+    if unknown := [str(name) for name in given if name not in known]:
         raise ValueError(f"no parameter named {', '.join(unknown)}; there are: {', '.join(known)}")
     return {name: _convert(name, value, known[name][0]) for name, value in given.items()}
 

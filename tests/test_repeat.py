@@ -1,5 +1,7 @@
 """The same run twice: the same adapter, and `ktlib sft --repeat` says whether it is and what differs."""
 
+import hashlib
+
 import nbformat
 import pytest
 import torch
@@ -98,6 +100,10 @@ def test_digest_sees_every_bit_and_name(tmp_path):
         of(a=base.bfloat16()),
     ]
     assert len(set(different)) == len(different) and of(a=base) == different[0]
+    # what notebooks have recorded must be comparable ever after
+    assert different[0] == hashlib.sha256(b"a torch.float32 (4,)\n" + base.numpy().tobytes()).hexdigest()
+    with pytest.raises(FileNotFoundError, match="none has no .*safetensors file"):
+        repeat.digest(tmp_path / "none")
 
 
 @pytest.mark.parametrize("isa, threads", [(None, (1, 2, 3, 4)), *((isa, (1, 3)) for isa in ("avx2", "amx_emulated"))])

@@ -61,6 +61,7 @@ def test_parameters_are_converted(notebook):
     ("given", "message"),
     [
         ({"learning_rte": 1.0}, "no parameter named learning_rte; there are: learning_rate, steps"),
+        ({1: 2, "no": 3, None: 4}, "no parameter named 1, no, None; there are"),
         ({"learning_rate": "fast"}, r"learning_rate: got 'fast' \(str\), needs float"),
         ({"steps": "1e3"}, r"steps: got '1e3' \(str\), needs int"),
         ({"steps": 1.5}, "steps: got 1.5"),
@@ -124,6 +125,21 @@ def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(notebook, tmp_path / folder)
     assert [row["run"] for row in runs.load_runs(tmp_path / "runs")] == ["a/small"]
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": [', "[1]", "{}", '{"nbformat": 4, "nbformat_minor": 5}', "[" * 10**5])
+def test_a_damaged_notebook_is_named(notebook, text):
+    (notebook.parent / "bad.ipynb").write_text(text)
+    for read in (runs.load_runs, lambda folder: runs.notebook_parameters(folder / "bad.ipynb")):
+        with pytest.raises(ValueError, match="bad.ipynb: not a notebook"):
+            read(notebook.parent)
+
+
+def test_a_folder_that_is_not_there_is_no_empty_table(notebook, tmp_path):
+    for path in (tmp_path / "none", notebook):
+        with pytest.raises(FileNotFoundError, match=f"folder: there is no folder .*{path.name}"):
+            runs.load_runs(path)
+    assert runs.load_runs(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty") == []
 
 
 def test_failures_of_papermill_itself_are_marked(notebook, tmp_path):
