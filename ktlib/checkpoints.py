@@ -21,6 +21,12 @@ from transformers import TrainerCallback
 
 CHECKPOINTS = "checkpoints"  # the folder in the output folder
 NOTE = "run.json"  # in it: whose checkpoints these are
+WEIGHTS = (  # the files that save_pretrained makes of an adapter or a model
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # torch and safetensors report a failed write without its errno
 WRITE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "I/O error", "IoError")
@@ -122,7 +128,8 @@ def place(model, folder, tokenizer=None):
     """Save what ``model.save_pretrained`` does (an adapter, or all weights) and the tokenizer in ``folder``, whole.
 
     Other files stay, checkpoints of the run that made it go. A mixture with an older adapter or model cannot be: old
-    weights go first, new ones come last. With a whole model goes an older adapter: from_pretrained would load that.
+    weights go first, all of them, new ones come last. With an older adapter goes its config if a whole model takes its
+    place: from_pretrained would load that.
     """
     for rubbish in folder.glob(".saved-*"):
         shutil.rmtree(rubbish)
@@ -133,11 +140,9 @@ def place(model, folder, tokenizer=None):
         paths = sorted(Path(temporary).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in paths:
             sync(path)
-        old = [path.name for path in paths if path.suffix == ".safetensors"]
-        if not hasattr(model, "peft_config"):
-            old += ["adapter_config.json", "adapter_model.safetensors"]
-        for name in old:
-            (folder / name).unlink(missing_ok=True)
+        old = [*WEIGHTS] if hasattr(model, "peft_config") else [*WEIGHTS, "adapter_config.json"]
+        for path in [path for pattern in old for path in folder.glob(pattern)]:
+            path.unlink()
         for path in paths:
             os.replace(path, folder / path.name)
     if (folder / CHECKPOINTS / NOTE).is_file():

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,31 @@ def test_a_finished_training_that_was_not_saved_is_not_done_again(adapted, tmp_p
         assert name not in expected or (parameter.requires_grad and torch.equal(parameter, expected[name])), name
     sft.save(again, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_nothing_is_left_of_the_weights_that_were_there_before(adapted, tmp_path, monkeypatch):
+    """A model in one file, in many, and an adapter, each in the place of another."""
+    model, _ = sft.load_model("base")
+    adapter = sft.save(adapted[0], tmp_path / "adapter")
+    wanted = digest(adapter)
+
+    def names():
+        return {path.name for path in tmp_path.glob("*.safetensors*")}
+
+    sft.save(model, tmp_path)
+    assert names() == {"model.safetensors"}
+    (tmp_path / "notes.safetensors").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_pretrained", partial(model.save_pretrained, max_shard_size="3MB"))
+        sft.save(model, tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = {*index["weight_map"].values(), "model.safetensors.index.json"}
+    assert len(shards) > 2 and names() == {*shards, "notes.safetensors"}, "files of others stay"
+    (tmp_path / "notes.safetensors").unlink()
+    sft.save(adapted[0], tmp_path)
+    assert names() == {"adapter_model.safetensors"} and digest(tmp_path) == wanted
+    sft.save(model, tmp_path)
+    assert names() == {"model.safetensors"} and not (tmp_path / "adapter_config.json").exists()
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
