@@ -195,12 +195,7 @@ def fuse(arguments):
 
 def read_yaml(path):
     """The parameters in a YAML file, as a dict."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {error}") from None
+    values = parse_yaml(path.read_bytes(), path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -208,10 +203,29 @@ def read_yaml(path):
     return values
 
 
-def read_pairs(pairs, known):
-    """``["name=value", ...]`` as a dict; a value is text where the notebook wants text, else read as YAML."""
+def parse_yaml(text, source):
+    """A value in YAML; ValueError that names ``source`` if it is none, or a name in it is no text or given twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # by itself it takes the last of equal names, and reads `no: 5` as False: 5
+        def compose_mapping_node(self, anchor):
+            node, seen = super().compose_mapping_node(anchor), set()
+            for key, _ in node.value:
+                named = key.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+                if not named or key.value in seen:
+                    problem = f"{key.value} is given twice" if named else "needs text as a name, put it in quotes"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+            return node
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def read_pairs(pairs, known):
+    """``["name=value", ...]`` as a dict; a value is text where the notebook wants text, else read as YAML."""
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -220,10 +234,7 @@ def read_pairs(pairs, known):
         annotation = known.get(name, ("", None))[0]
         is_text = "str" in annotation and not annotation.startswith(("list", "dict"))
         is_none = "None" in annotation and text in ("", "null", "None")
-        try:
-            values[name] = None if is_none else text if is_text else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--param {pair}: {error}") from None
+        values[name] = None if is_none else text if is_text else parse_yaml(text, f"--param {pair}")
     return values
 
 

@@ -82,6 +82,10 @@ def test_sft_fails_with_1_and_keeps_the_outputs(sft, tmp_path, capsys):
         ("dataset: 7", "dataset: got 7 (int), needs str"),
         ("- a\n- b", "needs lines of the form `name: value`, has a list"),
         ("a: [", "mine.yaml"),
+        ("1: 2", "mine.yaml: needs text as a name"),
+        ("no: 5\nnone: 6", "mine.yaml: needs text as a name"),
+        ("rank: 8\nrank: 16", "mine.yaml: rank is given twice"),
+        ("rank: 2024-13-45", "mine.yaml: month must be in 1..12"),
         (None, "mine.yaml"),
     ],
 )
