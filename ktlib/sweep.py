@@ -12,6 +12,8 @@ notebook ``09_compare_runs`` read them.
 """
 
 import itertools
+import os
+import re
 from pathlib import Path
 
 from . import runs
@@ -31,12 +33,14 @@ def plan(notebook, folder, grid, fixed=None):
 
     Raises:
         ValueError: an unknown parameter or a value of a wrong type; one that is in both tables; no values, or equal
-            ones; no such notebook.
+            ones; no such notebook; ``grid`` or ``fixed`` is no table.
     """
-    notebook, fixed = find(notebook), fixed or {}
-    if not grid or not all(isinstance(values, list) and values for values in grid.values()):
+    notebook, fixed = find(notebook), {} if fixed is None else fixed
+    if not isinstance(fixed, dict):
+        raise ValueError(f"fixed: got {fixed!r}, needs a value for each of its parameters")
+    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
         raise ValueError(f"grid: got {grid!r}, needs a list of values for each of its parameters")
-    if both := sorted(set(grid) & set(fixed)):
+    if both := [str(key) for key in grid if key in fixed]:
         raise ValueError(f"grid: {', '.join(both)} is among the fixed parameters too")
     planned = {}
     for values in itertools.product(*grid.values()):
@@ -81,10 +85,11 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
 
 def find(notebook):
     """The path of a notebook given by its name in a sweep file or by its path; ValueError if there is none."""
-    path = NOTEBOOKS / NAMES[notebook] if notebook in NAMES else Path(notebook)
-    if not path.is_file():
-        raise ValueError(f"notebook: got {str(notebook)!r}, needs one of {', '.join(NAMES)} or the path of a notebook")
-    return path
+    if isinstance(notebook, str | os.PathLike):
+        path = NOTEBOOKS / NAMES[notebook] if notebook in NAMES else Path(notebook)
+        if path.is_file():
+            return path
+    raise ValueError(f"notebook: got {str(notebook)!r}, needs one of {', '.join(NAMES)} or the path of a notebook")
 
 
 def name(parameters):
@@ -95,22 +100,34 @@ def name(parameters):
 
 def finished_parameters(notebook, run_folder):
     """The parameters of the good run in ``run_folder``, None if there is none."""
-    import nbformat
-
     path = run_folder / notebook.name
     if not path.is_file():
         return None
-    papermill = nbformat.read(path, as_version=4).metadata.get("papermill", {})
+    papermill = runs.read(path).metadata.get("papermill", {})
     return None if papermill.get("exception") else dict(papermill.get("parameters", {}))
 
 
 def axes(rows):
-    """``{parameter: its values in order}`` of the runs of a sweep (rows of ``load_runs``), from the run folders' names.
+    """``{parameter: its values in order}`` of the runs of a sweep (rows of ``load_runs``): None, numbers, all else.
+
+    The run folders' names say which parameters these are, the rows their values.
 
     Raises:
         ValueError: no rows, or runs that were not made by a sweep.
     """
-    names = {tuple(pair.partition("=")[0] for pair in row["run"].split("/")[0].split(",")) for row in rows}
-    if len(names) != 1 or not all(all(key in row for key in next(iter(names))) for row in rows):
+    names = {tuple(k for k in re.findall(r"(?:^|,)(\w+)=", row["run"].split("/")[0]) if k in row) for row in rows}
+    if len(names) != 1 or names == {()}:
         raise ValueError(f"rows: need the runs of one sweep, got {len(rows)} runs with parameters {sorted(names)}")
-    return {key: sorted({row[key] for row in rows}) for key in next(iter(names))}
+    found = {}
+    for key in names.pop():
+        values = found[key] = []
+        for row in rows:
+            if row[key] not in values:  # no set: a list may be a value
+                values.append(row[key])
+        values.sort(key=_order)
+    return found
+
+
+def _order(value):
+    number = isinstance(value, int | float)
+    return value is not None, not number, value if number else str(value)

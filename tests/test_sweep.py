@@ -1,5 +1,6 @@
 """Sweeps: everything is checked before the first run, and a second call runs only what is missing."""
 
+import itertools
 import re
 
 import nbformat
@@ -95,6 +96,15 @@ def test_the_plan_is_the_grid(notebook):
         ("grid: {a: [1, 1]}", "a=1 occurs twice"),
         ("grids: {a: [1]}", "has grids, needs notebook, grid"),
         ("notebook: none.ipynb\ngrid: {a: [1]}", "notebook: got 'none.ipynb', needs one of sft, init"),
+        ("notebook: 5\ngrid: {a: [1]}", "notebook: got '5', needs one of"),
+        ("notebook: [5]\ngrid: {a: [1]}", "notebook: got .*5.*, needs one of"),
+        ("notebook: grid.yaml\ngrid: {a: [1]}", "grid.yaml: not a notebook"),
+        ("grid: [1, 2]", r"grid: got \[1, 2\], needs a list of values for each"),
+        ("grid: {a: [1]}\nfixed: [1]", r"fixed: got \[1\], needs a value for each"),
+        ("grid: {a: [1]}\nfixed: 0", "fixed: got 0, needs a value for each"),
+        ("grid: {a: [1]}\n5: 6\nx: 7", "needs text as a name"),
+        ("grid: {1: [2]}", "needs text as a name"),
+        ("grid: {a: [1], a: [2]}", "a is given twice"),
     ],
 )
 def test_wrong_sweeps_are_refused_before_anything_runs(notebook, tmp_path, capsys, text, message):
@@ -102,6 +112,24 @@ def test_wrong_sweeps_are_refused_before_anything_runs(notebook, tmp_path, capsy
     assert cli.main(["sweep", "grid.yaml"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_axes_of_any_values():
+    grid = {
+        "isa": [None, "avx2"],
+        "rows": [None, 0.5, 8],
+        "parts": [["a", "b"], ["a"]],
+        "task": ["x,y=2", "z"],
+    }
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    rows = [{"run": f"{sweep.name(point)}/small", "failed": False} | point for point in points]
+    assert sweep.axes(rows[::-1]) == grid and list(sweep.axes(rows)) == list(grid)
+
+
+@pytest.mark.parametrize("names", [[], ["small"], ["a=1/small", "b=1/small"], ["c=1/small"]])
+def test_axes_are_of_one_sweep(names):
+    with pytest.raises(ValueError, match=f"rows: need the runs of one sweep, got {len(names)} runs"):
+        sweep.axes([{"run": run, "a": 1, "b": 1} for run in names])
 
 
 @pytest.mark.parametrize("file", sorted((sweep.NOTEBOOKS / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
