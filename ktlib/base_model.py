@@ -266,22 +266,11 @@ def pretrain(model, tokenizer, steps=3000, batch_size=16, length=128, lr=5e-4, m
     return losses
 
 
-@torch.no_grad()
-def perplexity(model, tokenizer, n_batches=8, batch_size=16, length=128, seed=123):
-    """exp(mean next-token loss) of a model on freshly generated documents."""
-    source = batches(tokenizer, batch_size, length, seed)
-    losses = []
-    for _ in range(n_batches):
-        tokens = next(source).to(model.device)
-        losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss.float())
-    return torch.stack(losses).mean().exp().item()
-
-
 def make(out_dir, steps=3000, seed=0):
     """Train tokenizer and model, save them as a bf16 checkpoint in ``out_dir``; returns the losses.
 
     The checkpoint is written beside ``out_dir`` and renamed, so a partial one is never seen. Raises FileExistsError,
-    before any work, if ``out_dir`` exists and is not an empty directory.
+    before any work, if ``out_dir`` exists and is not an empty directory; ValueError if ``steps`` is less than 1.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -289,15 +278,17 @@ def make(out_dir, steps=3000, seed=0):
     if steps < 1:
         raise ValueError(f"steps: got {steps}, need at least 1")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out_dir.name}.making-"
+    for path in out_dir.parent.iterdir():
+        if path.name.startswith(prefix) and path.is_dir():  # of one that was killed here
+            shutil.rmtree(path)
     tokenizer = train_tokenizer()
     torch.manual_seed(seed)
     on_gpu = torch.cuda.is_available() and not without_cuda()
     device, experts = ("cuda", "batched_mm") if on_gpu else ("cpu", "eager")
     model = DeepseekV2ForCausalLM._from_config(config(tokenizer), experts_implementation=experts).to(device)
     losses = pretrain(model, tokenizer, steps)
-    for rubbish in out_dir.parent.glob(f".{out_dir.name}.*"):  # of one that was killed here
-        shutil.rmtree(rubbish)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
     try:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -46,7 +46,9 @@ def test_chat_template(base):
 
 def test_it_reads_fresh_documents_and_answers_from_context(base):
     model, tokenizer = base
-    assert base_model.perplexity(model, tokenizer, n_batches=4) < 4.5
+    tokens = next(base_model.batches(tokenizer, batch_size=64, length=128, seed=123))
+    with torch.no_grad():
+        assert model(input_ids=tokens, labels=tokens, use_cache=False).loss.exp() < 4.5
     texts = ("river garden", "silver 4071", "fox letter bread")
     rows = [{"prompt": f"Repeat: {text}", "response": text} for text in texts]
     assert exact_match(model, tokenizer, rows, progress=False)[0] == 1.0
@@ -71,6 +73,15 @@ def test_make_writes_a_loadable_checkpoint_once(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(out).get_vocab() == vocabulary, "the script makes the shipped tokenizer"
     with pytest.raises(FileExistsError):
         base_model.make(out, steps=2)
+
+
+def test_of_what_is_beside_it_only_its_own_leavings_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_model, "pretrain", lambda *_: [0.0])
+    (tmp_path / ".base.yaml").write_text("x")
+    for name in (".base.d", ".base.making-4f2k"):
+        (tmp_path / name).mkdir()
+    base_model.make(tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".base.d", ".base.yaml", "base"]
 
 
 def test_an_interrupted_make_leaves_nothing(tmp_path, monkeypatch):
