@@ -44,7 +44,8 @@ class _ToHost(torch.autograd.Function):
         ctx.streams = [torch.cuda.current_stream(t.device) if t.is_cuda else None for t in tensors]
         ctx.devices = [t.device for t in tensors]
         copies = _download(tensors)
-        ctx.mark_non_differentiable(*(c for c in copies if not c.is_floating_point()))
+        # else torch takes all of floating point for differentiable as soon as one is
+        ctx.mark_non_differentiable(*(c for c, needed in zip(copies, ctx.needs_input_grad, strict=True) if not needed))
         return tuple(copies)
 
     @staticmethod

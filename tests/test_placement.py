@@ -327,6 +327,19 @@ def test_transfers_are_differentiable():
     torch.testing.assert_close(x.grad.cpu(), x.detach().cpu().cos())
 
 
+@pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1)])
+def test_copies_of_frozen_tensors_are_frozen(trained):
+    """As the copies from CUDA are made, here on the CPU."""
+    tensors = [torch.randn(3).requires_grad_(i in trained) for i in range(2)] + [torch.arange(3)]
+    copies = transfer._ToHost.apply(*tensors)
+    assert [copy.requires_grad for copy in copies] == [t.requires_grad for t in tensors]
+    if trained:
+        (copies[0] * copies[1] * copies[2]).sum().backward()
+    for i in trained:
+        assert torch.equal(tensors[i].grad, tensors[1 - i].detach() * tensors[2])
+    assert all(tensors[i].grad is None for i in {0, 1}.difference(trained))
+
+
 def test_placement_table_adds_up():
     model = adapted()
     table = placement(model)

@@ -174,8 +174,9 @@ def test_copies_are_right_while_the_gpu_is_busy():
 def test_transfer_gradients():
     x = torch.randn(8, 16, device="cuda", requires_grad=True)
     index = torch.arange(8, device="cuda")
-    a, none, i = to_host(x, None, index)
+    a, none, i, frozen = to_host(x, None, index, x.detach())
     assert none is None and not i.requires_grad and i.tolist() == list(range(8))
+    assert a.requires_grad and not frozen.requires_grad and torch.equal(a, frozen)
     out = to_device(a.sin() * 2, x.device)
     out.backward(torch.ones_like(out))
     torch.testing.assert_close(x.grad, 2 * x.detach().cos())
