@@ -6,6 +6,7 @@ the call; it stores nothing.
 """
 
 import functools
+import itertools
 import os
 from collections import namedtuple
 
@@ -50,6 +51,7 @@ _Tensors, _Settings = (
 )
 _NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
 _DIFFERENTIABLE = [name for name in _Tensors._fields if name not in ("top_k_index", "dropout_seed")]
+_BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 _library.define(f"moe_experts({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
@@ -155,21 +157,14 @@ def moe_experts(
     hidden_states, top_k_index, top_k_weights, *others = to_host(
         hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, *gate_up_lora[:2], *down_lora[:2]
     )
-    grad = torch.is_grad_enabled()
-    base = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    whole = grad and any(t is not None and t.requires_grad for t in base)
-    stream_device = _stream_device(device) if stream_rows else ""
-    if stream_rows and whole:
-        raise ValueError(
-            f"stream_rows: got {stream_rows} with expert weights or biases that require a gradient, needs None for them"
-        )
-    save = whole or (grad and any(t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *others)))
-    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
+    tensors = _Tensors(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
     check_no_tangents(_NAMES, tensors)
+    stream_device = _stream_device(device) if stream_rows else ""
+    whole, save = _for_backward(tensors, stream_rows)
     settings = (
         gate_up_lora[2], down_lora[2], float(lora_dropout), gate, limit, alpha, transposed, interleaved,
-        isa or os.environ.get("KTLIB_ISA", ""), recompute or bool(stream_device), parts,
-        stream_rows if stream_device else 0, stream_device, whole,
+        isa or os.environ.get("KTLIB_ISA", ""), recompute or bool(stream_device), parts, stream_rows or 0,
+        stream_device, whole,
     )  # fmt: skip
     try:
         output, *_ = torch.ops.ktlib.moe_experts(*tensors, *settings, save)
@@ -186,6 +181,24 @@ def moe_experts(
 def _stream_device(device):
     """The device that experts may be streamed to for hidden states on ``device``, by name; "" if there is none."""
     return str(device) if device.type == "cuda" else ""
+
+
+def _for_backward(tensors, stream_rows):
+    """``(whole, save)``: whether backward will compute gradients of weights or biases, and whether of anything.
+
+    ValueError if the former, and experts are to be streamed.
+    """
+
+    def required(names):
+        given = (getattr(tensors, name) for name in names)
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+
+    whole = required(_BASE)
+    if stream_rows and whole:
+        raise ValueError(
+            f"stream_rows: got {stream_rows} with expert weights or biases that require a gradient, needs None for them"
+        )
+    return whole, required(_DIFFERENTIABLE)
 
 
 # ------------------------------------------------------------------------------------------------- the registered op
@@ -232,7 +245,7 @@ def _arguments(tensors, settings):
         *(None if t is None else t.contiguous() for t in tensors[3:]),
     )
     dropout = (0 if seed is None else seed.item(), threshold)
-    chosen = choose(held.top_k_index, experts, settings.stream_rows)
+    chosen = choose(held.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
     streamed = None
     if chosen is not None:
         streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, chosen)
@@ -307,6 +320,8 @@ def _backward(grad_output, *arguments):
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     grads = dict.fromkeys(_DIFFERENTIABLE)
     for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
+        if want and name in _BASE and not settings.whole:  # each part of a long batch would overwrite those before
+            raise ValueError(f"{name}: its gradient is wanted of a call that was made with whole=False")
         if want:
             grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
     names = [name for name in grads if grads[name] is not None]
@@ -358,6 +373,25 @@ def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
     )
 
 
+def _forward_batched(info, in_dims, *arguments):
+    """Of torch.func.vmap: one element after the other.
+
+    A tensor with a batch says that it requires no gradient, whatever is the case: only its elements know.
+    """
+    if not info.batch_size:
+        raise ValueError("ktlib.moe_experts: got a batch of torch.func.vmap without elements, needs at least one")
+    count = len(_Tensors._fields)
+    settings, results = _Settings(*arguments[count:-1]), []
+    batches = (
+        itertools.repeat(t, info.batch_size) if dim is None else t.unbind(dim)
+        for t, dim in zip(arguments[:count], in_dims, strict=False)
+    )
+    for tensors in itertools.starmap(_Tensors, zip(*batches, strict=True)):
+        whole, save = _for_backward(tensors, settings.stream_rows)
+        results.append(torch.ops.ktlib.moe_experts(*tensors, *settings._replace(whole=whole), save))
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 4
+
+
 def _setup_context(ctx, inputs, output):
     tensors, settings, _ = _split(inputs)
     ctx.settings = tuple(settings)
@@ -385,5 +419,6 @@ _library.impl("moe_experts", functools.partial(once, _forward), "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
+torch.library.register_vmap("ktlib::moe_experts", _forward_batched, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts", _autograd_backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts_backward", _no_second_derivative, lib=_library)

@@ -189,6 +189,17 @@ def test_second_derivatives_are_refused(layer):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
+def test_gradients_of_weights_that_forward_did_not_expect_are_refused(layer, name):
+    """Long batches go through the operator in parts, of which each would overwrite what those before have written."""
+    layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
+    layer[name].requires_grad_()
+    *arguments, _, save = arguments_of_the_op(layer)
+    output, *_ = torch.ops.ktlib.moe_experts(*arguments, False, save)
+    with pytest.raises(ValueError, match=f"{name}: its gradient is wanted of a call .* with whole=False"):
+        output.sum().backward()
+
+
 def test_opcheck(layer):
     wide = dict(layer)
     for name in ("hidden_states", "top_k_weights"):

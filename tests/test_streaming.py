@@ -248,6 +248,17 @@ def test_weights_that_are_trained_are_refused(name, place):
         ktlib.moe_experts(**layer, stream_rows=4)
 
 
+@pytest.mark.parametrize("stream_device", ["", "cpu"])
+def test_weights_that_are_trained_are_refused_in_batches(stream_device, monkeypatch):
+    monkeypatch.setattr(ops, "_stream_device", lambda device: stream_device)
+    layer = layer_of(8, 3, 2, 16, 16, 2)
+    batch = torch.stack([layer["down_bias"], layer["down_bias"]]).requires_grad_()
+    call = torch.func.vmap(lambda bias: ktlib.moe_experts(**layer | {"down_bias": bias}, stream_rows=4))
+    with pytest.raises(ValueError, match="stream_rows: got 4 with expert weights or biases that require a gradient"):
+        call(batch)
+    assert torch.equal(*call(batch.detach()))
+
+
 def test_weights_whose_memory_was_freed_since_forward(place):
     layer = place(layers(8, 3, 2, 16, 16, 2)[0])
     layer["hidden_states"].requires_grad_()

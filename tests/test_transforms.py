@@ -91,7 +91,6 @@ def test_errors_of_the_operator_itself_pass():
         operator(X, top_k_index=torch.full_like(LAYER["top_k_index"], 3))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch: no batching rule, one element after the other
 def test_vmap():
     """Over any tensor arguments and along any dimension, with gradients to what lies outside."""
     batch = torch.stack([X, 2 * X, -X])
@@ -111,7 +110,51 @@ def test_vmap():
     torch.testing.assert_close(got, factor.grad)
 
 
-@pytest.mark.filterwarnings("ignore")
+LONG = random_layer("trained", tokens=12289, experts=2, top_k=2, hidden=16, intermediate=16, rank=1)  # two parts
+LONG |= {"gate_up_bias": torch.full((2, 32), 0.1), "down_bias": torch.full((2, 16), -0.1)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "name", ["hidden_states", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"]
+)
+@pytest.mark.parametrize("layer", [LAYER, LONG], ids=["short", "long"])
+def test_vmap_over_what_requires_a_gradient(layer, name, recompute):
+    """Also in one vmap within another; and what others need for their gradients is kept."""
+    value = layer[name] if name in layer else LONG[name].new_ones(3, {"gate_up_bias": 32, "down_bias": 32}[name])
+    batch, x = torch.stack([value, 2 * value]).requires_grad_(), layer["hidden_states"].clone().requires_grad_()
+
+    def call(element):
+        return ktlib.moe_experts(**layer | {"hidden_states": x} | {name: element}, recompute=recompute)
+
+    def gradients(outputs):
+        return torch.autograd.grad(outputs.float().square().sum(), [batch, x], allow_unused=True)
+
+    batched, alone = torch.func.vmap(call), torch.stack([call(element) for element in batch])
+    of_batch, of_x = gradients(alone)
+    for output in (batched(batch), torch.func.vmap(batched)(batch[None])[0]):
+        assert torch.equal(output, alone)
+        got = gradients(output)
+        assert torch.equal(got[0], of_batch)
+        if name != "hidden_states":
+            torch.testing.assert_close(got[1], of_x)
+
+
+def test_vmap_compiled():
+    batch = torch.stack([X, 2 * X]).requires_grad_()
+    results = []
+    for function in (torch.func.vmap(operator), torch.compile(torch.func.vmap(operator), backend="aot_eager")):
+        output = function(batch)
+        results.append((output, *torch.autograd.grad(output.float().square().sum(), batch)))
+    assert all(map(torch.equal, *results))
+
+
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="got a batch of torch.func.vmap without elements, needs at least one"):
+        torch.func.vmap(operator)(X[None][:0])
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch: no batching rule for backward, one element after the other
 def test_batched_gradients():
     """``is_grads_batched``, and a Jacobian taken with it."""
     x = X.clone().requires_grad_()
