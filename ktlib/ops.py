@@ -282,7 +282,7 @@ def _split(arguments):
 
 def _empty(shape, dtype, pin_memory=False):
     """Memory for C++ to write."""
-    return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pin_memory)
 
 
 def _empty_like(tensor, dtype=None):
@@ -332,7 +332,7 @@ def _backward(grad_output, *arguments):
         call.streamed.complete([(grads[name], grad) for name, grad in streamed.items()])
     if grads["top_k_weights"] is not None:
         grads["top_k_weights"] = grads["top_k_weights"].to(tensors.top_k_weights.dtype)
-    return tuple(torch.empty(0) if grad is None else grad for grad in grads.values())
+    return tuple(grad_output.new_empty(0) if grad is None else grad for grad in grads.values())
 
 
 def _backward_here(call, saved, tensors, settings, grad_output, grads):

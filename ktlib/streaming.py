@@ -256,7 +256,8 @@ class Streamed:
     def _mask(self, projection, padded):
         features = getattr(self.tensors, f"{projection}_lora_A").shape[1]
         slots = torch.from_numpy(padded.ravel())
-        bits = torch.empty((len(slots), features), dtype=torch.int16, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        bits = torch.empty((len(slots), features), dtype=torch.int16, device="cpu", pin_memory=pinned)
         _kernels.keep_masks(
             self.settings.isa, operator_threads(), bits.data_ptr(), self.dropout, PROJECTIONS.index(projection),
             slots.data_ptr(), *bits.shape,

@@ -83,7 +83,7 @@ def _download(tensors):
     copies = []
     for tensor in tensors:
         if tensor.is_cuda:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             copies.append(copy.copy_(tensor, non_blocking=True))
         else:
             copies.append(tensor.to("cpu"))

@@ -99,7 +99,7 @@ def _from_where_they_are(weights, groups, there, begin, finish):
 def _in_pieces(threads, weights, groups, there, begin, finish, copies):
     """Through a ring of pinned buffers, which threads fill while others are on their way."""
     there = [[buffer.view(-1).view(torch.uint8) for buffer in buffers] for buffers in there]
-    ring = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(PIECES)]
+    ring = [torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(PIECES)]
     read = [torch.cuda.Event() for _ in range(PIECES)]
     plan, pieces = [], []  # of each piece: number of the weight, bytes of the group, whether it ends; what is in it
     for group in groups:
@@ -136,7 +136,7 @@ def upload(tensor, device):
     """A contiguous CPU tensor on the device; the copy is queued on the current stream."""
     if device.type == "cpu" or tensor.is_pinned():
         return tensor.to(device, non_blocking=True)
-    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     _kernels.copy(_threads()[1], [[(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)]])
     return staged.to(device, non_blocking=True)
 
@@ -148,7 +148,9 @@ def download(pairs):
         if source.device.type == "cpu":
             result.copy_(source)
             continue
-        buffer = result if result.is_pinned() else torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        buffer = result
+        if not result.is_pinned():
+            buffer = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True)
         buffer.copy_(source.to(result.dtype), non_blocking=True)
         if buffer is not result:
             staged.append((result, buffer))

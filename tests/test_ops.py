@@ -253,6 +253,26 @@ def test_compiles_without_a_graph_break(layer):
 # --------------------------------------------------------------------------------- a call is a pure function (006, 010)
 
 
+@pytest.mark.parametrize("stream_device", ["", "cpu"])
+def test_a_default_device_changes_nothing(layer, stream_device):
+    """Of ``with torch.device(...)`` and torch.set_default_device."""
+    settings = {"stream_rows": 1, "recompute": True, "stream_device": stream_device} if stream_device else {}
+    layer["hidden_states"].requires_grad_()
+    tensors, given, save = ops._split(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
+    given, wanted = given._replace(**settings), [name == "hidden_states" for name in ops._DIFFERENTIABLE]
+
+    def results():
+        output, *saved = ops._forward(*tensors, *given, save)
+        gradients = ops._backward(output.detach(), *saved, *tensors, *given, wanted)
+        called = ktlib.moe_experts(**layer, lora_dropout=0.5, dropout_seed=7)
+        return output, *saved, *gradients, called, *torch.autograd.grad(called.sum(), layer["hidden_states"])
+
+    want = results()
+    with torch.device("meta"):
+        got = results()
+    assert all(map(torch.equal, got, want))
+
+
 def losses_and_gradients(layer, order):
     """Two batches through one layer, forward and backward in the given order of steps: f0 f1 b0 b1 ..."""
     batches = []

@@ -34,7 +34,8 @@ class Stream:
         pass
 
 
-def empty(shape, dtype, device=None, pin_memory=False):
+def empty(shape, dtype, device, pin_memory=False):
+    assert device == "cpu" if pin_memory else device is GPU
     return torch.empty(shape, dtype=dtype)
 
 

@@ -1,5 +1,6 @@
 """tests/test_streaming.py with a real GPU, and what only that has: pinned memory, streams, Trainer, interruption."""
 
+import contextlib
 import gc
 
 import pytest
@@ -68,6 +69,18 @@ def test_autocast_changes_nothing_within(layer):
     want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
     with torch.autocast("cuda", torch.float16):
         assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
+
+
+@pytest.mark.parametrize("stream_rows", [None, 1])
+def test_a_default_device_changes_nothing_within(layer, stream_rows):
+    layer["hidden_states"].requires_grad_()
+    results = []
+    for surroundings in (contextlib.nullcontext(), torch.device("cuda")):
+        with surroundings:
+            output = ktlib.moe_experts(**layer, stream_rows=stream_rows, **test_streaming.DROPOUT)
+            gradient = torch.autograd.grad(output, layer["hidden_states"], torch.ones_like(output))
+        results.append((output, *gradient))
+    assert all(map(torch.equal, *results))
 
 
 def test_nothing_stays_on_the_gpu(layer):
