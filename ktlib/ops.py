@@ -122,7 +122,9 @@ def moe_experts(
         stream_rows: ``None``, or a number of rows: where ``hidden_states`` are on a GPU, experts on which at least so
             many choices of this batch fall are computed there, from weights that are copied to it for the call and
             again for backward (streaming.py). The others are computed on the CPU as ever; without a GPU all are.
-            Implies ``recompute``. Not for weights or biases that are trained.
+            Implies ``recompute``. Not for weights or biases that are trained. Where TF32 is allowed
+            (``torch.set_float32_matmul_precision``), LoRA's products there use it: a call can't switch off for itself
+            what is a setting of the whole process.
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,

@@ -186,7 +186,11 @@ class Streamed:
 
     @contextlib.contextmanager
     def _ready(self):
-        """Whatever surrounds the call (autocast, another current device) does not matter within."""
+        """Whatever surrounds the call (autocast, another current device) does not matter within.
+
+        But TF32, which the process allows or not: products of fp32 matrices may use it. (To switch it off and on again
+        would reach the products of other threads, and two that do so at once may leave it off.)
+        """
         guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with guard, torch.autocast(self.device.type, enabled=False), torch.no_grad():
             yield
