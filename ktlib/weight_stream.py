@@ -79,8 +79,15 @@ def weights_on(weights, groups, device):
         yield receive()
     finally:
         free.put(None)
-        wait([sender])
+        interrupted = None
+        while not sender.done():  # also when a signal's handler raises: until then the sender writes to the buffers
+            try:
+                wait([sender])
+            except BaseException as error:
+                interrupted = error
         compute.wait_stream(copies)  # before the buffers become something else's
+        if interrupted is not None:
+            raise interrupted
 
 
 class _Stopped(Exception):

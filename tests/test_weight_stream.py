@@ -1,5 +1,6 @@
 """The thread that sends weights to a GPU, with a CUDA whose copies are made at once: who waits for whom; failures."""
 
+import _thread
 import contextlib
 import threading
 import time
@@ -167,4 +168,42 @@ def test_a_consumer_that_stops_leaves_no_work_behind(after):
             next(stream)
         raise KeyboardInterrupt
     assert weight_stream._sender().submit(lambda: "idle").result(timeout=5) == "idle"
+    assert received(weights(), GROUPS) == GROUPS
+
+
+def test_an_interruption_waits_for_the_sender_too(monkeypatch):
+    """Ctrl-C, and again: the buffers are given back when nothing can be written to them any more."""
+    sending, waiting, release, order = threading.Event(), threading.Event(), threading.Event(), []
+    wait = weight_stream.wait
+
+    class Compute(Stream):
+        def wait_stream(self, other):
+            order.append("waited")
+
+    def copy(*arguments):
+        sending.set()
+        release.wait(10)
+        order.append("sent")
+
+    def watched(futures):
+        waiting.set()
+        wait(futures)
+
+    def interrupt():
+        waiting.wait(10)
+        for _ in range(2):
+            _thread.interrupt_main()
+            time.sleep(0.05)
+        release.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_stream.torch.cuda, "current_stream", lambda device: Compute())
+        patch.setattr(weight_stream, "_kernels", SimpleNamespace(copy=copy))
+        patch.setattr(weight_stream, "wait", watched)
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt), weights_on(weights(), GROUPS, GPU):
+            assert sending.wait(10)
+        assert order == ["sent", "waited"]
+        interrupter.join()
     assert received(weights(), GROUPS) == GROUPS
