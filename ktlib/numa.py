@@ -5,21 +5,30 @@ node, and in the forward pass threads take the rows of their own node first (csr
 parts, so no result depends on their number. The backward pass contracts over rows: it reads all nodes alike.
 """
 
+import re
 from pathlib import Path
 
 from ktlib import _kernels
 from ktlib.checks import check_parts
-from ktlib.experts import is_experts, layout
+from ktlib.experts import WEIGHTS, is_experts, layout
 
-ONLINE = Path("/sys/devices/system/node/online")
+WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
+STATUS = Path("/proc/self/status")
 
 
 def numa_nodes():
-    """Numbers of this machine's NUMA nodes, ``[0]`` where it has none to speak of."""
-    if not ONLINE.is_file():
+    """Numbers of the NUMA nodes that have memory for this process, ``[0]`` where the machine has none to speak of."""
+    if not WITH_MEMORY.is_file():
         return [0]
-    ranges = [part.partition("-") for part in ONLINE.read_text().strip().split(",")]
-    return [node for first, _, last in ranges for node in range(int(first), int(last or first) + 1)]
+    nodes = _numbers(WITH_MEMORY.read_text())
+    allowed = re.search(r"^Mems_allowed_list:(.*)$", STATUS.read_text(), re.MULTILINE)  # a container may have fewer
+    return sorted(nodes & _numbers(allowed[1]) if allowed else nodes)
+
+
+def _numbers(ranges):
+    """``"0,2-4"``, as the kernel writes a set of numbers."""
+    parts = [part.partition("-") for part in ranges.strip().split(",")]
+    return {number for first, _, last in parts for number in range(int(first), int(last or first) + 1)}
 
 
 def row_slices(size, parts):
@@ -36,7 +45,7 @@ def place_experts(model, parts=None):
 
     Raises:
         TypeError, ValueError: parts is not an int from 1 to 1024; the model has no routed experts, or has transposed
-            ones (their rows are not features of one part).
+            ones (their rows are not features of one part), or some that are not on the CPU.
         RuntimeError: the operating system does not let this process place memory.
     """
     nodes = numa_nodes()
@@ -47,6 +56,9 @@ def place_experts(model, parts=None):
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
     if any(layout(module)["transposed"] for module in modules):
         raise ValueError("model: its expert weights are transposed; needs rows that run along the inputs")
+    for name, weight in ((name, getattr(module, name)) for module in modules for name in WEIGHTS):
+        if weight.device.type != "cpu":
+            raise ValueError(f"model: its experts' {name} is on {weight.device}, needs expert weights on the CPU")
     for module in modules:
         gate_up = module.gate_up_proj
         # the gate and the up rows of a feature lie in the same part; interleaved ones do so by themselves

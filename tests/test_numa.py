@@ -1,6 +1,7 @@
 """Parts of the weights by NUMA node, and recomputation: where and when something is computed, never what."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,11 +94,22 @@ def test_row_slices_are_those_of_the_operator():
 
 
 def test_nodes(monkeypatch, tmp_path):
-    monkeypatch.setattr(numa, "ONLINE", tmp_path / "online")
+    """Those with memory that this process may use."""
+    monkeypatch.setattr(numa, "WITH_MEMORY", tmp_path / "has_memory")
+    monkeypatch.setattr(numa, "STATUS", tmp_path / "status")
     assert numa.numa_nodes() == [0]
-    for text, nodes in (("0\n", [0]), ("0-1\n", [0, 1]), ("0,2-4,8\n", [0, 2, 3, 4, 8])):
-        numa.ONLINE.write_text(text)
+    for text, allowed, nodes in (
+        ("0\n", "0", [0]),
+        ("0-1\n", "0-1", [0, 1]),
+        ("0-1\n", "0", [0]),
+        ("0,2-4,8\n", "0-63", [0, 2, 3, 4, 8]),
+        ("0,2-4,8-11\n", "3-8,10", [3, 4, 8, 10]),
+    ):
+        numa.WITH_MEMORY.write_text(text)
+        numa.STATUS.write_text(f"Name:\tpython\nMems_allowed:\t00000000,00000001\nMems_allowed_list:\t{allowed}\n")
         assert numa.numa_nodes() == nodes
+    numa.STATUS.write_text("Name:\tpython\n")
+    assert numa.numa_nodes() == [0, 2, 3, 4, 8, 9, 10, 11]
 
 
 def policies(tensor):
@@ -132,6 +144,14 @@ def test_refusals(monkeypatch):
         ktlib.place_experts(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="transposed"):
         ktlib.place_experts(tiny_model("gpt_oss", "ktlib"))
+    placed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(numa, "_kernels", SimpleNamespace(place_pages=lambda *arguments: placed.append(arguments)))
+        model = tiny_model("qwen3_moe", "ktlib")
+        list(expert_modules(model).values())[-1].to("meta")
+        with pytest.raises(ValueError, match="gate_up_proj is on meta, needs expert weights on the CPU"):
+            ktlib.place_experts(model)
+    assert placed == []
     monkeypatch.setattr(numa, "numa_nodes", lambda: [1000])
     with pytest.raises(RuntimeError, match="NUMA node 1000: "):
         ktlib.place_experts(tiny_model("qwen3_moe", "ktlib"))
