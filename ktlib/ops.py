@@ -30,6 +30,7 @@ from ktlib.checks import (
     sizes,
 )
 from ktlib.keeping import once
+from ktlib.reference import drop_threshold
 from ktlib.streaming import Streamed, choose
 from ktlib.threads import operator_threads
 from ktlib.transfer import to_device, to_host
@@ -226,7 +227,7 @@ def _arguments(tensors, settings):
     All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
     """
     seed = check_dropout(settings.lora_dropout, tensors.dropout_seed)
-    threshold = 0 if seed is None else min(round(settings.lora_dropout * 2**32), 2**32 - 1)
+    threshold = 0 if seed is None else drop_threshold(settings.lora_dropout)
     kept = 1 - threshold / 2**32
     factors = [
         None if a is None else (a, b, scaling / kept)

@@ -26,6 +26,11 @@ def philox(counter, key):
     return a, b, c, d
 
 
+def drop_threshold(p):
+    """Dropout with probability ``p`` drops where a random uint32 is below this: in effect p is this over 2**32."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
 def keep_mask(seed, p, projection, slots, columns):
     """Which elements of the input of a LoRA pair dropout keeps, (len(slots), columns) bool.
 
@@ -39,7 +44,7 @@ def keep_mask(seed, p, projection, slots, columns):
     seed, slots, column = int(seed) % 2**64, np.asarray(slots)[:, None], np.arange(columns)
     counter = column // 64 * 16 + column % 16, slots % 2**32, slots >> 32, projection
     words = np.broadcast_arrays(*philox(counter, (seed % 2**32, seed >> 32)))
-    kept = np.choose(column // 16 % 4, words) >= min(round(p * 2**32), 2**32 - 1)
+    kept = np.choose(column // 16 % 4, words) >= drop_threshold(p)
     return torch.from_numpy(kept)
 
 
@@ -105,9 +110,18 @@ def moe_experts(
     """``sum_j top_k_weights[t, j] * expert(top_k_index[t, j])(hidden_states[t])`` in float64, (tokens, hidden).
 
     Same arguments as :func:`ktlib.moe_experts`; any device, any dtype. With lora_dropout the seed must be given.
+    ValueError if an expert id is out of range.
     """
     hidden_states, top_k_weights = hidden_states.double(), top_k_weights.double()
     num_experts = gate_up_proj.shape[0]
+    wrong = (top_k_index < 0) | (top_k_index >= num_experts)
+    if wrong.any():
+        token, slot = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"top_k_index: got expert id {top_k_index[token, slot]} for token {token}, slot {slot}; "
+            f"ids must be in [0, {num_experts})"
+        )
+    share_kept = 1 - drop_threshold(lora_dropout) / 2**32
 
     def project(x, weight, lora, bias, expert, projection, slots):
         dense, delta = weight[expert].double(), lora_delta(lora, expert, num_experts)
@@ -116,7 +130,7 @@ def moe_experts(
         if not lora_dropout or lora is None:
             return F.linear(x, dense + delta, bias)
         kept = keep_mask(dropout_seed, lora_dropout, projection, slots.cpu(), x.shape[1]).to(x.device)
-        dropped = torch.where(kept, x / (1 - lora_dropout), 0.0)  # not x * kept: a NaN is dropped like any other
+        dropped = torch.where(kept, x / share_kept, 0.0)  # not x * kept: a NaN is dropped like any other
         return F.linear(x, dense, bias) + F.linear(dropped, delta)
 
     output = torch.zeros_like(hidden_states)

@@ -123,8 +123,8 @@ def test_the_reference_is_stock_lora_with_these_masks():
             output = output.index_add(0, token, projections[1](h) * top_k_weights[token, slot, None])
         return output
 
-    want = evaluate(stock, layer)
-    assert {name: e for name in want if (e := relative_error(got[name], want[name])) > 1e-12} == {}
+    want = evaluate(stock, layer)  # its p has more than 32 bits
+    assert {name: e for name in want if (e := relative_error(got[name], want[name])) > 1e-9} == {}
 
 
 def test_shared_experts_by_their_weight_drop_as_a_linear_does():

@@ -234,8 +234,11 @@ def test_an_expert_id_out_of_range_is_named(place):
     layer = layers(4, 3, 2, 16, 16, 2)[0]
     for wrong in (-1, 3):
         layer["top_k_index"] = torch.tensor([[0, 1], [1, 2], [0, wrong], [1, 2]])
-        with pytest.raises(ValueError, match=rf"top_k_index: got expert id {wrong} for token 2, slot 1"):
+        words = rf"top_k_index: got expert id {wrong} for token 2, slot 1; ids must be in \[0, 3\)"
+        with pytest.raises(ValueError, match=words):
             ktlib.moe_experts(**place(layer), stream_rows=1)
+        with pytest.raises(ValueError, match=words):
+            reference.moe_experts(**layer)
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
