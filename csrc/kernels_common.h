@@ -14,11 +14,12 @@ inline uint32_t float_to_bits(float value) {
 }
 
 // exp(x + tail), tail being small, to about 1 ulp by Cody-Waite reduction and a degree-6 Taylor polynomial on
-// [-ln2/2, ln2/2]; saturates instead of overflowing, keeps NaN.
+// [-ln2/2, ln2/2]; infinity from 88.4 on and zero from -87.7 down, where the power of two has no normal number; keeps
+// NaN. It must not stop short of them: a gate times the smallest normal number may be large.
 template <class... Tail>
 inline float fast_exp(float x, Tail... tail) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  x = x < -88.0f ? -88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / ln2 in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (((x - n * 0.693145752f) - n * 1.42860677e-6f) + ... + tail);

@@ -18,6 +18,9 @@ inline float scaled_tail(float a) {
   return p / (1.0f + a);
 }
 
+inline float clamp_above(float x, float limit) { return x > limit ? limit : x; }  // NaN stays NaN
+inline float clamp_both(float x, float limit) { return clamp_above(x < -limit ? -limit : x, limit); }
+
 // The activation of a gate at g, and its derivative.
 struct Activated {
   float value, slope;
@@ -29,8 +32,9 @@ inline Activated act(float g, float alpha) {
     const float s = sigmoid(g);
     return {g * s, s * (1.0f + g * (1.0f - s))};
   } else if constexpr (kind == Activation::swiglu_oai) {
-    const float s = sigmoid(alpha * g);
-    return {g * s, s * (1.0f + alpha * g * (1.0f - s))};
+    constexpr float kBeyond = 100.0f;  // the sigmoid is 0 or 1 here, and infinity times 0 would be NaN
+    const float z = clamp_both(alpha * g, kBeyond), s = sigmoid(z);
+    return {g * s, s * (1.0f + z * (1.0f - s))};
   } else if constexpr (kind == Activation::gelu_tanh) {
     // (1 + tanh(z)) / 2 = sigmoid(2z), which keeps its relative precision in the lower tail
     constexpr float kLinear = 1.59576912f, kCubic = 0.0713548162f;  // 2 sqrt(2 / pi), times 0.044715
@@ -48,9 +52,6 @@ inline Activated act(float g, float alpha) {
 
 template <Activation kind>
 constexpr float kUpOffset = kind == Activation::swiglu_oai ? 1.0f : 0.0f;
-
-inline float clamp_above(float x, float limit) { return x > limit ? limit : x; }  // NaN stays NaN
-inline float clamp_both(float x, float limit) { return clamp_above(x < -limit ? -limit : x, limit); }
 
 template <Activation kind, bool clamped>
 void activate_as(const Gate& gate, float* __restrict h, const float* __restrict g, const float* __restrict u,

@@ -199,6 +199,28 @@ def test_nan_passes_every_gate(isa, gate):
         assert out.isnan().all()
 
 
+FAR = [60, 80, 87, 88, 89, 91, 100, 150, 1e3, 1e4, 1e10, 1e20, 1e30, 1e36, 1e38, 3e38]
+
+
+@pytest.mark.parametrize("gate", [*GATES, ("swiglu_oai", None, 1e38), ("swiglu_oai", None, -1e38)], ids=str)
+def test_gates_far_from_zero(isa, gate):
+    """The activation and its derivative are 0, or 1 and the gate itself, out to the largest numbers."""
+    g = torch.tensor([*FAR, *(-value for value in FAR)]).bfloat16()
+    leaves = torch.stack([g, torch.full_like(g, -0.75)]).double().requires_grad_()
+    expected = reference.apply_gate(*leaves, *gate)
+    expected.sum().backward()
+    wide, up, out = g.float(), torch.full((len(g),), -0.75), torch.empty(len(g))
+    _kernels.activate(isa, gate_arguments(gate), out.data_ptr(), wide.data_ptr(), up.data_ptr(), 1, len(g))
+    assert torch.allclose(out.double(), expected, rtol=2e-5, atol=1e-34)
+    h, half, grad = torch.ones(len(g)), up.bfloat16(), torch.empty(2, len(g), dtype=torch.bfloat16)
+    _kernels.gate_backward(
+        isa, gate_arguments(gate), h.data_ptr(), g.data_ptr(), half.data_ptr(), 1, 1.0, grad[0].data_ptr(),
+        grad[1].data_ptr(), len(g),
+    )  # fmt: skip
+    assert torch.equal(h, out)
+    assert torch.allclose(grad.double(), leaves.grad, rtol=2**-8, atol=1e-34)
+
+
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("features", [1, 17, 64, 150])
 @pytest.mark.parametrize("gate", GATES, ids=str)
