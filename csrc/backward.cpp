@@ -230,6 +230,7 @@ void backward_part(const Kernels& k, int threads, const Shape& shape, const Inpu
   }
 
   // 6. sums over blocks, in order
+  const DefaultFloats floats;
   for (int64_t slot = 0; grads.top_k_weights && slot < shape.slots(); slot++) {
     const int64_t row = plan.row_of_slot[slot];
     float sum = 0.0f;

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -23,9 +24,29 @@
 
 namespace ktlib {
 
-// `threads`, or 1 in a forked child of a process that asked before: the threads of its pool do not exist here, and OpenMP
-// would wait for them forever.
+// `threads`, or 1 in a forked child of the process that loaded this: the threads of its pool, which is torch's too, do
+// not exist here, and OpenMP would wait for them forever.
 int threads_here(int threads);
+
+// While this lives, the calling thread computes as the processor does by default. torch.set_flush_denormal sets the mode
+// of the thread that calls it alone, and of those it starts later: results would depend on which thread computed what.
+class DefaultFloats {
+ public:
+  DefaultFloats() : before_(_mm_getcsr()) { set(kDefault); }
+  ~DefaultFloats() { set(before_); }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  static constexpr unsigned kDefault = _MM_MASK_MASK, kFlags = _MM_EXCEPT_MASK;  // masked exceptions, to nearest
+
+  // Flags of exceptions that happened are no mode; setting one is far slower than looking.
+  static void set(unsigned mode) {
+    if ((_mm_getcsr() & ~kFlags) != (mode & ~kFlags)) _mm_setcsr(mode);
+  }
+
+  const unsigned before_;
+};
 
 // body(thread) on every thread of a team, 0 being the calling one.
 template <class Body>
@@ -52,6 +73,7 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
 #ifdef KTLIB_STD_THREADS
   std::atomic<int64_t> next{0};  // relaxed: it hands out tasks and orders nothing, as OpenMP's own
   parallel_team(int(std::min<int64_t>(threads, count)), [&](int thread) {
+    const DefaultFloats floats;
     if (k.thread_begin) k.thread_begin();
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;)
       if (!interrupted(k)) body(task, thread);
@@ -60,6 +82,7 @@ void parallel_tasks(const Kernels& k, int threads, int64_t count, const Body& bo
 #else
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, count)))
   {
+    const DefaultFloats floats;
     if (k.thread_begin) k.thread_begin();
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < count; task++)

@@ -180,6 +180,29 @@ def test_same_bits_for_any_number_of_threads(layout):
         assert torch.equal(runs[0][name], other[name]), name
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_whether_or_not_torch_flushes_denormals(layout, isa):
+    """It does so on the thread that asked for it alone; these routing weights make numbers that would be flushed."""
+    layer = in_layout(layer_of(200, 4, 2, 96, 72, 3), **LAYOUTS[layout])
+    layer["top_k_weights"] = layer["top_k_weights"] * 1e-38
+    options = LAYOUTS[layout] | {"isa": isa}
+    before, wanted, runs, flushed = torch.get_num_threads(), results(ktlib.moe_experts, layer, **options), [], []
+    tiny = torch.tensor(1e-40)
+    assert torch.set_flush_denormal(True)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            runs.append(results(ktlib.moe_experts, layer, **options))
+            flushed.append((tiny * 1).view(torch.int32).item() == 0)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    for run, name in itertools.product(runs, wanted):
+        assert torch.equal(run[name], wanted[name]), name
+    assert flushed == [True, True] and wanted["top_k_weights"].any()
+
+
 @pytest.mark.parametrize("isa", [name for name in ISAS if name != "portable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_instruction_sets_agree(layout, isa):
