@@ -106,12 +106,13 @@ void place_pages(void* memory, int64_t bytes, int node) {
     throw std::runtime_error("NUMA node " + std::to_string(node) + ": " + std::strerror(errno));
 }
 
-int threads_here(int threads) {
-  static std::atomic<pid_t> process_of_pool{0};
-  const pid_t here = getpid();
-  pid_t first = 0;
-  return process_of_pool.compare_exchange_strong(first, here) || first == here ? threads : 1;
-}
+namespace {
+
+const pid_t process_of_pool = getpid();
+
+}  // namespace
+
+int threads_here(int threads) { return getpid() == process_of_pool ? threads : 1; }
 
 #ifdef KTLIB_GUARD_PAGES
 // For tests: a mapping for every block, which ends right before a page that may not be touched, or, every third time,

@@ -11,6 +11,7 @@ namespace ktlib {
 
 double peak_rate(const Kernels& k, int threads, int repeats) {
   if (!k.burn) return 0.0;
+  threads = threads_here(threads);
   double best = 0.0;
   for (int repeat = 0; repeat < repeats; repeat++) {
     int64_t operations = 0;
@@ -31,6 +32,7 @@ double peak_rate(const Kernels& k, int threads, int repeats) {
 }
 
 double read_rate(int threads, int64_t bytes, int repeats) {
+  threads = threads_here(threads);
   const int64_t count = bytes / int64_t(sizeof(uint64_t));
   const Buffer<uint64_t> memory(count);
 #pragma omp parallel for num_threads(threads) schedule(static)

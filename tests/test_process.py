@@ -13,6 +13,7 @@ from models import random_adapter, tiny_model, tokens
 from peft import get_peft_model
 
 import ktlib
+from ktlib import threads
 from ktlib.lora import lora_config
 from ktlib.validation import QUANTITIES, evaluate, random_layer
 
@@ -38,9 +39,24 @@ want = ktlib.moe_experts(**layer)
 """
 
 
-def in_child(code, timeout=120):
+# Or with torch's threads in use but no call of the operator so far; what it does in_time must not wait for ever.
+FORKS = f"""
+import os, signal, torch, ktlib
+from ktlib import _kernels
+from ktlib.validation import random_layer
+torch.set_num_threads(2)
+layer = random_layer("trained", **{SIZES})
+torch.ones(2**22).sum()
+def in_time(function):
+    signal.alarm(20)
+    function()
+    signal.alarm(0)
+"""
+
+
+def in_child(code, timeout=120, begin=BEGIN):
     """Standard output of a Python process of its own."""
-    command = [sys.executable, "-c", BEGIN + textwrap.dedent(code)]
+    command = [sys.executable, "-c", begin + textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-3000:])
     return done.stdout
@@ -74,6 +90,43 @@ def test_workers_of_a_data_loader():
     print([torch.equal(batch[0], want) for batch in loader])
     """
     assert in_child(code) == f"{[True] * 6}\n"
+
+
+def test_a_child_forked_before_the_first_call():
+    """The threads that do not exist in it are torch's too."""
+    code = """
+    source, target = torch.ones(2, 2**20)
+    calls = [
+        lambda: ktlib.moe_experts(**layer),
+        lambda: _kernels.peak_rate("", 2),
+        lambda: _kernels.read_rate(2, 2**22),
+        lambda: _kernels.copy(2, [[(target.data_ptr(), source.data_ptr(), source.nbytes)]]),
+    ]
+    for call in calls:
+        child = os.fork()
+        if child == 0:
+            in_time(call)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert in_child(code, begin=FORKS) == "0\n" * 4
+
+
+def test_workers_with_a_number_of_threads_of_the_operator(monkeypatch):
+    """torch works on one thread in a DataLoader's worker; the operator is told to use two."""
+    monkeypatch.setenv(threads.VARIABLE, "2")
+    code = """
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+        def __getitem__(self, index):
+            in_time(lambda: setattr(self, "output", ktlib.moe_experts(**layer)))
+            return self.output
+    loader = torch.utils.data.DataLoader(Data(), batch_size=1, num_workers=1, multiprocessing_context="fork")
+    outputs = [batch[0] for batch in loader]
+    print([torch.equal(output, ktlib.moe_experts(**layer)) for output in outputs])
+    """
+    assert in_child(code, begin=FORKS) == f"{[True] * 2}\n"
 
 
 def test_two_models_in_one_process():
@@ -131,6 +184,7 @@ def test_ctrl_c_ends_a_long_call_at_once(direction, isa):
     output = ktlib.moe_experts(**long, isa="{isa}") if "{direction}" == "backward" else None
     for leaf in (x, *long["down_lora"][:2]):
         leaf.requires_grad_()
+    torch.set_flush_denormal(True)  # on this thread; a call has a mode of its own, and ends in this one
     print("begin", flush=True)
     began = time.monotonic()
     try:
@@ -138,7 +192,7 @@ def test_ctrl_c_ends_a_long_call_at_once(direction, isa):
         print("done", time.monotonic() - began)
     except KeyboardInterrupt:
         print("interrupted", time.monotonic())
-    assert x.grad is None
+    assert x.grad is None and torch.tensor(1e-40) * 1 == 0
     output = None
     print(torch.equal(ktlib.moe_experts(**layer), want))
     """
