@@ -45,9 +45,9 @@ void for_parts(const Shape& shape, bool whole, const Body& body) {
 
 // Threads worth waking for this much work: a parallel region costs some microseconds, far more where cores are shared.
 inline int useful_threads(const Shape& shape, int threads) {
-  constexpr int64_t kWorthAThread = 8000000;  // multiply-adds
-  const int64_t worth = 1 + shape.slots() * shape.hidden * shape.inter * 3 / kWorthAThread;
-  return int(std::min<int64_t>(threads_here(threads), worth));
+  constexpr double kWorthAThread = 8e6;  // multiply-adds, of which there may be more than an int64_t counts
+  const double worth = 1 + 3.0 * double(shape.slots()) * double(shape.hidden) * double(shape.inter) / kWorthAThread;
+  return int(std::min<double>(threads_here(threads), worth));
 }
 
 // One task: a block of something (features, rows, ...) of one expert.

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels.h, enum Activation
 ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
 _LARGEST = torch.finfo(torch.float32).max  # C++ has numbers as fp32
+_SIZES = 2**27  # and sizes as int, which must also hold 16 times as much: offsets in a panel (csrc/kernels.h)
 
 
 def check_all(tensors, lora, transposed):
@@ -120,6 +121,8 @@ def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if weight.device.type != "cpu":
             raise ValueError(f"{name}: got a tensor on {weight.device}, needs expert weights on the CPU")
+        if max(weight.shape) >= _SIZES:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs each dimension below {_SIZES}")
         if not weight.is_contiguous():
             raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
         if 0 in weight.shape:
@@ -135,9 +138,9 @@ def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     check_shape("top_k_weights", top_k_weights, top_k_index.shape, "to match top_k_index")
     if top_k_index.shape[1] == 0:
         raise ValueError("top_k_index: got top_k = 0, needs at least 1")
-    if tokens * top_k_index.shape[1] >= 2**31:
+    if tokens * top_k_index.shape[1] >= _SIZES:
         raise ValueError(
-            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below 2**31 slots"
+            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below {_SIZES} slots"
         )
     return experts, hidden, intermediate
 
@@ -203,6 +206,8 @@ def check_lora(name, lora, experts, in_features, out_features):
     rank = lora_A.shape[0] // experts
     if rank == 0 or lora_A.shape[0] != rank * experts:
         raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs rank * {experts} (experts), rank >= 1")
+    if lora_A.shape[0] >= _SIZES:
+        raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs below {_SIZES}")
     check_shape(f"{name} lora_A", lora_A, (rank * experts, in_features), "(experts * rank, in)")
     check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
     if not isinstance(scaling, int | float):

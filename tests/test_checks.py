@@ -90,7 +90,28 @@ WRONG = {
             "top_k_weights": torch.zeros(1, 2).expand(2**30, 2),
         },
         ValueError,
-        r"hidden_states: got 1073741824 tokens with top_k 2, needs below 2\*\*31 slots",
+        "hidden_states: got 1073741824 tokens with top_k 2, needs below 134217728 slots",
+    ),
+    "hidden too large": (  # views of a few elements, so that the test needs no memory
+        lambda a: {
+            "gate_up_proj": torch.zeros(1, 1, 1).bfloat16().expand(1, 2, 2**31),
+            "down_proj": torch.zeros(1, 1, 1).bfloat16().expand(1, 2**31, 1),
+        },
+        ValueError,
+        r"gate_up_proj: got shape \(1, 2, 2147483648\), needs each dimension below 134217728",
+    ),
+    "intermediate too large": (
+        lambda a: {
+            "gate_up_proj": torch.zeros(1, 1, 1).bfloat16().expand(1, 2**27, 2),
+            "down_proj": torch.zeros(1, 1, 1).bfloat16().expand(1, 2, 2**26),
+        },
+        ValueError,
+        r"gate_up_proj: got shape \(1, 134217728, 2\), needs each dimension below 134217728",
+    ),
+    "too many experts": (
+        lambda a: {"down_proj": torch.zeros(1, 1, 1).bfloat16().expand(2**27, HIDDEN, INTERMEDIATE)},
+        ValueError,
+        r"down_proj: got shape \(134217728, 64, 96\), needs each dimension below 134217728",
     ),
     "lora a tensor of three": (lambda a: {"down_lora": torch.zeros(3)}, TypeError, "down_lora: got Tensor, needs None"),
     "lora without scaling": (lambda a: {"down_lora": a["down_lora"][:2]}, TypeError, "down_lora: got tuple, needs"),
@@ -115,6 +136,11 @@ WRONG = {
         lambda a: with_lora(a, "down_lora", A=a["down_lora"][0][1:]),
         ValueError,
         "down_lora lora_A: got 11 rows",
+    ),
+    "lora of too high a rank": (
+        lambda a: with_lora(a, "down_lora", A=torch.zeros(1, 1).expand(2**27, 1), B=torch.zeros(1, 1)),
+        ValueError,
+        "down_lora lora_A: got 134217728 rows, needs below 134217728",
     ),
     "lora of other width": (
         lambda a: with_lora(a, "down_lora", A=a["gate_up_lora"][0]),
