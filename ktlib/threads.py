@@ -24,18 +24,19 @@ import torch
 VARIABLE = "KTLIB_THREADS"
 SMALL, LARGE = 1, 16
 LARGE_FROM = 1024
+MOST = 8192  # as many CPUs as Linux can have
 
 
 def operator_threads():
     """On how many threads the operator works: ``KTLIB_THREADS``, else torch's number. No result depends on it.
 
-    ValueError if the variable is no whole number >= 1.
+    ValueError if the variable is no whole number from 1 to 8192.
     """
     given = os.environ.get(VARIABLE)
     if not given:
         return torch.get_num_threads()
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{VARIABLE}={given}: needs a whole number >= 1; unset it to get torch's number")
+    if not given.isdecimal() or len(given) > len(str(MOST)) or not 1 <= int(given) <= MOST:
+        raise ValueError(f"{VARIABLE}={given}: needs a whole number from 1 to {MOST}; unset it to get torch's number")
     return int(given)
 
 
@@ -58,6 +59,6 @@ def stock_threads(count):
         yield
     finally:
         torch.set_num_threads(before)
-        os.environ.pop(VARIABLE)
+        os.environ.pop(VARIABLE, None)
         if variable is not None:
             os.environ[VARIABLE] = variable

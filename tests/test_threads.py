@@ -1,5 +1,7 @@
 """The operator works on all threads while stock torch is held to a fixed number, and says so if told nonsense."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -31,6 +33,10 @@ def test_only_stock_torch_is_held_to_the_number(three_threads, monkeypatch):
     with pytest.raises(KeyError), threads.stock_threads(1):
         raise KeyError
     assert state() == (3, 3)
+    with pytest.raises(KeyError, match="own"), threads.stock_threads(1):
+        del os.environ[threads.VARIABLE]
+        raise KeyError("its own")
+    assert state() == (3, 3)
     monkeypatch.setenv(threads.VARIABLE, "5")
     with threads.stock_threads(1):
         assert state() == (1, 5)
@@ -57,10 +63,10 @@ def test_the_operator_gets_its_number_forward_and_backward(three_threads, monkey
     assert seen == [("forward", 3), ("backward", 3)]
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "8193", "99999999999", "9" * 5000], ids=lambda v: v[:12])
 def test_a_wrong_number_is_named(value, monkeypatch):
     monkeypatch.setenv(threads.VARIABLE, value)
-    with pytest.raises(ValueError, match=f"^KTLIB_THREADS={value}: needs a whole number >= 1"):
+    with pytest.raises(ValueError, match=f"^KTLIB_THREADS={value}: needs a whole number from 1 to 8192"):
         threads.operator_threads()
 
 
