@@ -28,8 +28,8 @@ namespace ktlib {
 // not exist here, and OpenMP would wait for them forever.
 int threads_here(int threads);
 
-// While this lives, the calling thread computes as the processor does by default. torch.set_flush_denormal sets the mode
-// of the thread that calls it alone, and of those it starts later: results would depend on which thread computed what.
+// While this lives, the calling thread computes as processors do by default. torch.set_flush_denormal sets the mode of
+// the thread that calls it alone, and of those it starts later: results would depend on which thread computed what.
 class DefaultFloats {
  public:
   DefaultFloats() : before_(_mm_getcsr()) { set(kDefault); }
