@@ -145,7 +145,7 @@ def moe_experts(
         RuntimeError: ``isa`` cannot run on this machine.
         NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
             ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
-            works, one element of the batch after the other.
+            of CPU tensors works, one element of the batch after the other.
     """
     check_flags(transposed=transposed, interleaved=interleaved, recompute=recompute)
     check_isa(isa)
