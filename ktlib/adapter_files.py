@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 
 from . import stored
+from .adapter_settings import PREFIX, SAVED_DROPOUT
 from .estimate import meta_model
 from .layouts import FUSED, ExpertLayout, Part
 from .stored import Stored
 
 CONFIG, WEIGHTS, FUSED_FILE = "adapter_config.json", "adapter_model.safetensors", "fused_expert_lora.safetensors"
-PREFIX = "base_model.model."
-SAVED_DROPOUT = "ktlib_lora_dropout"  # what lora_dropout is called in an adapter_config.json of expert parameters
 
 
 class Pair(NamedTuple):
@@ -68,7 +67,7 @@ def _peft_config(settings, pairs, config):
         alpha_pattern=_pattern({name: pair.alpha for name, pair in pairs.items()}, settings["lora_alpha"], linears),
         **options,
     )
-    made.base_model_name_or_path = settings.get("base_model_name_or_path")
+    made.base_model_name_or_path, made.revision = settings.get("base_model_name_or_path"), settings.get("revision")
     made.inference_mode = True
     adapted = get_peft_model(model, made, low_cpu_mem_usage=True)
     shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)

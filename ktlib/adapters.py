@@ -18,8 +18,8 @@ of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form abov
 adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
 """
 
-import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,7 +30,6 @@ from . import stored
 from .adapter_files import (
     CONFIG,
     FUSED_FILE,
-    PREFIX,
     WEIGHTS,
     Pair,
     check_against_peft,
@@ -38,14 +37,15 @@ from .adapter_files import (
     write_apart,
     write_peft,
 )
-from .audit import matches
+from .adapter_settings import matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
 from .estimate import meta_model
 from .experts import is_experts
 from .layouts import FUSED, ExpertLayout, Part
 from .stored import Stored
 
 LAYOUTS = ("peft", "per_expert", "ktransformers")
-_UNSUPPORTED = ("use_dora", "lora_bias", "trainable_token_indices", "layers_to_transform", "exclude_modules")
+_MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")
+_STACK = re.compile(r"layers\.(\d+)\.experts\.(gate|up|down)_lora_([ab])")
 
 
 def import_adapter(source, out, base):
@@ -64,8 +64,10 @@ def import_adapter(source, out, base):
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` is not empty.
         ValueError: not an adapter of this base model: missing, extra and wrongly shaped tensors are listed, also ranks
-            that differ from the settings, or that differ between experts of a layer; settings that none of the
-            layouts has (DoRA, biases, ...).
+            that differ from the settings, or that differ between experts of a layer; a damaged
+            ``adapter_config.json``; settings in it that none of the layouts has: DoRA, biases, aLoRA, an
+            ``init_lora_weights`` that is not True, False or "gaussian" (PiSSA, OLoRA and others change the base when
+            PEFT loads them; PEFT converts them as it saves), and whatever else is not known to be without effect.
     """
     with _new_folder(out) as folder:
         settings, tensors, config = _read(Path(source), base)
@@ -128,13 +130,13 @@ def _read(source, base):
     """Settings (dict of adapter_config.json), tensors (name: Stored) and the base model's config."""
     if not (source / CONFIG).is_file():
         raise FileNotFoundError(f"source: {source} has no {CONFIG}, which says the rank and the scaling")
-    settings = json.loads((source / CONFIG).read_text())
+    settings = read_settings(source / CONFIG)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"source: peft_type is {settings.get('peft_type')!r}, needs 'LORA'")
-    if unsupported := [name for name in _UNSUPPORTED if settings.get(name)]:
-        raise ValueError(f"source: {unsupported[0]} is {settings[unsupported[0]]!r}, which has no place in the layouts")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"source: bias is {settings['bias']!r}, which has no place in the layouts")
+        raise ValueError(f"{source / CONFIG}: peft_type is {settings.get('peft_type')!r}, needs 'LORA'")
+    for name in ("r", "lora_alpha"):
+        if settings.get(name) is None:
+            raise ValueError(f"{source / CONFIG}: has no {name}, needs a number")
+    refuse_unsupported(settings, source / CONFIG)
     files = [source / name for name in (WEIGHTS, FUSED_FILE) if (source / name).is_file()]
     if not files:
         raise FileNotFoundError(f"source: {source} has neither {WEIGHTS} nor {FUSED_FILE}")
@@ -163,17 +165,16 @@ def _pairs(settings, tensors, config, source):
     experts = [name for name, module in model.named_modules() if is_experts(module)]
     halves, parts, saved, unknown = {}, {}, {}, []
     for key, tensor in tensors.items():
-        weight, letter = _weight_of(key, experts)
-        part = letter and layout and layout.part(weight)
-        if letter and part:
-            parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})[letter] = tensor
-        elif letter and key.startswith("layers."):
-            parameter, one = _ktransformers_part(key, experts)
+        if match := _MATRIX.fullmatch(key):
+            weight, letter = weight_of(match[1], settings), match[2].lower()
+            if part := layout and layout.part(weight):
+                parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})[letter] = tensor
+            else:
+                halves.setdefault(layout.fused_name(weight) if layout else weight, {})[letter] = tensor
+        elif match := _STACK.fullmatch(key):
+            layer, one, letter = match.groups()
+            parameter = _stacked_parameter(layer, one, experts)
             parts.setdefault((parameter, one), {}).setdefault("all", {})[letter] = tensor
-        elif letter and layout:
-            halves.setdefault(layout.fused_name(weight), {})[letter] = tensor
-        elif letter:
-            halves.setdefault(weight, {})[letter] = tensor
         elif any(f".{name}." in f".{key}" for name in settings.get("modules_to_save") or ()):
             saved[key] = tensor
         else:
@@ -222,33 +223,15 @@ def _targeted(settings, model, layout, stacked_experts):
     return weights | {name for name, _ in model.named_parameters() if matches(name, settings.get("target_parameters"))}
 
 
-def _weight_of(key, experts):
-    """``(name of the weight that a tensor adapts, "a" or "b")``; (key, None) for what is no LoRA tensor."""
-    stem, dot, letter = key.removesuffix(".weight").rpartition(".lora_")
-    if letter in ("A", "B") and dot:
-        stem = stem.removeprefix(PREFIX)
-        module = stem.removesuffix(".base_layer")
-        if module in experts:  # the outer wrapper is down_proj's, as PEFT nests them; alone, it is whatever there is
-            inner = stem != module
-            return f"{module}.{'gate_up_proj' if inner else 'down_proj'}", letter.lower()
-        return f"{stem}.weight", letter.lower()
-    stem, dot, letter = key.rpartition("_lora_")
-    return (key, letter) if dot and letter in ("a", "b") else (key, None)
-
-
-def _ktransformers_part(key, experts):
-    """``("model.layers.1.mlp.experts.gate_up_proj", "gate")`` of ``layers.1.experts.gate_lora_a``."""
-    _, layer, _, name = key.split(".")
+def _stacked_parameter(layer, part, experts):
+    """``"model.layers.1.mlp.experts.gate_up_proj"`` for ``layers.1.experts.gate_lora_a``."""
     module = next((name for name in experts if f".layers.{layer}." in f".{name}."), f"layers.{layer}.mlp.experts")
-    part = name.partition("_lora_")[0]
-    return f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}", part
+    return f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
 
 
 def _plain_pairs(halves, names, settings, problems):
     pairs = {}
     for weight, of in halves.items():
-        if weight.endswith(".down_proj") and weight in names and _is_gate_up(of, names[weight]):
-            weight = weight.replace("down_proj", "gate_up_proj")
         if missing := {"a", "b"} - set(of):
             problems.append(f"missing: lora_{missing.pop().upper()} of {weight}")
             continue
@@ -261,16 +244,10 @@ def _plain_pairs(halves, names, settings, problems):
     return pairs
 
 
-def _is_gate_up(of, shape):
-    """Whether tensors in the place of down_proj's have a shape that down_proj's cannot have: gate_up_proj alone."""
-    return {"a", "b"} <= set(of) and (of["b"].shape[0], of["a"].shape[-1]) != shape[1:]
-
-
 def _pair(weight, a, b, shape, settings, problems):
     """A pair as PEFT stores it, if it fits the parameter and the settings."""
     experts, out, inner = shape
-    by_parameter = matches(weight, settings.get("target_parameters"))
-    rank, alpha = _rank_and_alpha(settings, weight if by_parameter else weight.removesuffix(".weight"))
+    rank, alpha = rank_and_alpha(settings, weight)
     wanted = (experts * rank, inner), (out, rank * experts)
     if (a.shape, b.shape) != wanted:
         problems.append(
@@ -279,17 +256,6 @@ def _pair(weight, a, b, shape, settings, problems):
         )
         return None
     return Pair(a, b, rank, alpha)
-
-
-def _rank_and_alpha(settings, name):
-    """What PEFT gives a module of this name: the first pattern that matches the end of it, else r and lora_alpha."""
-    from peft.utils.other import get_pattern_key
-
-    values = []
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        table = settings.get(pattern) or {}
-        values.append(table.get(get_pattern_key(table, name), settings[default]))
-    return values
 
 
 # ------------------------------------------------------------------------------------------- many tensors into one pair
@@ -329,8 +295,8 @@ def _stack(parameter, part, of, shape, settings, problems, layout):
     if stacked:
         names = [f"{parameter.rpartition('.')[0]}.{part}_proj"]
     else:
-        names = [layout.per_expert_name(Part(parameter, part, e)).removesuffix(".weight") for e in range(experts)]
-    kinds = {tuple(_rank_and_alpha(settings, name)) for name in names}
+        names = [layout.per_expert_name(Part(parameter, part, e)) for e in range(experts)]
+    kinds = {tuple(rank_and_alpha(settings, name)) for name in names}
     rank, alpha = min(kinds)
     if len(kinds) > 1:
         problems.append(f"wrong rank: experts of {part} in {parameter} have different ranks or alphas: {sorted(kinds)}")

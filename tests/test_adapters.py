@@ -343,16 +343,83 @@ def test_another_base_is_refused(changes, message, tmp_path):
         ({"r": 4}, r"wrong shape .*needs \(4, 64\) and \(64, 4\) at rank 4"),
         ({"rank_pattern": {r"experts\.3\.up_proj": 5}}, "different ranks or alphas"),
         ({"alpha_pattern": {r"experts\.\d+\.up_proj": 7}}, "gate and up of .* differ in rank or alpha"),
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "adapter_config.json: use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"peft_type": "LOHA"}, "needs 'LORA'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"peft_type": "LOHA"}, "adapter_config.json: peft_type is 'LOHA', needs 'LORA'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which has no place"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"alora_invocation_tokens": [3, 4]}, r"alora_invocation_tokens is \[3, 4\]"),
+        ({"layers_to_transform": 0}, "layers_to_transform is 0"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"kasa_config": {}}, "kasa_config is {}"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config is"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying is True"),
+        ({"something_of_a_later_peft": 16}, "something_of_a_later_peft is 16"),
     ],
 )
 def test_settings_without_a_place_are_refused(settings, message, tmp_path):
     source, config = save_per_expert(tmp_path / "apart")
-    written = json.loads((source / CONFIG).read_text())
-    (source / CONFIG).write_text(json.dumps(written | settings))
+    rewrite_config(source, **settings)
+    for convert in (import_adapter, export_adapter):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "out", config)
+
+
+def rewrite_config(folder, **settings):
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": False, "exclude_modules": [], "layers_pattern": None},
+        {"init_lora_weights": "gaussian", "bias": "none", "fan_in_fan_out": False, "megatron_core": "megatron.core"},
+        {"enable_lora": None, "merge_weights": False},  # of the first versions of PEFT
+        {"peft_version": "0.30.0", "auto_mapping": {"parent_library": "transformers"}, "inference_mode": True},
+        {"qalora_group_size": 32, "eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}},  # not asked for
+    ],
+)
+def test_settings_without_effect_are_not_in_the_way(settings, tmp_path):
+    source, config = save_per_expert(tmp_path / "apart")
+    import_adapter(source, tmp_path / "plain", config)
+    rewrite_config(source, revision="v2", **settings)
+    import_adapter(source, tmp_path / "peft", config)
+    assert_same_files(tmp_path / "plain", tmp_path / "peft")
+    assert settings_of(tmp_path / "peft", "revision", "init_lora_weights") == ["v2", True]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{'r'", "adapter_config.json: not JSON"),
+        ("[]", "adapter_config.json: needs an object, holds a list"),
+        ('{"peft_type": "LORA", "lora_alpha": 8}', "adapter_config.json: has no r, needs a number"),
+        ('{"peft_type": "LORA", "r": 3, "lora_alpha": null}', "adapter_config.json: has no lora_alpha"),
+        ('{"peft_type": "LORA", "r": "3"}', "adapter_config.json: r is '3', needs a number >= 1"),
+        ('{"rank_pattern": {"o_proj": 0}}', "adapter_config.json: rank_pattern is {'o_proj': 0}, needs regular"),
+        ('{"alpha_pattern": {"(o_proj": 2}}', r"adapter_config.json: alpha_pattern is {'\(o_proj': 2}, needs regular"),
+        ('{"target_modules": 7}', "adapter_config.json: target_modules is 7, needs a list of names or a regular"),
+        ('{"target_parameters": "experts"}', "adapter_config.json: target_parameters is 'experts', needs a list"),
+        ('{"modules_to_save": [3]}', r"adapter_config.json: modules_to_save is \[3\], needs a list of names"),
+    ],
+)
+def test_damaged_settings_are_named(content, message, tmp_path):
+    source, config = save_per_expert(tmp_path / "apart")
+    (source / CONFIG).write_text(content)
     with pytest.raises(ValueError, match=message):
+        import_adapter(source, tmp_path / "out", config)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.foo_lora_a", "layers.1.experts.foo_lora_a", "gate_lora_b", "layers.lora_A."]
+)
+def test_names_of_no_layout_are_listed(name, tmp_path):
+    source, config = save_peft(tmp_path / "peft")
+    changed(source, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    with pytest.raises(ValueError, match=rf"unknown \(1\): {name}"):
         import_adapter(source, tmp_path / "out", config)
 
 
