@@ -8,7 +8,6 @@ Reads adapters of stock PEFT, those with one module per expert (transformers 4),
 projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ktlib import pairing
+from ktlib.adapter_settings import check_settings, matches, read_settings
 from ktlib.components import COMPONENTS, component
 from ktlib.stored import read_json
 
@@ -46,8 +46,7 @@ class ComponentAudit:
             return
         has_nan = has_inf = has_other_than_zero = False
         for values in tensor.detach().flatten().split(CHUNK):
-            if values.dtype.itemsize == 1:
-                values = values.float()  # torch has no reductions in 8-bit floats, no abs of bools
+            values = pairing.computable(values)
             nan = values.isnan()
             has_nan |= bool(nan.any())
             has_inf |= bool(values.isinf().any())
@@ -112,13 +111,14 @@ def audit(source, config=None, trained=None):
     """Count tensors, NaN, Inf, zeros and dtypes of an adapter by component and layer, and look for what is wrong.
 
     Problems: NaN, Inf or empty tensors; a tensor stored under two names; an A without B; a product ``scaling * B A``
-    that leaves the range of bf16 although A and B are finite; B all zero in a trained adapter; tensor counts other
-    than the architecture's. Notes: an adapter that was never trained; experts that never received a token.
+    that leaves the range of bf16 although A and B are finite; B (of an embedding A) all zero in a trained adapter;
+    tensor counts other than the architecture's. Of several adapters in a live model each is judged by its own
+    settings. Notes: an adapter that was never trained; experts that never received a token.
 
     Args:
         source: directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), path of one
             safetensors file, or a live model. Files are read one LoRA pair at a time. Of a model with adapters the
-            adapter tensors are counted, of a model without, all parameters.
+            adapter tensors are counted (those of ``modules_to_save`` too), of a model without, all parameters.
         config: the base model, or its transformers config, to compare an adapter's tensor counts with (see
             :func:`expected_adapter_counts`). A live PEFT model is compared with itself.
         trained: whether the adapter was trained. Default: yes, if any B is not zero or a ``trainer_state.json`` beside
@@ -126,42 +126,45 @@ def audit(source, config=None, trained=None):
 
     Raises:
         FileNotFoundError: nothing there, no weights in the directory, or a shard of the index is missing.
-        ValueError: pickled weights (``.bin``: unsafe to read), a damaged safetensors file, or a config to compare
-            with and no ``adapter_config.json``.
+        ValueError: pickled weights (``.bin``: unsafe to read), a damaged safetensors file, an ``adapter_config.json``
+            with a field that cannot be used, or a config to compare with and no settings that say what is adapted.
     """
     if isinstance(source, torch.nn.Module):
         label, expected = type(source).__name__, _model_counts(source, config)
-        tensors = {name: lambda p=p: p.detach() for name, p in _model_tensors(source)}
-        settings = next((c.to_dict() for c in getattr(source, "peft_config", {}).values()), {})
+        adapters = _model_adapters(source)
     else:
         label, path = str(source), Path(source)
-        settings = _settings(path)
+        file = _beside(path, "adapter_config.json")
+        settings = read_settings(file)
         if config is not None and not settings:
-            raise ValueError(f"config: given to compare tensor counts, but there is no adapter_config.json in {path}")
-        expected = None if config is None else expected_adapter_counts(config, settings)
-        tensors = _file_tensors(path)
+            raise ValueError(f"config: given to compare tensor counts, but there is no {file.name} in {path}")
+        expected = None if config is None else _expected_counts(config, settings, file)
+        adapters = {None: (settings, _file_tensors(path))}
         if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
 
     report = Audit(label, [], [])
     rows = {name: ComponentAudit(name) for name, _ in COMPONENTS}
-    lora, duplicates, pairs = Counter(), {}, pairing.Pairs(settings)
-    for name, load in tensors.items():
-        part, layer, tensor = component(name), layer_of(name), load()
-        cell = report.layers.setdefault((layer, part), ComponentAudit(part))
-        before = cell.nan + cell.inf + cell.empty
-        rows[part].add(tensor)
-        cell.add(tensor)
-        report.flagged[layer, part] += cell.nan + cell.inf + cell.empty - before
-        lora[part] += pairing.letter(name) is not None
-        duplicates.setdefault(_place(name), []).append(name)
-        partner = pairing.partner(name)
-        if partner in tensors:
-            if pairing.letter(name) == "a":
-                pairs.add(name, tensor, tensors[partner](), part, layer)
-        elif partner is not None:
-            report.problems.append(f"{part}: {name} has no partner {partner}")
-            report.flagged[layer, part] += 1
+    lora, duplicates, judges = Counter(), {}, []
+    for adapter, (settings, tensors) in adapters.items():
+        pairs = pairing.Pairs(settings, f"adapter {adapter}: " if len(adapters) > 1 else "")
+        judges.append(pairs)
+        for name, load in tensors.items():
+            part, layer, tensor = component(name), layer_of(name), load()
+            cell = report.layers.setdefault((layer, part), ComponentAudit(part))
+            before = cell.nan + cell.inf + cell.empty
+            rows[part].add(tensor)
+            cell.add(tensor)
+            report.flagged[layer, part] += cell.nan + cell.inf + cell.empty - before
+            lora[part] += pairing.letter(name) is not None
+            duplicates.setdefault(_place(name), []).append(name)
+            partner = pairing.partner(name)
+            if partner in tensors:
+                if pairing.letter(name) == "a":
+                    pairs.add(name, tensor, tensors[partner](), part, layer)
+            elif partner is not None:
+                report.problems.append(f"{part}: {name} has no partner {partner}")
+                report.flagged[layer, part] += 1
     report.rows = [row for row in rows.values() if row.tensors]
 
     if not report.rows:
@@ -172,7 +175,8 @@ def audit(source, config=None, trained=None):
             if count:
                 report.problems.append(f"{row.component}: {count} of {row.tensors} tensors {_KINDS[kind]}")
     _add_duplicates(report, [names for names in duplicates.values() if len(names) > 1])
-    pairs.judge(report, trained)
+    for pairs in judges:
+        pairs.judge(report, trained)
     for name, _ in COMPONENTS if expected is not None else ():
         if lora[name] != expected[name]:
             report.problems.append(f"{name}: {lora[name]} LoRA tensors, the architecture has {expected[name]}")
@@ -218,12 +222,23 @@ def expected_adapter_counts(model, config, layout="fused"):
         config: LoraConfig, or the dict of an ``adapter_config.json``.
         layout: "fused", as stock PEFT stores routed experts: A and B for gate_up_proj and for down_proj; or
             "per_projection": A and B for each of gate, up and down.
+
+    Raises:
+        ValueError: an unknown layout, or a config that does not say what is adapted.
     """
     if layout not in ("fused", "per_projection"):
         raise ValueError(f'layout: got {layout!r}, needed "fused" or "per_projection"')
     config = config if isinstance(config, dict) else config.to_dict()
+    check_settings(config, "config")
+    return _expected_counts(model, config, "config", layout)
+
+
+def _expected_counts(model, config, where, layout="fused"):
+    """The same of settings that are checked; ``where`` they are from is named in errors."""
     if config.get("layers_to_transform") is not None:
-        raise ValueError("config: layers_to_transform is not supported by expected_adapter_counts")
+        raise ValueError(f"{where}: layers_to_transform is not supported by expected_adapter_counts")
+    if config.get("target_modules") is None and config.get("target_parameters") is None:
+        raise ValueError(f"{where}: needs target_modules or target_parameters to count tensors by, has neither")
     if not isinstance(model, torch.nn.Module):
         from transformers import AutoModelForCausalLM
 
@@ -232,20 +247,13 @@ def expected_adapter_counts(model, config, layout="fused"):
     counts = Counter()
     for name, module in bare_modules(model):
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-            if matches(name, config["target_modules"]) and not matches(name, config.get("exclude_modules")):
+            if matches(name, config.get("target_modules")) and not matches(name, config.get("exclude_modules")):
                 counts[component(name)] += 2
         for parameter, value in module.named_parameters(recurse=False):
             if matches(f"{name}.{parameter}", config.get("target_parameters")):
                 fused = layout == "per_projection" and value.dim() == 3 and parameter == "gate_up_proj"
                 counts[component(name)] += 4 if fused else 2
     return counts
-
-
-def matches(name, targets):
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
 def bare_modules(model):
@@ -258,10 +266,19 @@ def bare_modules(model):
         yield name.replace(".base_layer", ""), module
 
 
-def _model_tensors(model):
+def _model_adapters(model):
+    """``{adapter: (settings, {name: function that returns the tensor})}`` of a live model; all is one without any."""
+    configs = getattr(model, "peft_config", {})
+    adapters = {}
     # with duplicates: a module under two names is adapted, and saved, under both
-    adapters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" in name]
-    return adapters or model.named_parameters()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if match := _ADAPTER.search(f".{name}"):
+            settings = configs[match[1]].to_dict() if match[1] in configs else {}
+            adapters.setdefault(match[1], (settings, {}))[1][name] = p.detach
+    return adapters or {None: ({}, {name: p.detach for name, p in model.named_parameters()})}
+
+
+_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_delta)\.([^.]+)")
 
 
 def _model_counts(model, config):
@@ -275,17 +292,6 @@ def _model_counts(model, config):
 
 def _beside(path, name):
     return (path if path.is_dir() else path.parent) / name
-
-
-def _settings(path):
-    """``adapter_config.json``; what is computed with is a number."""
-    file = _beside(path, "adapter_config.json")
-    settings = read_json(file)
-    for name, kinds, least in (("r", int, 1), ("lora_alpha", (int, float), -math.inf)):
-        value = settings.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= least):
-            raise ValueError(f"{file}: {name} is {value!r:.60}, needs a number" + " >= 1" * (least == 1))
-    return settings
 
 
 def _file_tensors(path):

@@ -5,36 +5,48 @@ from collections import Counter, defaultdict
 
 import torch
 
+from .adapter_settings import rank_and_alpha, weight_of
+
 BF16_MAX = torch.finfo(torch.bfloat16).max
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_LETTER = re.compile(r"(?<=lora_)([ABab])(?=[._]|$)")
+_MATRIX = re.compile(r"(?:^|[._])lora_(?:embedding_)?([ABab])(?=[._]|$)")
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def _matrix(name):
+    """The match that says which matrix of a LoRA pair this is, or None; the bias of a B (``lora_bias``) is none."""
+    found = [] if name.endswith(".bias") else list(_MATRIX.finditer(name))
+    return found[-1] if found else None
 
 
 def letter(name):
     """ "a" or "b" for a LoRA matrix's name, else None."""
-    letters = _LETTER.findall(name)
-    return letters[-1].lower() if letters else None
+    match = _matrix(name)
+    return match and match[1].lower()
 
 
 def partner(name):
     """Name of the other matrix of a LoRA pair, or None if ``name`` is no LoRA matrix."""
-    match = next(reversed(list(_LETTER.finditer(name))), None)
-    return match and name[: match.start()] + match[0].translate(str.maketrans("ABab", "BAba")) + name[match.end() :]
+    match = _matrix(name)
+    return match and name[: match.start(1)] + "BAba"["ABab".index(match[1])] + name[match.end(1) :]
+
+
+def computable(values):
+    """The values in a dtype that torch has reductions for, which 8-bit floats, bools and unsigned integers are not."""
+    return values.float() if values.dtype.itemsize == 1 or values.dtype in _UNSIGNED else values
 
 
 class Pairs:
-    """Collects what is wrong with pairs, one at a time; ``judge`` writes it into an Audit.
+    """Collects what is wrong with an adapter's pairs, one at a time; ``judge`` writes it into an Audit.
 
     Args:
-        settings: the dict of ``adapter_config.json``; its rank tells how many experts a stacked matrix holds.
+        settings: the dict of ``adapter_config.json``; a weight's rank tells how many experts a stacked matrix holds.
+        label: what notes begin with, to tell adapters apart.
     """
 
-    def __init__(self, settings):
-        self.rank = settings.get("r") if not settings.get("rank_pattern") else None
-        alpha = settings.get("lora_alpha")
-        root = self.rank and (self.rank**0.5 if settings.get("use_rslora") else self.rank)
-        self.scaling = alpha / root if alpha and root else 1.0
-        self.updated = Counter()  # B not zero
+    def __init__(self, settings, label=""):
+        self.settings, self.label = settings, label
+        self.updated = Counter()  # B not zero; A for an embedding, whose A is what starts as zero
         self.zero = defaultdict(list)  # names of pairs with B all zero, by (layer, component)
         self.overflow = []
         self.misfits = []
@@ -44,36 +56,48 @@ class Pairs:
     def add(self, name, a, b, part, layer):
         """Take one pair into account: A and B as stored, in any of the known layouts."""
         where = layer, part
-        if a.dim() in (2, 3) and (a.dim() != b.dim() or a.shape[-2] != b.shape[-1]):
+        a, b = computable(a), computable(b)
+        if not _multiply(a, b):
             self.misfits.append((where, f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply"))
             return
         if not (a.numel() and b.numel() and a.isfinite().all() and b.isfinite().all()):
             self.updated[where] += 1  # something wrote it
             return
-        touched = bool(b.any())
+        rank, scaling = self._rank_and_scaling(name)
+        experts = self._experts_in(part, a, rank)
+        touched = bool((a if _of_embedding(name) else b).any())
         self.updated[where] += touched
         if not touched:
             self.zero[where].append(name)
-        elif _product_overflows(a, b, self.scaling, self._experts_in(part, a)):
+        elif _product_overflows(a, b, scaling, experts):
             self.overflow.append((where, name))
         if part != "routed_experts":
             return
         number = _EXPERT.search(name)
         if number:
             self.experts[layer][int(number[1])] |= touched
-        elif experts := self._experts_in(part, a):
+        elif experts:
             used = b.flatten(1).any(dim=1) if b.dim() == 3 else b.reshape(b.shape[0], -1, experts).any(dim=1).any(dim=0)
             for expert, one in enumerate(used.tolist()):
                 self.experts[layer][expert] |= one
         else:
             self.unknown += 1
 
-    def _experts_in(self, part, a):
+    def _rank_and_scaling(self, name):
+        match = _matrix(name)
+        module = name[: match.start()]
+        stacked = match[0].startswith("_")  # experts.gate_lora_a
+        rank, alpha = rank_and_alpha(self.settings, f"{module}_proj" if stacked else weight_of(module, self.settings))
+        if rank is None or alpha is None:
+            return rank, 1.0
+        return rank, alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
+
+    def _experts_in(self, part, a, rank):
         if a.dim() == 3:
             return a.shape[0]
-        if part != "routed_experts" or not self.rank or a.shape[0] <= self.rank or a.shape[0] % self.rank:
+        if part != "routed_experts" or not rank or a.shape[0] <= rank or a.shape[0] % rank:
             return None
-        return a.shape[0] // self.rank
+        return a.shape[0] // rank
 
     def judge(self, report, trained=None):
         """Add problems, notes and flags to an Audit. ``trained`` as in :func:`ktlib.audit`."""
@@ -87,12 +111,12 @@ class Pairs:
             report.problems.append(f"{where[1]}: {name}: A and B are finite, scaling * B A leaves the range of bf16")
             report.flagged[where] += 1
         if total and not any(self.updated.values()) and not trained:
-            report.notes.append("every B is zero: a new adapter, never trained")
+            report.notes.append(f"{self.label}every B is zero: a new adapter, never trained")
         elif trained:
             self._never_updated(report, total)
             self._without_tokens(report)
         if self.unknown:
-            report.notes.append("experts were not looked at one by one: the adapter's rank is not known")
+            report.notes.append(f"{self.label}experts were not looked at one by one: the adapter's rank is not known")
 
     def _never_updated(self, report, total):
         for part in dict.fromkeys(part for _, part in total):
@@ -103,7 +127,10 @@ class Pairs:
             names = [name for here in found.values() for name in here]
             if names:
                 of = sum(count for where, count in total.items() if where[1] == part)
-                report.problems.append(f"{part}: {len(names)} of {of} B matrices were never updated, as {names[0]}")
+                kinds = " and ".join(sorted({"A" if _of_embedding(name) else "B" for name in names}))
+                report.problems.append(
+                    f"{part}: {len(names)} of {of} {kinds} matrices were never updated, as {names[0]}"
+                )
             for where, here in found.items():
                 report.flagged[where] += len(here)
 
@@ -115,7 +142,17 @@ class Pairs:
             first = min(idle, key=lambda layer: -1 if layer is None else layer)
             numbers = ", ".join(map(str, idle[first][:6])) + (" ..." if len(idle[first]) > 6 else "")
             where = f"{len(idle)} layers never received a token, as {numbers} in layer {first}"
-            report.notes.append(f"routed_experts: {count} experts in {where}")
+            report.notes.append(f"{self.label}routed_experts: {count} experts in {where}")
+
+
+def _multiply(a, b):
+    if a.dim() > 3:  # of a convolution
+        return True
+    return min(a.dim(), b.dim()) >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]
+
+
+def _of_embedding(name):
+    return "lora_embedding_" in name
 
 
 def _product_overflows(a, b, scaling, experts):

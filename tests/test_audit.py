@@ -96,12 +96,16 @@ def test_bf16_and_eight_bit_tensors(tmp_path):
         "layers.1.mlp.experts.lora_A.weight": torch.full((2, 2), -3.0, dtype=torch.bfloat16),
         "layers.1.mlp.gate.weight": torch.tensor([-12.0, float("nan")]).to(torch.float8_e4m3fn),
         "layers.1.mlp.gate.steps": torch.tensor([7]),
+        "layers.1.mlp.gate.counts": torch.tensor([7, 12], dtype=torch.uint16),
+        "layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        "layers.0.mlp.up_proj.lora_B.weight": torch.ones(2, 2, dtype=torch.uint32),
         "lm_head.mask": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "x.safetensors")
     result = audit(tmp_path / "x.safetensors")
     assert result["routed_experts"].dtypes == {"bfloat16": 1} and result["routed_experts"].max_abs == 3
     assert result["router"].nan == 1 and result["router"].max_abs == 12 and result["other"].max_abs == 1
+    assert result["router"].dtypes["uint16"] == 1 and result["dense_mlp"].max_abs == 1
 
 
 def test_missing_and_surplus_tensors_are_problems(adapter, lite):
@@ -151,6 +155,12 @@ def test_a_file_without_tensors_is_a_problem(tmp_path):
 
 def test_the_base_model_beside_an_adapter_is_not_counted(adapter, saved):
     save_file({"model.layers.0.mlp.gate.weight": torch.full((2, 2), float("nan"))}, adapter / "model.safetensors")
+    assert audit(adapter).table() == audit(saved).table()
+
+
+def test_settings_of_other_adapters_are_not_lora(adapter, saved):
+    """AdaLoRA keeps which ranks are left in rank_pattern, OFT has r = 0."""
+    rewrite_config(adapter, peft_type="ADALORA", rank_pattern={"q_proj.lora_E": [True, False]})
     assert audit(adapter).table() == audit(saved).table()
 
 
@@ -219,6 +229,19 @@ def test_bad_inputs(adapter, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="adapter_model.safetensors: damaged"):
             audit(adapter)
+    file.write_bytes(content)
+    for changes, message in (
+        ({"target_modules": "(q_proj"}, r"target_modules is '\(q_proj', needs a list of names or a regular"),
+        ({"target_modules": 7}, "target_modules is 7, needs a list of names or a regular"),
+        ({"target_modules": None, "target_parameters": None}, "needs target_modules or target_parameters to count"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*, needs a number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*, needs regular expressions, each with a number >= 1"),
+    ):
+        settings = (adapter / "adapter_config.json").read_text()
+        rewrite_config(adapter, **changes)
+        with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+            audit(adapter, tiny_config("deepseek_v2", **LITE))
+        (adapter / "adapter_config.json").write_text(settings)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="no .*adapter_config.json"):
         audit(adapter, tiny_config("deepseek_v2", **LITE))
@@ -229,6 +252,10 @@ def test_bad_arguments(lite):
         expected_adapter_counts(lite, lite.peft_config["default"], layout="packed")
     with pytest.raises(ValueError, match="layers_to_transform is not supported"):
         expected_adapter_counts(lite, {"target_modules": ["q_proj"], "layers_to_transform": [1]})
+    with pytest.raises(ValueError, match="config: target_modules is 7, needs a list"):
+        expected_adapter_counts(lite, {"target_modules": 7})
+    with pytest.raises(ValueError, match="config: needs target_modules or target_parameters"):
+        expected_adapter_counts(lite, {})
     with pytest.raises(KeyError, match="'experts' is no component"):
         audit(lite)["experts"]
 
@@ -357,18 +384,33 @@ def test_the_a_of_one_expert_and_the_b_of_another_do_not_meet(adapter):
     assert audit(filled(adapter, **{f"{part}__lora_A": a_of_expert_0, f"{part}__lora_B": b_of_expert_1})).clean
 
 
+@pytest.mark.parametrize("pattern", ["down_proj", r"experts\.down_proj"])
+def test_the_alpha_of_a_weight_counts(adapter, pattern):
+    part = "layers__3__mlp__experts__lora"
+    filled(adapter, **{f"{part}_A": lambda t: t * 0 + 1, f"{part}_B": lambda t: t * 0 + 100})
+    assert audit(adapter).clean
+    rewrite_config(adapter, alpha_pattern={pattern: 1e38})
+    assert len(audit(adapter).problems) == 1 and "layers.3.mlp.experts.lora_A" in audit(adapter).problems[0]
+    rewrite_config(adapter, alpha_pattern={r"experts\.gate_up_proj": 1e38})
+    assert not any("layers.3.mlp.experts.lora_A" in problem for problem in audit(adapter).problems)
+    rewrite_config(adapter, alpha_pattern={}, lora_alpha=0)
+    assert audit(adapter).clean
+
+
 def test_experts_of_unknown_rank_are_not_looked_at_one_by_one(adapter):
     assert audit(filled(adapter)).notes == []
-    rewrite_config(adapter, rank_pattern={"q_proj": 4})
+    rewrite_config(adapter, r=None)
     assert audit(adapter).notes == ["experts were not looked at one by one: the adapter's rank is not known"]
 
 
-@pytest.mark.parametrize("b", [torch.ones(16, 4), torch.ones(2, 16, 8)])
-def test_pairs_that_do_not_multiply_are_problems(tmp_path, b):
+@pytest.mark.parametrize(
+    "a, b", [((8, 6), (16, 4)), ((8, 6), (2, 16, 8)), ((3, 8, 6), (2, 16, 8)), ((8,), (8,)), ((8, 6), (8,)), ((), ())]
+)
+def test_pairs_that_do_not_multiply_are_problems(tmp_path, a, b):
     stem = "layers.0.mlp.up_proj.lora_"
-    save_file({f"{stem}A.weight": torch.ones(8, 6), f"{stem}B.weight": b}, tmp_path / "x.safetensors")
+    save_file({f"{stem}A.weight": torch.ones(a), f"{stem}B.weight": torch.ones(b)}, tmp_path / "x.safetensors")
     report = audit(tmp_path)
-    assert report.problems == [f"dense_mlp: {stem}A.weight: A (8, 6) and B {tuple(b.shape)} do not multiply"]
+    assert report.problems == [f"dense_mlp: {stem}A.weight: A {a} and B {b} do not multiply"]
     assert report.flagged == {(0, "dense_mlp"): 1}
 
 

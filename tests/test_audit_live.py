@@ -1,0 +1,89 @@
+"""The adapter audit of live models: several adapters, ranks of their own, what is saved beside the LoRA matrices."""
+
+import pytest
+import torch
+from models import tiny_config, tiny_model
+from peft import LoraConfig, get_peft_model
+from test_audit import without_expert
+
+from ktlib.audit import audit
+from ktlib.lora import lora_config
+
+
+def nan_in(model, name):
+    with torch.no_grad():
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            if name in key:
+                parameter.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_tokens_delta"),
+    ],
+)
+def test_what_is_saved_beside_lora_is_looked_at(options, name, tmp_path):
+    model = tiny_model("deepseek_v2", "ktlib")
+    model = get_peft_model(model, lora_config(model, **options))
+    assert audit(model).clean and audit(model)["other"].tensors == 1
+    nan_in(model, name)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        assert audit(source).problems == ["other: 1 of 1 tensors contain NaN"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj"], "lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_biases_and_embeddings(options, tmp_path):
+    model = tiny_model("qwen2_moe")
+    model = get_peft_model(model, LoraConfig(r=4, **options))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    for report in (audit(model), audit(tmp_path, tiny_config("qwen2_moe"))):
+        assert report.clean and sum(row.tensors for row in report.rows) == 6
+        assert report.notes == ["every B is zero: a new adapter, never trained"]
+    for source in (model, tmp_path):
+        problems = audit(source, trained=True).problems
+        assert [problem.partition(",")[0] for problem in problems] == [
+            "self_attn: 2 of 2 B matrices were never updated",
+            *["other: 1 of 1 A matrices were never updated"] * ("embed_tokens" in options["target_modules"]),
+        ]
+
+
+def with_adapters(**adapters):
+    """A live model with adapters of random values; of each, options of lora_config, and an expert without tokens."""
+    model = tiny_model("deepseek_v2", "ktlib")
+    for name, options in adapters.items():
+        expert = options.pop("without", None)
+        config = lora_config(model, **options)
+        if hasattr(model, "peft_config"):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, name)
+        for key, parameter in model.named_parameters():
+            if f".lora_B.{name}." in key:
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+                if ".experts." in key and expert is not None:
+                    without_expert(expert, 8)(parameter.data)
+    return model
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_experts_of_any_rank_are_looked_at_one_by_one(parameters, tmp_path):
+    options = {"target_parameters": [f"mlp.experts.{name}" for name in parameters], "without": 5}
+    model = with_adapters(one=options | {"r": 4, "rank_pattern": {"experts.gate_up_proj": 2, "experts.down_proj": 3}})
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path / "one"):
+        assert audit(source).notes == ["routed_experts: 1 experts in 1 layers never received a token, as 5 in layer 1"]
+
+
+def test_each_adapter_of_a_live_model_is_judged_by_its_own_settings():
+    model = with_adapters(one={"r": 2, "lora_alpha": 2}, two={"r": 8, "lora_alpha": 1e41, "without": 3})
+    report = audit(model)
+    note = "routed_experts: 1 experts in 1 layers never received a token, as 3 in layer 1"
+    assert report.notes == [f"adapter two: {note}"]
+    assert len(report.problems) == 16 and all("lora_A.two.weight: A and B" in problem for problem in report.problems)
+    assert audit(with_adapters(two={"r": 8, "lora_alpha": 1e41})).problems
+    assert audit(with_adapters(two={"r": 8}, one={"r": 2})).clean
