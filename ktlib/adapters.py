@@ -18,6 +18,8 @@ of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form abov
 adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
 """
 
+import fcntl
+import glob
 import os
 import re
 import shutil
@@ -105,7 +107,10 @@ def export_adapter(source, out, base, layout="per_expert"):
 
 
 class _new_folder:
-    """A temporary folder beside ``out`` that takes its place at the end, if all went well."""
+    """A temporary folder beside ``out`` that takes its place at the end, if all went well.
+
+    It is locked while its process lives: what a killed one left there is removed by the next for the same ``out``.
+    """
 
     def __init__(self, out):
         self.out = Path(out)
@@ -114,7 +119,13 @@ class _new_folder:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"out: {self.out} exists and is not an empty folder")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
+        prefix = f".{self.out.name}.ktlib-partial-"
+        for left in self.out.parent.glob(f"{glob.escape(prefix)}*"):
+            if (lock := _locked(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
+        self.lock = _locked(self.folder)
         return self.folder
 
     def __exit__(self, kind, *_):
@@ -124,6 +135,21 @@ class _new_folder:
                 os.replace(self.folder, self.out)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            if self.lock is not None:
+                os.close(self.lock)
+
+
+def _locked(folder):
+    """A descriptor that keeps a folder locked until it is closed; None where there is no lock to be had."""
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
 
 
 def _read(source, base):

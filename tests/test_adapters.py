@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import ktlib
-from ktlib import stored
+from ktlib import adapters, stored
 from ktlib.adapters import export_adapter, import_adapter
 from ktlib.layouts import ExpertLayout, Part
 from ktlib.lora import lora_config
@@ -463,6 +463,20 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apart"]
     monkeypatch.setattr(stored.os, "fsync", replaced)
     assert import_adapter(source, tmp_path / "out", config).is_dir()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    source, config = save_per_expert(tmp_path / "apart")
+    left, strange = tmp_path / ".out.ktlib-partial-killed", tmp_path / ".out.settings"
+    for folder in (left, strange):
+        folder.mkdir()
+        (folder / WEIGHTS).touch()
+    with pytest.raises(KeyboardInterrupt), adapters._new_folder(tmp_path / "out") as writing:
+        assert not left.exists()
+        import_adapter(source, tmp_path / "out", config)
+        assert writing.is_dir(), "another process is still at work there"
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.settings", "apart", "out"]
 
 
 def test_spellings_are_inverse():
