@@ -95,7 +95,7 @@ def refuse_unsupported(settings, where):
         off = value is None or value is False or value == []
         if name in _CARRIED_OVER | _WITHOUT_EFFECT or off or value == defaults.get(name):
             continue
-        if name == "init_lora_weights" and value == "gaussian":  # others may change the base when PEFT loads them
+        if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):  # others may change the base
             continue
         raise ValueError(f"{where}: {name} is {value!r:.60}, which has no place in the layouts")
 
