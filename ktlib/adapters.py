@@ -68,8 +68,8 @@ def import_adapter(source, out, base):
         ValueError: not an adapter of this base model: missing, extra and wrongly shaped tensors are listed, also ranks
             that differ from the settings, or that differ between experts of a layer; a damaged
             ``adapter_config.json``; settings in it that none of the layouts has: DoRA, biases, aLoRA, an
-            ``init_lora_weights`` that is not True, False or "gaussian" (PiSSA, OLoRA and others change the base when
-            PEFT loads them; PEFT converts them as it saves), and whatever else is not known to be without effect.
+            ``init_lora_weights`` that may change the base when PEFT loads it (PiSSA, OLoRA and others; PEFT can convert
+            these as it saves), and whatever else is not known to be without effect.
     """
     with _new_folder(out) as folder:
         settings, tensors, config = _read(Path(source), base)
