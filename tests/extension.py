@@ -23,7 +23,7 @@ def guarded(shape, dtype, pin_memory=False):
 
     size = torch.Size(shape).numel() * dtype.itemsize
     if size == 0 or pin_memory:
-        return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pin_memory)
     pages = -(-size // PAGE) * PAGE
     memory = mmap.mmap(-1, pages + 2 * PAGE)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
