@@ -126,11 +126,13 @@ def rank_and_alpha(settings, weight):
 
     A linear layer goes by its own name, unless its weight is a target parameter.
     """
-    from peft.utils.other import get_pattern_key
-
     name = weight if matches(weight, settings.get("target_parameters")) else weight.removesuffix(".weight")
     values = []
     for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        table = settings.get(pattern) or {}
-        values.append(table.get(get_pattern_key(table, name), settings.get(default)))
+        value, table = settings.get(default), settings.get(pattern)
+        if table:
+            from peft.utils.other import get_pattern_key  # seconds, which an audit of most files saves
+
+            value = table.get(get_pattern_key(table, name), value)
+        values.append(value)
     return values

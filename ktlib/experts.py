@@ -58,7 +58,7 @@ def experts_forward(
         name, forward = stock_forward(self)
         # torch makes a new subclass of a module's class whenever it parametrizes the module
         own_class = type(self).__base__ if hasattr(self, "parametrizations") else type(self)
-        _warn_once(own_class, f"using transformers' {name} experts instead of ktlib: {reason}")
+        warn_once(own_class, f"using transformers' {name} experts instead of ktlib: {reason}")
         return forward(self, hidden_states, top_k_index, top_k_weights)
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
         top_k_weights = top_k_weights.float()
@@ -198,7 +198,7 @@ def _probe_gate(experts):
 
 
 @functools.cache
-def _warn_once(experts_class, message):
+def warn_once(experts_class, message):
     warnings.warn(f"{experts_class.__name__}: {message}", stacklevel=3)
 
 

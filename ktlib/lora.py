@@ -23,12 +23,12 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .adapter_files import CONFIG, SAVED_DROPOUT
-from .audit import bare_modules, matches
+from .adapter_files import CONFIG
+from .adapter_settings import SAVED_DROPOUT, matches, read_settings
+from .audit import bare_modules
 from .checks import check_probability
 from .components import component
-from .experts import IMPLEMENTATION, _warn_once, is_experts, unserved
-from .stored import read_json
+from .experts import IMPLEMENTATION, is_experts, unserved, warn_once
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
 _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
@@ -65,7 +65,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
                     "dropout (lora_dropout=0, or model.eval()) these adapters work"
                 )
             if self.training and unserved(self.get_base_layer(), x) is None:
-                _warn_once(
+                warn_once(
                     type(self.get_base_layer()),
                     f"LoRA adds a dense W + BA, because {reason}; model.set_experts_implementation({IMPLEMENTATION!r}) "
                     "trains the factors alone",
@@ -184,7 +184,7 @@ def load_lora_config(folder):
     file = Path(folder) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"folder: {file} is not there")
-    settings = read_json(file)
+    settings = read_settings(file)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"folder: peft_type of the adapter in {folder} is {settings.get('peft_type')!r}, needs 'LORA'")
     dropout = settings.pop(SAVED_DROPOUT, None)

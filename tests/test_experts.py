@@ -28,7 +28,7 @@ def calls(monkeypatch):
         return operator(*args, **kwargs)
 
     monkeypatch.setattr(experts, "moe_experts", counted)
-    experts._warn_once.cache_clear()
+    experts.warn_once.cache_clear()
     return seen
 
 

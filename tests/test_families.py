@@ -54,7 +54,7 @@ def assert_agree(ours, stock):
 @pytest.fixture
 def messages():
     """Texts of ktlib's warnings so far, as they come."""
-    experts._warn_once.cache_clear()
+    experts.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [str(w.message) for w in caught if "ktlib" in str(w.message)]

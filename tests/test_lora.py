@@ -22,7 +22,7 @@ OPTIONS = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora
 
 @pytest.fixture(autouse=True)
 def no_silent_fallback():
-    experts._warn_once.cache_clear()
+    experts.warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*instead of ktlib.*")
         yield
