@@ -85,4 +85,11 @@ def without_cuda():
     return bool(reason)
 
 
+def device():
+    """Where all of a model but the routed experts is trained: "cuda" if there is a GPU that can be used, or "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not unusable_cuda() else "cpu"
+
+
 check()

@@ -1,13 +1,11 @@
-"""Fine-tuning: parameters are checked first, every choice trains, an interrupted run resumes to the same adapter."""
+"""Fine-tuning: every choice trains, an interrupted run resumes to the same adapter."""
 
 import json
 import math
-import re
 import shutil
 
 import pytest
 import torch
-import transformers
 from memory import measure
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -19,6 +17,7 @@ from ktlib.base_model import BASE
 from ktlib.checkpoints import complete_checkpoint
 from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
+from ktlib.sft_parameters import LORA_DTYPES, target_parts
 from ktlib.tasks import codebook, dates
 from ktlib.trace import NonFinite
 
@@ -36,69 +35,6 @@ def adapted(**options):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def test_defaults_are_valid():
-    assert sft.check_parameters()["model"] == "base"
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("model", "no/such/folder"),
-        ("model", ""),
-        ("model", 3),
-        ("dataset", "datez"),
-        ("dataset", None),
-        ("rank", 0),
-        ("rank", 8.0),
-        ("rank", True),
-        ("alpha", 0),
-        ("alpha", "32"),
-        ("alpha", True),
-        ("alpha", math.nan),
-        ("targets", "attn"),
-        ("targets", ""),
-        ("targets", "attention+attention"),
-        ("targets", "attention,experts"),
-        ("lora_dtype", "fp16"),
-        ("lora_dtype", ["fp32"]),
-        ("lora_dropout", 1.0),
-        ("lora_dropout", -0.1),
-        ("lora_dropout", math.nan),
-        ("lora_dropout", "0.1"),
-        ("lora_dropout", False),
-        ("steps", 0),
-        ("steps", "10"),
-        ("batch_size", -1),
-        ("grad_accumulation", 0),
-        ("sequence_length", 7),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.inf),
-        ("learning_rate", "1e-3"),
-        ("seed", -1),
-        ("seed", 2**32),
-        ("gradient_checkpointing", "yes"),
-        ("output_dir", ""),
-        ("output_dir", __file__),
-        ("isa", "sse2"),
-        ("isa", ""),
-        ("finetuning", "dora"),
-        ("finetuning", None),
-        ("torch_threads", 0),
-        ("torch_threads", True),
-        ("torch_threads", "2"),
-        ("stream_rows", 0),
-        ("stream_rows", True),
-        ("stream_rows", 64.0),
-    ],
-)
-def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monkeypatch):
-    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
-    for function in (sft.check_parameters, sft.run):
-        with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
-            function(**{name: value})
-        assert repr(value) in str(error.value)
 
 
 def test_a_tokenizer_without_a_padding_token(tmp_path):
@@ -167,13 +103,6 @@ def test_long_rows_are_left_out_of_evaluation(monkeypatch):
         sft.exact_match(model, tokenizer, rows[1:2], progress=False, sequence_length=32)
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch):
-    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
-    with pytest.raises(ValueError, match="sequence_length: got 1025, need at most 1024, the max_position_embeddings"):
-        sft.run(sequence_length=1025, progress=False)
-    sft.estimate_run(sft.check_parameters(sequence_length=1024))
-
-
 PARTS = {"attention": "self_attn", "experts": "routed_experts", "shared": "shared_experts", "dense": "dense_mlp"}
 
 
@@ -181,7 +110,7 @@ PARTS = {"attention": "self_attn", "experts": "routed_experts", "shared": "share
 def test_targets_train_what_they_name(targets, tmp_path):
     model, tokenizer = adapted(targets=targets)
     before = weights(model)
-    assert {component(name) for name in before} == {PARTS[part] for part in sft.target_parts(targets)}
+    assert {component(name) for name in before} == {PARTS[part] for part in target_parts(targets)}
     result = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     after = weights(model)
     moved = [name for name in before if "lora_B" in name and not torch.equal(before[name], after[name])]
@@ -216,7 +145,7 @@ def test_a_part_that_the_model_lacks_is_an_error(monkeypatch):
 def test_every_choice_trains(lora, options, tmp_path):
     model, tokenizer = adapted(**lora)
     result = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL | options)
-    assert {p.dtype for p in weights(model).values()} == {sft.LORA_DTYPES[lora.get("lora_dtype", "fp32")]}
+    assert {p.dtype for p in weights(model).values()} == {LORA_DTYPES[lora.get("lora_dtype", "fp32")]}
     assert all(
         math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in map(floats, result["log"])
     )
@@ -286,7 +215,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("lora_dtype", sft.LORA_DTYPES)
+@pytest.mark.parametrize("lora_dtype", LORA_DTYPES)
 def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype, monkeypatch):
     options = SMALL | {"steps": 4, "save_every": 2}
     whole, tokenizer = adapted(lora_dtype=lora_dtype)
@@ -340,11 +269,6 @@ def test_dropout_changes_the_curve_and_repeats(tmp_path):
     assert settings["ktlib_lora_dropout"] == 0.2 and audit(tmp_path / "first").clean
 
 
-def test_dropout_is_of_adapters_only():
-    with pytest.raises(ValueError, match="lora_dropout: got 0.1, need 0 with finetuning='full'"):
-        sft.check_parameters(finetuning="full", lora_dropout=0.1)
-
-
 def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     model, tokenizer = adapted()
     (tmp_path / "checkpoints").mkdir()
@@ -377,7 +301,7 @@ def test_full_finetuning_trains_the_weights_of_its_targets(targets, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    parts = {PARTS[part] for part in sft.target_parts(targets)}
+    parts = {PARTS[part] for part in target_parts(targets)}
     wanted = {name for name, p in before.items() if component(name) in parts and p.dim() > 1}
     assert moved == wanted and all(p.dtype == torch.bfloat16 for p in model.parameters())
     file = next((sft.BASE).glob("*.safetensors"))
@@ -429,35 +353,6 @@ def test_a_model_trained_as_a_whole_is_saved_for_stock_transformers(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, stock.state_dict()[name]), name
     assert not torch.equal(loaded.model.layers[1].mlp.experts.down_proj, stock.model.layers[1].mlp.experts.down_proj)
-
-
-def test_memory_is_estimated_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    model, _ = sft.load_model("base")
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
-    parameters = sft.check_parameters(finetuning="full", targets="experts", output_dir=str(tmp_path))
-    full = sft.estimate_run(parameters)
-    assert full.host["expert weights"] == 2 * experts and full.host["expert gradients, moments"] == 6 * experts
-    assert full.host["other gradients, moments"] == 0 and not full.gpu
-    lora = sft.estimate_run(parameters | {"finetuning": "lora", "rank": 2, "lora_dtype": "bf16"})
-    ranks = sum(p.shape[0] * 2 * sum(p.shape[1:]) for p in model.parameters() if p.dim() == 3)
-    assert lora.host["expert adapters, gradients, moments"] == 8 * ranks
-    monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 1.5e9)
-    with pytest.raises(MemoryError, match="GB of host memory, 1.5 GB are free"):
-        sft.run(finetuning="full", output_dir=str(tmp_path / "out"), progress=False)
-
-
-def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, capsys):
-    """A folder with DeepSeek-V3's config and nothing else: 671 billion parameters."""
-    transformers.DeepseekV3Config().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
-    monkeypatch.setattr("ktlib.estimate.available_memory", lambda: 64e9)
-    with pytest.raises(MemoryError, match=r"needs 1\d{3}\.\d GB of host memory, 64.0 GB are free"):
-        sft.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), rank=8)
-    printed = capsys.readouterr().out
-    assert re.search(r"^host +expert weights +1307\.8\d GB$", printed, re.MULTILINE)
-    assert re.search(r"^time +2048 tokens per step: \d+ tokens/s$", printed, re.MULTILINE)
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_estimate_of_full_finetuning_is_what_training_takes():
