@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-SFT = Path(__file__).resolve().parents[1] / "notebooks" / "05_full_sft.ipynb"
+from ktlib import runs
 
 
 def main(argv=None):
@@ -15,7 +15,7 @@ def main(argv=None):
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"ktlib {arguments.command}: {error}", file=sys.stderr)
         return 2
 
@@ -47,7 +47,7 @@ def parser():
         "--repeat", type=Path, metavar="RUN.ipynb", help="do again what this executed notebook did, and compare"
     )
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
-    command.add_argument("--notebook", type=Path, default=SFT, help=argparse.SUPPRESS)
+    command.add_argument("--notebook", type=Path, default=runs.SFT, help=argparse.SUPPRESS)
     command.set_defaults(run=sft)
 
     command = commands.add_parser("sweep", help="run a notebook over a grid of parameters, going on where it stopped")
@@ -108,9 +108,7 @@ def audit(arguments):
 
 
 def sft(arguments):
-    """Run the SFT notebook; the last lines say where the results are."""
-    from ktlib import runs
-
+    """Run the SFT notebook; the last lines say where the results are, also of a run that failed after it saved them."""
     notebook = arguments.notebook
     if not notebook.is_file():
         raise ValueError(f"{notebook.name} not found: the SFT notebook is run from a clone of the repository")
@@ -125,9 +123,8 @@ def sft(arguments):
     if result["error"]:
         print(f"\nFAILED in {result['error']}", file=sys.stderr)
     print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
-    if "output_dir" in known and not result["error"]:
-        what = "model" if parameters.get("finetuning") == "full" else "adapter"
-        print(f"{what:<9} {parameters['output_dir']}")
+    if saved := runs.records(runs.read(result["notebook"])).get("saved"):
+        print(f"{saved:<9} {parameters['output_dir']}")
     return 1 if result["error"] else 0
 
 

@@ -89,12 +89,25 @@ def layout(experts):
     }
 
 
-def unserved(experts, hidden_states):
-    """Why the operator cannot compute this call, in words; None if it can."""
+def unsupported(experts):
+    """Why the operator cannot compute experts of this class and config, whatever their weights, in words; or None."""
+    if (reason := _other_form(experts)) is not None:
+        return reason
+    return f"its gate is none of {', '.join(checks.GATES)}" if gate_of(experts) is None else None
+
+
+def _other_form(experts):
     if not experts.has_gate:
         return "its experts have no gate"
     if getattr(experts, "has_post_expert_norm", False):
         return "its experts end in a norm"
+    return None
+
+
+def unserved(experts, hidden_states):
+    """Why the operator cannot compute this call, in words; None if it can."""
+    if (reason := _other_form(experts)) is not None:
+        return reason
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed over processes"
     parametrized = getattr(experts, "parametrizations", {})
@@ -114,9 +127,7 @@ def unserved(experts, hidden_states):
         return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
     if parametrized:
         return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
-    if gate_of(experts) is None:
-        return f"its gate is none of {', '.join(checks.GATES)}"
-    return None
+    return unsupported(experts)
 
 
 def stock_forward(experts):

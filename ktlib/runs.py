@@ -2,11 +2,14 @@
 
 import ast
 import os
+import re
 import sys
 from pathlib import Path
 
 from ktlib.stored import write_text
 
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SFT = NOTEBOOKS / "05_full_sft.ipynb"
 FAILED = "failed.ipynb"
 MIME = "application/vnd.ktlib.record+json"
 PARTIAL = "partial.ipynb"  # what a run writes to until it ends
@@ -95,6 +98,18 @@ def check_parameters(notebook, given):
     return {name: _convert(name, value, known[name][0]) for name, value in given.items()}
 
 
+def check_run(notebook, parameters):
+    """Refuse a run of the SFT notebook as its first cell would, before a kernel is started.
+
+    Raises:
+        ValueError, MemoryError: as :func:`ktlib.sft_parameters.check_notebook`.
+    """
+    if Path(notebook).resolve() == SFT:
+        from ktlib.sft_parameters import check_notebook
+
+        check_notebook(**{name: default for name, (_, default) in notebook_parameters(notebook).items()} | parameters)
+
+
 def with_output_dir(notebook, parameters, folder):
     """``parameters``, with ``output_dir`` in the run's folder if the notebook has one and it was not given."""
     if "output_dir" in notebook_parameters(notebook):
@@ -109,6 +124,9 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     ``failed.ipynb`` and ``failed.html`` and does not touch the results of an earlier good run. Relative paths among
     the parameters mean what they mean to the caller: the kernel works in the caller's directory. What the cells print
     appears on stdout as they run, unless ``quiet``.
+
+    Raises:
+        ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`); nothing was run.
     """
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
@@ -118,8 +136,10 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    _teach_papermill_unions()
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(notebook, parameters or {})
+    check_run(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     partial, error = folder / PARTIAL, None
     try:
@@ -130,6 +150,7 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
             kernel_name="python3",
             progress_bar=sys.stderr.isatty() if progress is None else progress,
             stdout_file=None if quiet else sys.stdout,
+            config=_encrypted(),
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
@@ -153,6 +174,28 @@ def _export_html(notebook, report, *, title):
 
     html, _ = HTMLExporter().from_filename(str(notebook), resources={"metadata": {"name": title}})
     write_text(report, html)
+
+
+def _teach_papermill_unions():
+    """papermill 2.7 does not see a parameter that is annotated ``str | None``, and says that it was passed an unknown
+    one. The pattern with which it reads Python's parameters is a class attribute, its translators are registered."""
+    from papermill.translators import PythonTranslator, papermill_translators
+
+    class WithUnions(PythonTranslator):
+        PARAMETER_PATTERN = re.compile(PythonTranslator.PARAMETER_PATTERN.pattern.replace(r"\],\s]", r"\],\s|]"))
+
+    papermill_translators.register("python", WithUnions)
+
+
+def _encrypted():
+    """Settings with which jupyter_client, where it can, encrypts what it says to a kernel: on a machine with several
+    users others could read it, and ipykernel warns of that in every run."""
+    import zmq
+    from jupyter_client.manager import KernelManager
+    from traitlets.config import Config
+
+    possible = hasattr(KernelManager, "transport_encryption") and zmq.has("curve")
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if possible else {})
 
 
 def _convert(name, value, annotation):

@@ -17,14 +17,12 @@ from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PrinterCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
 
-from ktlib.base_model import BASE
 from ktlib.callback import ShowProgress, StopOnNonFinite
 from ktlib.checkpoints import (
     CHECKPOINTS,
@@ -40,9 +38,18 @@ from ktlib.cpu import cpu_info
 from ktlib.environment import device, without_cuda
 from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.keeping import CHECKPOINTING
-from ktlib.lora import adapter_dtype_kept, lora_config
+from ktlib.lora import adapter_dtype_kept
 from ktlib.placement import pin_experts
-from ktlib.sft_parameters import LORA_DTYPES, check_parameters, chosen_modules, estimate_run, positions
+from ktlib.sft_parameters import (
+    LORA_DTYPES,
+    adapter_config,
+    check_parameters,
+    chosen_modules,
+    estimate_run,
+    folder_of,
+    load_tokenizer,
+    positions,
+)
 from ktlib.tasks import collator, encode, load_data, prompt_ids, tokenise
 from ktlib.threads import default_threads, stock_threads
 from ktlib.trace import NonFinite
@@ -56,14 +63,9 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
     Where there is a GPU, the experts of the operator are pinned to the CPU, with ``stream_rows``, so that ``.to`` and a
     Trainer move all but them. Raises ValueError if the tokenizer has no token that ends a response.
     """
-    path = BASE if model == "base" else model
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token is None:
-        raise ValueError(f"model: the tokenizer in {path} has no eos_token, needs one to end every response with")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(model)
     loaded = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, experts_implementation=experts_implementation
+        folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation
     )
     served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
     if served and torch.cuda.is_available():
@@ -71,27 +73,17 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
     return loaded, tokenizer
 
 
-def prepare(model, finetuning="lora", targets="attention+experts+shared", **lora):
+def prepare(model, finetuning="lora", targets="all", **lora):
     """The model with what is to be trained: :func:`add_lora`, or for ``finetuning="full"`` :func:`train_weights`."""
     return train_weights(model, targets) if finetuning == "full" else add_lora(model, targets, **lora)
 
 
-def add_lora(
-    model, targets="attention+experts+shared", rank=16, alpha=32.0, lora_dtype="fp32", lora_dropout=0.0, seed=0
-):
+def add_lora(model, targets="all", rank=16, alpha=32.0, lora_dtype="fp32", lora_dropout=0.0, seed=0):
     """A PeftModel with fresh adapters (A random from ``seed``, B zero) on the chosen parts, in ``lora_dtype``.
 
     Routers are never adapted. Raises ValueError if the model has none of the layers that a part names.
     """
-    chosen = chosen_modules(model, targets)
-    config = lora_config(
-        model,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=lora_dropout,
-        target_modules=[name for part, names in chosen.items() if part != "experts" for name in names],
-        target_parameters=None if chosen.get("experts") else [],
-    )
+    config = adapter_config(model, targets, rank, alpha, lora_dropout)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -100,7 +92,7 @@ def add_lora(
     return adapted
 
 
-def train_weights(model, targets="attention+experts+shared"):
+def train_weights(model, targets="all"):
     """The model itself with the weights of the chosen parts to be trained and all others frozen.
 
     Weights, gradients and moments stay in the model's dtype, as in stock training of a bf16 model: steps below about
@@ -309,10 +301,8 @@ def run(progress=True, **parameters):
     estimate of memory and time is printed. Raises MemoryError before the model is loaded if it cannot fit.
     """
     p = check_parameters(**parameters)
-    estimated = estimate_run(p)
     if progress and p["model"] != "base":
-        print(estimated, flush=True)
-    estimated.check()
+        print(estimate_run(p), flush=True)
     train_rows, test_rows = load_data(p["dataset"], p["seed"])
     use_isa(p["isa"])
     model, tokenizer = load_model(p["model"], stream_rows=p["stream_rows"])

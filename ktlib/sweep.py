@@ -18,8 +18,7 @@ from pathlib import Path
 
 from . import runs
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = {"sft": "05_full_sft.ipynb", "init": "04_lora_init_sensitivity.ipynb"}
+NAMES = {"sft": runs.SFT, "init": runs.NOTEBOOKS / "04_lora_init_sensitivity.ipynb"}
 
 
 def plan(notebook, folder, grid, fixed=None):
@@ -33,7 +32,8 @@ def plan(notebook, folder, grid, fixed=None):
 
     Raises:
         ValueError: an unknown parameter or a value of a wrong type; one that is in both tables; no values, or equal
-            ones; no such notebook; ``grid`` or ``fixed`` is no table.
+            ones; no such notebook; ``grid`` or ``fixed`` is no table; a run that its notebook would refuse.
+        MemoryError: a run cannot fit in the memory that is free.
     """
     notebook, fixed = find(notebook), {} if fixed is None else fixed
     if not isinstance(fixed, dict):
@@ -50,6 +50,7 @@ def plan(notebook, folder, grid, fixed=None):
             raise ValueError(f"grid: {run_folder.name} occurs twice")
         parameters = runs.check_parameters(notebook, fixed | point)
         planned[run_folder] = runs.with_output_dir(notebook, parameters, run_folder)
+        runs.check_run(notebook, planned[run_folder])
     return planned
 
 
@@ -86,7 +87,7 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
 def find(notebook):
     """The path of a notebook given by its name in a sweep file or by its path; ValueError if there is none."""
     if isinstance(notebook, str | os.PathLike):
-        path = NOTEBOOKS / NAMES[notebook] if notebook in NAMES else Path(notebook)
+        path = NAMES.get(notebook) or Path(notebook)
         if path.is_file():
             return path
     raise ValueError(f"notebook: got {str(notebook)!r}, needs one of {', '.join(NAMES)} or the path of a notebook")

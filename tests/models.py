@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from ktlib.base_model import BASE
+
 VOCAB = 96
 _COMMON = {
     "vocab_size": VOCAB,
@@ -45,12 +47,32 @@ FAMILIES = {
     ),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "intermediate_size": 48, "head_dim": 16}),
 }
+MORE_FAMILIES = {  # for what does not need to be tested with each
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
+    "dots1": ("Dots1Config", {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 32,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+}
 PER_EXPERT = [family for family in FAMILIES if family != "gpt_oss"]  # those that files may hold expert by expert
 
 
 def tiny_config(family, **changes):
     """Config of a two-layer model of the family (with a dense first layer where the family has one)."""
-    name, specific = FAMILIES[family]
+    name, specific = (FAMILIES | MORE_FAMILIES)[family]
     return getattr(transformers, name)(**{**_COMMON, **specific, **changes})
 
 
@@ -76,6 +98,17 @@ def tiny_model(family, experts="eager", dtype=torch.float32, experts_dtype=None,
             parameter.data = parameter.data.to(experts_dtype if ".experts." in name else dtype)
             parameter.requires_grad_(experts != "ktlib" or ".experts." not in name)
     return model.eval()
+
+
+def tiny_checkpoint(folder, family, **changes):
+    """Save a tiny model in bf16 as on the hub, with the built-in model's tokenizer; returns the folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_model(family, dtype=torch.bfloat16, **{"vocab_size": len(tokenizer), **special, **changes}).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def expert_modules(model):

@@ -112,4 +112,4 @@ def test_readme_lists_every_notebook_once():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "params").glob("*.yaml")), ids=lambda file: file.name)
 def test_parameter_files_fit_the_sft_notebook(file):
-    assert runs.check_parameters(cli.SFT, cli.read_yaml(file))
+    assert runs.check_parameters(runs.SFT, cli.read_yaml(file))

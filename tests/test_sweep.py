@@ -132,7 +132,7 @@ def test_axes_are_of_one_sweep(names):
         sweep.axes([{"run": run, "a": 1, "b": 1} for run in names])
 
 
-@pytest.mark.parametrize("file", sorted((sweep.NOTEBOOKS / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((runs.NOTEBOOKS / "sweeps").glob("*.yaml")), ids=lambda file: file.name)
 def test_sweep_files_of_the_repository_are_valid(file, tmp_path, capsys):
     assert cli.main(["sweep", str(file), "--out", str(tmp_path), "--dry-run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 1 and not any(tmp_path.iterdir())
@@ -140,4 +140,4 @@ def test_sweep_files_of_the_repository_are_valid(file, tmp_path, capsys):
 
 def test_the_notebooks_that_have_names_are_there():
     assert all(sweep.find(name).is_file() for name in sweep.NAMES)
-    assert cli.SFT == sweep.find("sft")
+    assert runs.SFT == sweep.find("sft")
