@@ -1,6 +1,7 @@
 """Run a notebook with other parameters, record its results by name, and read them back from a folder of runs."""
 
 import ast
+import json
 import os
 import re
 import sys
@@ -77,14 +78,17 @@ def notebook_parameters(notebook):
     Raises:
         ValueError: the file is no notebook.
     """
-    for cell in read(notebook).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return {
-                node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value))
-                for node in ast.parse(cell.source).body
-                if isinstance(node, ast.AnnAssign)
-            }
-    return {}
+    try:  # nbformat takes seconds to import, and a wrong parameter should be refused before
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{notebook}: not a notebook ({type(error).__name__})") from error
+    return {
+        node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value))
+        for source in sources[:1]
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign)
+    }
 
 
 def check_parameters(notebook, given):
@@ -128,6 +132,9 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     Raises:
         ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`); nothing was run.
     """
+    notebook, folder = Path(notebook), Path(folder)
+    parameters = check_parameters(notebook, parameters or {})
+    check_run(notebook, parameters)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # reserves less of a GPU than in fixed pieces
@@ -137,9 +144,6 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     from papermill.exceptions import PapermillExecutionError
 
     _teach_papermill_unions()
-    notebook, folder = Path(notebook), Path(folder)
-    parameters = check_parameters(notebook, parameters or {})
-    check_run(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     partial, error = folder / PARTIAL, None
     try:

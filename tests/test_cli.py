@@ -20,9 +20,15 @@ dataset: str = "dates"
 rank: int | None = None
 parts: list[str] = []
 tag: str | None = "x"
-output_dir: str = "nowhere"
+output_dir: str | None = None
 """
-BODY = 'assert dataset != "bad"\nprint(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts} {tag}")'
+BODY = """\
+from ktlib.runs import record
+assert dataset != "bad"
+print(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts} {tag}")
+record(saved="adapter")
+assert dataset != "bad at the end"
+"""
 
 
 @pytest.fixture
@@ -59,6 +65,19 @@ def test_sft_reads_yaml_and_pairs_and_says_where_the_report_is(sft, tmp_path, ca
 def test_sft_with_an_empty_file(sft, tmp_path):
     (tmp_path / "mine.yaml").write_text("# all as it is\n")
     assert sft("mine.yaml") == 0
+
+
+def test_sft_says_where_the_adapter_is_also_if_a_later_check_fails(sft, capsys):
+    assert sft("--param", "dataset=bad at the end") == 1
+    printed = capsys.readouterr()
+    assert "AssertionError" in printed.err
+    assert printed.out.splitlines()[-2:] == ["report    runs/sft/failed.html", "adapter   runs/sft/adapter"]
+
+
+def test_sft_says_nothing_that_a_user_cannot_act_on(sft, capfd):
+    """Such as that papermill does not know a parameter, or that the kernel's traffic could be read by others."""
+    assert sft("--param", "rank=4", "--param", "tag=y", "--param", "output_dir=here") == 0
+    assert not capfd.readouterr().err
 
 
 def test_sft_names(sft, tmp_path):
