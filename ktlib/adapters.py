@@ -215,7 +215,7 @@ def _pairs(settings, tensors, config, source):
     stacked = any("all" in of for of in parts.values())
     targeted = _targeted(settings, model, layout if parts else None, experts if stacked else [])
     named = {*halves, *pairs, *(parameter for parameter, _ in parts)}
-    problems += [f"missing: both matrices of {weight}" for weight in targeted if weight not in named]
+    problems += [f"missing: both matrices of {weight}" for weight in sorted(targeted) if weight not in named]
     if problems:
         raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
     if not pairs:

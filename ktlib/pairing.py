@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import torch
 
 from .adapter_settings import rank_and_alpha, weight_of
+from .components import COMPONENTS
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -101,7 +102,7 @@ class Pairs:
 
     def judge(self, report, trained=None):
         """Add problems, notes and flags to an Audit. ``trained`` as in :func:`ktlib.audit`."""
-        total = Counter({where: self.updated[where] + len(self.zero[where]) for where in {*self.updated, *self.zero}})
+        total = Counter({where: self.updated[where] + len(self.zero[where]) for where in [*self.updated, *self.zero]})
         if trained is None:
             trained = any(self.updated.values())
         for where, what in self.misfits:
@@ -119,7 +120,7 @@ class Pairs:
             report.notes.append(f"{self.label}experts were not looked at one by one: the adapter's rank is not known")
 
     def _never_updated(self, report, total):
-        for part in dict.fromkeys(part for _, part in total):
+        for part, _ in COMPONENTS:
             found = {where: names for where, names in self.zero.items() if where[1] == part}
             for where in list(found):  # one module per expert: B of an expert without tokens is zero, and that is fine
                 if self.updated[where] and all(_EXPERT.search(name) for name in found[where]):

@@ -1,7 +1,10 @@
 """The adapter audit: counts per component from the architecture, every kind of bad value, bad files."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -329,6 +332,17 @@ def test_experts_without_tokens(adapter):
     result = audit(filled(adapter, **both))
     assert result.clean
     assert result.notes == ["routed_experts: 1 experts in 1 layers never received a token, as 2 in layer 7"]
+
+
+def test_the_text_is_the_same_whatever_the_hash_seed(tmp_path):
+    """Lines come in the order of components: that of a set of names would change from process to process."""
+    modules = ("self_attn.q_proj", "linear_attn.in_proj", "mlp.up_proj", "mlp.shared_experts.up_proj", "norm")
+    names = [f"model.layers.{layer}.{module}.lora_{x}.weight" for layer in range(3) for module in modules for x in "AB"]
+    save_file({name: torch.full((2, 2), float("lora_A" in name)) for name in names}, tmp_path / "x.safetensors")
+    command = [sys.executable, "-c", f"import ktlib; print(ktlib.audit({str(tmp_path)!r}, trained=True))"]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in ("0", "1")]
+    first, second = (subprocess.check_output(command, env=environment, text=True) for environment in environments)
+    assert first == second and first.count("were never updated") == 4
 
 
 @pytest.mark.parametrize("part", ["layers__3__self_attn__o_proj", "layers__3__mlp__experts__base_layer"])
