@@ -134,6 +134,8 @@ def write_peft(folder, settings, pairs, saved, config):
     """A stock PEFT adapter for transformers 5 in ``folder``."""
     made, tensors = check_against_peft(settings, pairs, saved, config)
     stored.write(folder / WEIGHTS, tensors)
+    # PEFT keeps the targets in sets and saves them in the order of the set, which changes with Python's hash seed
+    made.target_modules, made.target_parameters = sorted(made.target_modules), sorted(made.target_parameters)
     made.save_pretrained(folder)
 
 

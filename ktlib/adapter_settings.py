@@ -7,6 +7,7 @@ from .layouts import FUSED
 from .stored import read_json
 
 PREFIX = "base_model.model."
+MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")  # in a file: the module that a matrix adapts, and which it is
 SAVED_DROPOUT = "ktlib_lora_dropout"  # what lora_dropout is called in an adapter_config.json of expert parameters
 
 
@@ -79,6 +80,7 @@ _CARRIED_OVER = {
 # what was there when the file was written, and what PEFT looks at only beside another setting, which is refused
 _WITHOUT_EFFECT = {
     *("auto_mapping", "peft_version", "runtime_config"),
+    *("lora_B_layout", "unsloth_fused_expert_lora"),  # factor_layouts reads these, with auto_mapping and peft_version
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
 }
 

@@ -19,6 +19,7 @@ adapter (or without one), is the pair of rank R/2. No element is computed, only 
 """
 
 import fcntl
+import functools
 import glob
 import os
 import re
@@ -39,18 +40,18 @@ from .adapter_files import (
     write_apart,
     write_peft,
 )
-from .adapter_settings import matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
+from .adapter_settings import MATRIX, matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
 from .estimate import meta_model
 from .experts import is_experts
+from .factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from .layouts import FUSED, ExpertLayout, Part
 from .stored import Stored
 
 LAYOUTS = ("peft", "per_expert", "ktransformers")
-_MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")
 _STACK = re.compile(r"layers\.(\d+)\.experts\.(gate|up|down)_lora_([ab])")
 
 
-def import_adapter(source, out, base):
+def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, allow_nonfinite=False):
     """Write the adapter in folder ``source``, in any of the layouts above, as a stock PEFT adapter; returns ``out``.
 
     The result is for ``PeftModel.from_pretrained`` with transformers 5 (with or without :func:`ktlib.factor_adapters`).
@@ -61,6 +62,13 @@ def import_adapter(source, out, base):
             ``fused_expert_lora.safetensors``, or both. Another checkpoint or partial folder is refused.
         out: a folder that does not exist or is empty.
         base: the base model's checkpoint folder, its transformers config, or the model: weights are not looked at.
+        lora_b_order: "rank_major" or "grouped_by_expert", the order of lora_B's columns in a file with routed experts
+            in the first layout. Default: as the file records it, else PEFT's, rank-major. It is needed for a file by
+            Unsloth that does not record it; before 2026.9.6 Unsloth grouped by expert, for most models.
+        lora_a_features: "in" or "out", the features that lora_A of routed experts has in such a file. Default: as the
+            shapes say, and where in_features equal out_features as the version of PEFT in the file says. It is needed
+            where neither decides; PEFT before 0.19.1 wrote "out", for most models.
+        allow_nonfinite: carry NaN and Inf over instead of refusing the adapter.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -69,21 +77,24 @@ def import_adapter(source, out, base):
             that differ from the settings, or that differ between experts of a layer; a damaged
             ``adapter_config.json``; settings in it that none of the layouts has: DoRA, biases, aLoRA, an
             ``init_lora_weights`` that may change the base when PEFT loads it (PiSSA, OLoRA and others; PEFT can convert
-            these as it saves), and whatever else is not known to be without effect.
+            these as it saves), and whatever else is not known to be without effect; one of the two options is needed,
+            or says something else than the file; NaN or Inf, with the tensors' names.
     """
+    check_options(lora_b_order, lora_a_features)
     with _new_folder(out) as folder:
-        settings, tensors, config = _read(Path(source), base)
-        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
+        settings, tensors, config = _read(Path(source), base, allow_nonfinite)
+        options = {"lora_b_order": lora_b_order, "lora_a_features": lora_a_features}
+        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source), **options)
         write_peft(folder, settings, pairs, modules_to_save, config)
     return Path(out)
 
 
-def export_adapter(source, out, base, layout="per_expert"):
+def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False):
     """Write the stock PEFT adapter in folder ``source`` in another layout, for servers that want it; returns ``out``.
 
     Args:
         source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's layout.
-        out, base: as in :func:`import_adapter`.
+        out, base, allow_nonfinite: as in :func:`import_adapter`.
         layout: "per_expert" (vLLM, SGLang, PEFT on transformers 4), "ktransformers", or "peft" (checks and copies).
 
     Raises:
@@ -93,7 +104,7 @@ def export_adapter(source, out, base, layout="per_expert"):
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")
     with _new_folder(out) as folder:
-        settings, tensors, config = _read(Path(source), base)
+        settings, tensors, config = _read(Path(source), base, allow_nonfinite)
         pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
         if layout == "peft":
             write_peft(folder, settings, pairs, modules_to_save, config)
@@ -152,7 +163,7 @@ def _locked(folder):
         return None
 
 
-def _read(source, base):
+def _read(source, base, allow_nonfinite):
     """Settings (dict of adapter_config.json), tensors (name: Stored) and the base model's config."""
     if not (source / CONFIG).is_file():
         raise FileNotFoundError(f"source: {source} has no {CONFIG}, which says the rank and the scaling")
@@ -166,7 +177,17 @@ def _read(source, base):
     files = [source / name for name in (WEIGHTS, FUSED_FILE) if (source / name).is_file()]
     if not files:
         raise FileNotFoundError(f"source: {source} has neither {WEIGHTS} nor {FUSED_FILE}")
-    return settings, stored.read(*files), _config(base)
+    tensors = stored.read(*files)
+    if not allow_nonfinite:
+        _refuse_nonfinite(tensors, source)
+    return settings, tensors, _config(base)
+
+
+def _refuse_nonfinite(tensors, source):
+    problems = [f"NaN or Inf: {name}" for name, tensor in tensors.items() if not stored.is_finite(tensor.load())]
+    if problems:
+        text = listed(problems, "not finite; allow_nonfinite=True (ktlib adapter --allow-nonfinite) carries it over")
+        raise ValueError(f"{source}: {text}")
 
 
 def _config(base):
@@ -180,8 +201,32 @@ def _config(base):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _pairs(settings, tensors, config, source):
+def _pairs(settings, tensors, config, source, **options):
     """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)``, experts fused, from any layout."""
+    decide = functools.partial(layouts_of, **options)
+    pairs, others, problems, model = fit(settings, tensors, config, source / CONFIG, decide)
+    of_modules = settings.get("modules_to_save") or ()
+    saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in of_modules)}
+    problems = [f"unknown: {key}" for key in others if key not in saved] + problems
+    if problems:
+        raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
+    if not pairs:
+        raise ValueError(f"{source}: no LoRA tensors")
+    return pairs, saved
+
+
+def fit(settings, tensors, config, where, decide):
+    """An adapter's tensors, matched with the base model of this config.
+
+    Args:
+        settings, tensors: as :func:`ktlib.adapter_settings.read_settings` and :func:`ktlib.stored.read` return them.
+        where: what errors call the settings.
+        decide: :func:`ktlib.factor_layouts.layouts_of`, or ``refuse_other_layouts``.
+
+    Returns:
+        ``{weight in transformers 5: Pair}``, experts fused, from any layout; ``{name: Stored}`` of what is no matrix of
+        a LoRA pair; problems, such as "missing: lora_A of ..."; the base model on the meta device.
+    """
     try:
         layout = ExpertLayout(config.model_type)
     except ValueError:  # a family that exists in transformers 5 only
@@ -189,23 +234,24 @@ def _pairs(settings, tensors, config, source):
     model = meta_model(config)
     names = _shapes(model)
     experts = [name for name, module in model.named_modules() if is_experts(module)]
-    halves, parts, saved, unknown = {}, {}, {}, []
+    halves, parts, others, problems = {}, {}, {}, []
     for key, tensor in tensors.items():
-        if match := _MATRIX.fullmatch(key):
+        if match := MATRIX.fullmatch(key):
             weight, letter = weight_of(match[1], settings), match[2].lower()
             if part := layout and layout.part(weight):
-                parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})[letter] = tensor
+                matrices = parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})
             else:
-                halves.setdefault(layout.fused_name(weight) if layout else weight, {})[letter] = tensor
+                matrices = halves.setdefault(layout.fused_name(weight) if layout else weight, {})
         elif match := _STACK.fullmatch(key):
             layer, one, letter = match.groups()
             parameter = _stacked_parameter(layer, one, experts)
-            parts.setdefault((parameter, one), {}).setdefault("all", {})[letter] = tensor
-        elif any(f".{name}." in f".{key}" for name in settings.get("modules_to_save") or ()):
-            saved[key] = tensor
+            matrices = parts.setdefault((parameter, one), {}).setdefault("all", {})
         else:
-            unknown.append(key)
-    problems = [f"unknown: {key}" for key in unknown]
+            matrices, letter = others, key
+        if letter in matrices:
+            problems.append(f"twice: {key} is another name of a tensor that is there already")
+        matrices[letter] = tensor
+    halves |= _experts_as_peft_has_them(halves, names, model, layout, functools.partial(decide, settings, where=where))
     pairs = _plain_pairs(halves, names, settings, problems)
     for parameter in dict.fromkeys(parameter for parameter, _ in parts):
         found = {part: of for (one, part), of in parts.items() if one == parameter}
@@ -215,12 +261,8 @@ def _pairs(settings, tensors, config, source):
     stacked = any("all" in of for of in parts.values())
     targeted = _targeted(settings, model, layout if parts else None, experts if stacked else [])
     named = {*halves, *pairs, *(parameter for parameter, _ in parts)}
-    problems += [f"missing: both matrices of {weight}" for weight in targeted if weight not in named]
-    if problems:
-        raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
-    if not pairs:
-        raise ValueError(f"{source}: no LoRA tensors")
-    return pairs, saved
+    problems += [f"missing: both matrices of {weight}" for weight in sorted(targeted) if weight not in named]
+    return pairs, others, problems, model
 
 
 def _shapes(model):
@@ -244,7 +286,8 @@ def _targeted(settings, model, layout, stacked_experts):
     targets = settings.get("target_modules")
     if str(targets).lower() == "all-linear":
         targets = [name for name in linears if name != "lm_head"]
-    weights = {weight for name, weight in linears.items() if matches(name, targets)}
+    excluded = settings.get("exclude_modules")
+    weights = {weight for name, weight in linears.items() if matches(name, targets) and not matches(name, excluded)}
     weights |= {f"{name}.{parameter}" for name in stacked_experts for parameter in FUSED}
     return weights | {name for name, _ in model.named_parameters() if matches(name, settings.get("target_parameters"))}
 
@@ -253,6 +296,20 @@ def _stacked_parameter(layer, part, experts):
     """``"model.layers.1.mlp.experts.gate_up_proj"`` for ``layers.1.experts.gate_lora_a``."""
     module = next((name for name in experts if f".layers.{layer}." in f".{name}."), f"layers.{layer}.mlp.experts")
     return f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+
+
+def _experts_as_peft_has_them(halves, names, model, layout, decide):
+    """Those of ``{weight: {letter: Stored}}`` that adapt routed experts as wholes, in PEFT's layout of now."""
+    of_experts = {weight: of for weight, of in halves.items() if len(of) == 2 and names.get(weight, (1,))[0] > 1}
+    shapes = {weight: (of["a"].shape, of["b"].shape) for weight, of in of_experts.items()}
+    transposed = any(module.is_transposed for module in model.modules() if is_experts(module))
+    base = Base(names, transposed, were_modules=layout is not None)
+    orders, features = decide(shapes=shapes, base=base)
+    converted = {}
+    for weight, of in of_experts.items():
+        a, b = as_peft_has_it(of["a"], of["b"], names[weight][0], orders[weight], features)
+        converted[weight] = {"a": a, "b": b}
+    return converted
 
 
 def _plain_pairs(halves, names, settings, problems):

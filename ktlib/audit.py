@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ktlib import pairing
-from ktlib.adapter_settings import check_settings, matches, read_settings
+from ktlib import pairing, stored
+from ktlib.adapter_settings import PREFIX, check_settings, matches, rank_and_alpha, read_settings
 from ktlib.components import COMPONENTS, component
+from ktlib.factor_layouts import refuse_other_layouts
 from ktlib.stored import read_json
 
 CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
@@ -112,15 +113,16 @@ def audit(source, config=None, trained=None):
 
     Problems: NaN, Inf or empty tensors; a tensor stored under two names; an A without B; a product ``scaling * B A``
     that leaves the range of bf16 although A and B are finite; B (of an embedding A) all zero in a trained adapter;
-    tensor counts other than the architecture's. Of several adapters in a live model each is judged by its own
+    names or shapes other than the architecture's; routed experts that are not, or not certainly, in the layout that
+    PEFT has now (see :mod:`ktlib.factor_layouts`). Of several adapters in a live model each is judged by its own
     settings. Notes: an adapter that was never trained; experts that never received a token.
 
     Args:
         source: directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), path of one
             safetensors file, or a live model. Files are read one LoRA pair at a time. Of a model with adapters the
             adapter tensors are counted (those of ``modules_to_save`` too), of a model without, all parameters.
-        config: the base model, or its transformers config, to compare an adapter's tensor counts with (see
-            :func:`expected_adapter_counts`). A live PEFT model is compared with itself.
+        config: the base model, or its transformers config, to compare an adapter file's names and shapes with. Of a
+            live PEFT model the counts are compared, with its own architecture's (see :func:`expected_adapter_counts`).
         trained: whether the adapter was trained. Default: yes, if any B is not zero or a ``trainer_state.json`` beside
             it counts steps.
 
@@ -130,15 +132,15 @@ def audit(source, config=None, trained=None):
             with a field that cannot be used, or a config to compare with and no settings that say what is adapted.
     """
     if isinstance(source, torch.nn.Module):
-        label, expected = type(source).__name__, _model_counts(source, config)
+        label, expected, file = type(source).__name__, _model_counts(source, config), None
         adapters = _model_adapters(source)
     else:
         label, path = str(source), Path(source)
         file = _beside(path, "adapter_config.json")
         settings = read_settings(file)
-        if config is not None and not settings:
-            raise ValueError(f"config: given to compare tensor counts, but there is no {file.name} in {path}")
-        expected = None if config is None else _expected_counts(config, settings, file)
+        if config is not None:
+            _check_comparable(settings, path, file)
+        expected = None
         adapters = {None: (settings, _file_tensors(path))}
         if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
@@ -177,11 +179,78 @@ def audit(source, config=None, trained=None):
     _add_duplicates(report, [names for names in duplicates.values() if len(names) > 1])
     for pairs in judges:
         pairs.judge(report, trained)
+    if file is not None and config is not None:
+        _add_misfits(report, settings, stored.read(*_files(path)), config, file.name)
+    else:
+        _add_layouts(report, judges)
     for name, _ in COMPONENTS if expected is not None else ():
         if lora[name] != expected[name]:
             report.problems.append(f"{name}: {lora[name]} LoRA tensors, the architecture has {expected[name]}")
     report.flagged = +report.flagged
     return report
+
+
+def _check_comparable(settings, path, file):
+    """ValueError if an adapter's tensors cannot be compared with those that its settings and a base model ask for."""
+    if not settings:
+        raise ValueError(f"config: given to compare tensors with, but there is no {file.name} in {path}")
+    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"config: given to compare tensors with, but peft_type in {file} is {kind!r}, needs 'LORA'")
+    if settings.get("r") is None:
+        raise ValueError(f"{file}: has no r, needs a number")
+    _check_targets(settings, file)
+
+
+def _add_misfits(report, settings, tensors, config, where):
+    """Names and shapes that are not those of an adapter with these settings of the base model, by component and kind."""
+    from .adapters import fit
+
+    config = config.config if isinstance(config, torch.nn.Module) else config
+    try:
+        _, others, problems, model = fit(settings, tensors, config, where, refuse_other_layouts)
+    except ValueError as error:
+        report.problems.append(f"routed_experts: {error}")
+        return
+    problems += _misfits_beside_pairs(settings, others, model)
+    grouped = {}
+    for problem in problems:
+        kind, _, text = problem.partition(": ")
+        name = next(word for word in text.split() if "." in word)
+        grouped.setdefault(component(name), {}).setdefault(kind, []).append(text)
+        report.flagged[layer_of(name), component(name)] += 1
+    for part, _ in COMPONENTS:
+        for kind, texts in grouped.get(part, {}).items():
+            more = " ..." if len(texts) > 3 else ""
+            report.problems.append(f"{part}: {kind} ({len(texts)}), as {'; '.join(texts[:3])}{more}")
+
+
+def _misfits_beside_pairs(settings, others, model):
+    """The same of what is no matrix of a linear layer or parameter: embeddings, biases, magnitudes, saved modules."""
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        rank, _ = rank_and_alpha(settings, name)
+        if isinstance(module, torch.nn.Embedding) and _is_targeted(name, settings):
+            for letter, shape in (("A", (rank, module.num_embeddings)), ("B", (module.embedding_dim, rank))):
+                shapes[f"{name}.lora_embedding_{letter}"] = shape
+                if f"{PREFIX}{name}.lora_embedding_{letter}" not in others:
+                    yield f"missing: lora_embedding_{letter} of {name}"
+    for key, tensor in others.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        place = re.split(r"\.(?:lora_|token_adapter\.)", name)[0]
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            yield f"wrong shape: {key} is {tuple(tensor.shape)}, needs {shapes[name]}"
+        elif name not in shapes and (place == name or place not in modules):
+            yield f"extra: {key} is not in the base model"
+
+
+def _add_layouts(report, judges):
+    """Factors of expert parameters that PEFT and ktlib would take for something else than what was trained."""
+    for pairs in judges:
+        try:
+            refuse_other_layouts(pairs.settings, pairs.factors, pairs.label.rstrip(": ") or "the adapter")
+        except ValueError as error:
+            report.problems.append(f"routed_experts: {error}")
 
 
 def layer_of(name):
@@ -233,12 +302,21 @@ def expected_adapter_counts(model, config, layout="fused"):
     return _expected_counts(model, config, "config", layout)
 
 
+def _check_targets(settings, where):
+    for name in ("layers_to_transform", "layer_replication"):
+        if settings.get(name) is not None:
+            raise ValueError(f"{where}: {name} is not supported where tensors are compared with a base model")
+    if settings.get("target_modules") is None and settings.get("target_parameters") is None:
+        raise ValueError(f"{where}: needs target_modules or target_parameters to compare tensors by, has neither")
+
+
+def _is_targeted(name, settings):
+    return matches(name, settings.get("target_modules")) and not matches(name, settings.get("exclude_modules"))
+
+
 def _expected_counts(model, config, where, layout="fused"):
     """The same of settings that are checked; ``where`` they are from is named in errors."""
-    if config.get("layers_to_transform") is not None:
-        raise ValueError(f"{where}: layers_to_transform is not supported by expected_adapter_counts")
-    if config.get("target_modules") is None and config.get("target_parameters") is None:
-        raise ValueError(f"{where}: needs target_modules or target_parameters to count tensors by, has neither")
+    _check_targets(config, where)
     if not isinstance(model, torch.nn.Module):
         from transformers import AutoModelForCausalLM
 
@@ -247,7 +325,7 @@ def _expected_counts(model, config, where, layout="fused"):
     counts = Counter()
     for name, module in bare_modules(model):
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-            if matches(name, config.get("target_modules")) and not matches(name, config.get("exclude_modules")):
+            if _is_targeted(name, config):
                 counts[component(name)] += 2
         for parameter, value in module.named_parameters(recurse=False):
             if matches(f"{name}.{parameter}", config.get("target_parameters")):

@@ -32,7 +32,7 @@ def parser():
         "audit", help="what is in an adapter and what is wrong with it; exit code 1 on a problem"
     )
     command.add_argument("adapter", type=Path, help="folder of a saved adapter, or a safetensors file")
-    command.add_argument("--base", type=Path, help="folder of the base model: compare tensor counts with its config")
+    command.add_argument("--base", type=Path, help="folder of the base model: compare names and shapes with it")
     command.add_argument("--trained", action="store_true", help="it was trained: every B must have been updated")
     command.add_argument("--figure", type=Path, help="write the map of findings by layer and component to this file")
     command.set_defaults(run=audit)
@@ -66,6 +66,17 @@ def parser():
     command.add_argument(
         "--to", default="peft", choices=("peft", "per_expert", "ktransformers"), help="layout to write, default: peft"
     )
+    command.add_argument(
+        "--lora-b-order",
+        choices=("rank_major", "grouped_by_expert"),
+        help="with --to peft: order of lora_B's columns in a file that does not record it, as older ones by Unsloth",
+    )
+    command.add_argument(
+        "--lora-a-features",
+        choices=("in", "out"),
+        help="with --to peft: features of lora_A where shapes and PEFT's version do not tell, as before PEFT 0.19.1",
+    )
+    command.add_argument("--allow-nonfinite", action="store_true", help="carry NaN and Inf over, default: refuse")
     command.set_defaults(run=adapter)
 
     command = commands.add_parser("fuse", help="write a checkpoint with fused experts, which loads without a copy")
@@ -174,10 +185,14 @@ def adapter(arguments):
 
     if not (arguments.base / "config.json").is_file():
         raise ValueError(f"--base: {arguments.base} has no config.json")
+    paths = arguments.source, arguments.out, arguments.base
     if arguments.to == "peft":
-        ktlib.import_adapter(arguments.source, arguments.out, arguments.base)
+        options = {"lora_b_order": arguments.lora_b_order, "lora_a_features": arguments.lora_a_features}
+        ktlib.import_adapter(*paths, **options, allow_nonfinite=arguments.allow_nonfinite)
+    elif arguments.lora_b_order or arguments.lora_a_features:
+        raise ValueError("--lora-b-order, --lora-a-features: need --to peft; export what that writes")
     else:
-        ktlib.export_adapter(arguments.source, arguments.out, arguments.base, arguments.to)
+        ktlib.export_adapter(*paths, arguments.to, allow_nonfinite=arguments.allow_nonfinite)
     print(f"adapter   {arguments.out}")
     return 0
 

@@ -23,12 +23,14 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .adapter_files import CONFIG
+from . import stored
+from .adapter_files import CONFIG, WEIGHTS
 from .adapter_settings import SAVED_DROPOUT, matches, read_settings
 from .audit import bare_modules
 from .checks import check_probability
 from .components import component
 from .experts import IMPLEMENTATION, is_experts, unserved, warn_once
+from .factor_layouts import expert_factors, refuse_other_layouts
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
 _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
@@ -179,7 +181,8 @@ def load_lora_config(folder):
 
     Raises:
         FileNotFoundError: no ``adapter_config.json`` there.
-        ValueError: that file is damaged, or not the configuration of a LoRA adapter.
+        ValueError: that file is damaged, or not the configuration of a LoRA adapter; the weights beside it are not, or
+            not certainly, in the layout that PEFT has now for expert parameters (see :mod:`ktlib.factor_layouts`).
     """
     file = Path(folder) / CONFIG
     if not file.is_file():
@@ -187,6 +190,8 @@ def load_lora_config(folder):
     settings = read_settings(file)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"folder: peft_type of the adapter in {folder} is {settings.get('peft_type')!r}, needs 'LORA'")
+    if (weights := Path(folder) / WEIGHTS).is_file():
+        refuse_other_layouts(settings, expert_factors(stored.read(weights), settings), file)
     dropout = settings.pop(SAVED_DROPOUT, None)
     config = LoraConfig.from_peft_type(**settings)
     if dropout is not None:
@@ -215,15 +220,30 @@ def factor_adapters(model):
 
     For adapters loaded with ``PeftModel.from_pretrained`` or made from a plain LoraConfig. Values, names and training
     state stay as they are. Returns the number of wrappers switched.
+
+    Raises:
+        ValueError: what PEFT keeps of an adapter's file says that its tensors are not, or not certainly, in the layout
+            that PEFT has now for expert parameters (see :mod:`ktlib.factor_layouts`); nothing is switched.
     """
-    switched = 0
-    for module in model.modules():
-        if type(module) is StockParamWrapper and _can_factor(module.get_base_layer(), module.parameter_name):
-            module.__class__ = ParamWrapper
-            switched += 1
+    wrappers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is StockParamWrapper and _can_factor(module.get_base_layer(), module.parameter_name)
+    }
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        shapes = {
+            f"{name}.{wrapper.parameter_name}": tuple(
+                of[adapter].weight.shape for of in (wrapper.lora_A, wrapper.lora_B)
+            )
+            for name, wrapper in wrappers.items()
+            if wrapper.num_experts > 1 and adapter in wrapper.lora_A
+        }
+        refuse_other_layouts(config.to_dict(), shapes, f"adapter {adapter}")
+    for module in wrappers.values():
+        module.__class__ = ParamWrapper
     for config in getattr(model, "peft_config", {}).values():
         config._register_custom_module({torch.nn.Module: _wrap})
-    return switched
+    return len(wrappers)
 
 
 def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameters=None, **kwargs):

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 import torch
 
 from .adapter_settings import rank_and_alpha, weight_of
+from .components import COMPONENTS
+from .layouts import FUSED
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -52,6 +54,7 @@ class Pairs:
         self.misfits = []
         self.experts = defaultdict(lambda: defaultdict(bool))  # layer -> expert -> any B not zero
         self.unknown = 0
+        self.factors = {}  # of expert parameters in PEFT's layout: weight -> shapes of A and B, for factor_layouts
 
     def add(self, name, a, b, part, layer):
         """Take one pair into account: A and B as stored, in any of the known layouts."""
@@ -63,7 +66,10 @@ class Pairs:
         if not (a.numel() and b.numel() and a.isfinite().all() and b.isfinite().all()):
             self.updated[where] += 1  # something wrote it
             return
-        rank, scaling = self._rank_and_scaling(name)
+        weight = self._weight_of(name)
+        if a.dim() == 2 and weight.endswith(tuple(FUSED)):
+            self.factors[weight] = tuple(a.shape), tuple(b.shape)
+        rank, scaling = self._rank_and_scaling(weight)
         experts = self._experts_in(part, a, rank)
         touched = bool((a if _of_embedding(name) else b).any())
         self.updated[where] += touched
@@ -83,11 +89,14 @@ class Pairs:
         else:
             self.unknown += 1
 
-    def _rank_and_scaling(self, name):
+    def _weight_of(self, name):
         match = _matrix(name)
         module = name[: match.start()]
         stacked = match[0].startswith("_")  # experts.gate_lora_a
-        rank, alpha = rank_and_alpha(self.settings, f"{module}_proj" if stacked else weight_of(module, self.settings))
+        return f"{module}_proj" if stacked else weight_of(module, self.settings)
+
+    def _rank_and_scaling(self, weight):
+        rank, alpha = rank_and_alpha(self.settings, weight)
         if rank is None or alpha is None:
             return rank, 1.0
         return rank, alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
@@ -101,7 +110,7 @@ class Pairs:
 
     def judge(self, report, trained=None):
         """Add problems, notes and flags to an Audit. ``trained`` as in :func:`ktlib.audit`."""
-        total = Counter({where: self.updated[where] + len(self.zero[where]) for where in {*self.updated, *self.zero}})
+        total = Counter({where: self.updated[where] + len(self.zero[where]) for where in [*self.updated, *self.zero]})
         if trained is None:
             trained = any(self.updated.values())
         for where, what in self.misfits:
@@ -119,7 +128,7 @@ class Pairs:
             report.notes.append(f"{self.label}experts were not looked at one by one: the adapter's rank is not known")
 
     def _never_updated(self, report, total):
-        for part in dict.fromkeys(part for _, part in total):
+        for part, _ in COMPONENTS:
             found = {where: names for where, names in self.zero.items() if where[1] == part}
             for where in list(found):  # one module per expert: B of an expert without tokens is zero, and that is fine
                 if self.updated[where] and all(_EXPERT.search(name) for name in found[where]):

@@ -79,6 +79,13 @@ def read(*files):
     return tensors
 
 
+def is_finite(tensor):
+    """Whether a tensor holds neither NaN nor Inf. What is looked at in one go is small beside a stack of experts."""
+    chunks = tensor.flatten().split(2**24)
+    # torch has no isfinite for 8-bit floats
+    return all(bool((chunk.float() if chunk.dtype.itemsize == 1 else chunk).isfinite().all()) for chunk in chunks)
+
+
 def weight_files(folder):
     """The safetensors files of a saved model or adapter: those that ``from_pretrained`` takes, or all in the folder.
 

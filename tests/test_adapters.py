@@ -320,6 +320,19 @@ def test_a_stock_adapter_without_a_layer_is_refused(layer_keys, tmp_path):
             convert(source, tmp_path / "out", config)
 
 
+def test_lists_are_in_alphabetical_order(tmp_path):
+    """In an error's text and in the written file: the order of a set would change from process to process."""
+    source, config = save_peft(tmp_path / "peft")
+    import_adapter(source, tmp_path / "out", config)
+    for targets in settings_of(tmp_path / "out", "target_modules", "target_parameters"):
+        assert targets == sorted(targets) and len(targets) > 3
+    changed(source, pop(*[f"self_attn.{name}.lora_{x}.weight" for name in ("q_proj", "o_proj") for x in "AB"]))
+    with pytest.raises(ValueError, match="both matrices of") as refused:
+        import_adapter(source, tmp_path / "refused", config)
+    listed = str(refused.value).partition(r"missing (4): ")[2].split("; ")
+    assert len(listed) == 4 and listed == sorted(listed)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
