@@ -44,7 +44,8 @@ def lab(tmp_path_factory):
                 cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
         nbformat.write(notebook, folder / name)
     line = re.search(r"^lab:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    command = line.replace("$(PY)", sys.executable).replace(" notebooks", f" {folder}").split()
+    words = {"$(PY)": sys.executable, "notebooks": str(folder)}
+    command = [words.get(word, word) for word in line.split()]
     not_here = (
         "DISPLAY",
         "WAYLAND_DISPLAY",
