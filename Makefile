@@ -18,6 +18,14 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 QUIET := OMP_WAIT_POLICY=passive TQDM_DISABLE=1 PYTHONHASHSEED=0 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 unexport MPLBACKEND
 
+# Jupyter and IPython keep files in the home folder, and do not start where they cannot.
+ifneq ($(shell [ -w "$$HOME" ] && echo writable),writable)
+export JUPYTER_CONFIG_DIR := $(CURDIR)/.venv/jupyter/config
+export JUPYTER_DATA_DIR := $(CURDIR)/.venv/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
+export IPYTHONDIR := $(CURDIR)/.venv/jupyter/ipython
+endif
+
 # `$(timed) command arguments` shows the command, runs it, and says how long it took and whether it failed.
 timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env $(QUIET) "$$@" || code=$$?; \
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
