@@ -7,7 +7,8 @@ PYTHON ?= python3
 PARAMS ?=
 NB ?= $(sort $(wildcard notebooks/*.ipynb))
 
-# Paths are relative, so that the repository may lie under a path with spaces.
+# The repository may lie under a path with spaces: paths here are relative, and Python's tools run as `python -m`, since the
+# first line of a script in .venv/bin, `#!/path/to/python`, cannot hold a space.
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
@@ -17,12 +18,20 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 QUIET := OMP_WAIT_POLICY=passive TQDM_DISABLE=1 PYTHONHASHSEED=0 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 unexport MPLBACKEND
 
+# Jupyter and IPython keep files in the home folder, and do not start where they cannot.
+ifneq ($(shell [ -w "$$HOME" ] && echo writable),writable)
+export JUPYTER_CONFIG_DIR := $(CURDIR)/.venv/jupyter/config
+export JUPYTER_DATA_DIR := $(CURDIR)/.venv/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
+export IPYTHONDIR := $(CURDIR)/.venv/jupyter/ipython
+endif
+
 # `$(timed) command arguments` shows the command, runs it, and says how long it took and whether it failed.
 timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env $(QUIET) "$$@" || code=$$?; \
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test test-oldest compatibility sanitize lint format lab refs clean
+.PHONY: help setup sft test test-gpu test-oldest compatibility sanitize lint format lab refs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +45,11 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 	$(timed) $(PY) -m pytest tests
 	$(timed) $(PY) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-cell-timeout 900 --durations 10 notebooks
+
+# For machines with a GPU or AMX, which may have Python packages of their own and no network: no .venv, nothing downloaded.
+test-gpu: ## build for $(PYTHON) as it is, then the tests that need a GPU, and the kernels on this processor
+	$(timed) "$(PYTHON)" -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(timed) "$(PYTHON)" -m pytest tests/gpu tests/test_kernels.py
 
 # An environment of its own beside .venv: the list of environment.yml with tests/oldest.txt in place of the newest pins.
 # (torch of that age comes from PyPI with its GPU libraries, several gigabytes.)
@@ -75,24 +89,24 @@ ASAN = $(call EXTENSION,sanitize) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt
 TSAN = $(call EXTENSION,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call CXX_LIB,libtsan.so)" \
 	$(FIXED_ADDRESSES)
 FORBIDDEN = $(call EXTENSION,pages) KTLIB_TEST_PAGES=1
-sanitized = $(timed) .venv/bin/cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
+sanitized = $(timed) $(PY) -m cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
 	-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
 PIECES = $(addprefix tests/test_streaming.py::, \
 	test_copies test_copies_through_a_ring test_copies_end_with_what_is_raised_meanwhile test_masks_of_rows)
 FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
-	$(timed) .venv/bin/cmake --build build/sanitize
+	$(timed) $(PY) -m cmake --build build/sanitize
 	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py \
 		$(PIECES)
 	$(timed) $(ASAN) $(FUZZ)
 	$(call sanitized,tsan,thread)
-	$(timed) .venv/bin/cmake --build build/tsan
+	$(timed) $(PY) -m cmake --build build/tsan
 	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py $(PIECES) \
 		-k "test_copies or test_masks_of_rows or test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
 	$(timed) $(TSAN) $(FUZZ)
 	$(call sanitized,pages,pages,Release)
-	$(timed) .venv/bin/cmake --build build/pages
+	$(timed) $(PY) -m cmake --build build/pages
 	$(timed) $(FORBIDDEN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
 	$(timed) $(FORBIDDEN) $(FUZZ)
 

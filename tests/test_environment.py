@@ -127,7 +127,7 @@ def test_ci_says_how_long_each_stage_took(tmp_path):
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text().replace("budget=1500", "budget=-1"))
-    (tmp_path / ".venv" / "bin" / "ktlib").symlink_to("/bin/true")
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("/bin/true")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for code in (0, 3):
         done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True)

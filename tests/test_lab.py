@@ -44,7 +44,8 @@ def lab(tmp_path_factory):
                 cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
         nbformat.write(notebook, folder / name)
     line = re.search(r"^lab:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    command = line.replace("$(PY)", sys.executable).replace(" notebooks", f" {folder}").split()
+    words = {"$(PY)": sys.executable, "notebooks": str(folder)}
+    command = [words.get(word, word) for word in line.split()]
     not_here = (
         "DISPLAY",
         "WAYLAND_DISPLAY",
@@ -53,7 +54,8 @@ def lab(tmp_path_factory):
         "HF_HUB_DISABLE_PROGRESS_BARS",
     )  # as `make lab`
     environment = {k: v for k, v in os.environ.items() if k not in not_here}
-    environment |= {"JUPYTER_CONFIG_DIR": str(folder / "config"), "IPYTHONDIR": str(folder / "ipython")}
+    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    environment |= {name: str(folder / part) for name, part in own.items()}
     log = open(folder / "log", "w+")
     server = subprocess.Popen([*command, "--allow-root", "--port", "0"], stdout=log, stderr=log, env=environment)
     try:

@@ -72,9 +72,19 @@ def test_only_the_files_are_here(monkeypatch):
 
 
 def test_no_compiler(tmp_path):
-    tools = {name: str(ROOT / ".venv" / "bin" / name) for name in ("cmake", "ninja")}
-    cmake, ninja = (shutil.which(name) or path for name, path in tools.items())
-    command = [cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    ninja = shutil.which("ninja") or ROOT / ".venv" / "bin" / "ninja"
+    command = [
+        sys.executable,
+        "-m",
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+    ]
     done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("CMake Error") == 1 and "ktlib needs a C++ compiler: apt install g++" in done.stderr
