@@ -18,13 +18,9 @@ of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form abov
 adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
 """
 
-import fcntl
 import functools
-import glob
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -45,6 +41,7 @@ from .estimate import meta_model
 from .experts import is_experts
 from .factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from .layouts import FUSED, ExpertLayout, Part
+from .ownership import new_folder
 from .stored import Stored
 
 LAYOUTS = ("peft", "per_expert", "ktransformers")
@@ -81,7 +78,7 @@ def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, a
             or says something else than the file; NaN or Inf, with the tensors' names.
     """
     check_options(lora_b_order, lora_a_features)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         settings, tensors, config = _read(Path(source), base, allow_nonfinite)
         options = {"lora_b_order": lora_b_order, "lora_a_features": lora_a_features}
         pairs, modules_to_save = _pairs(settings, tensors, config, Path(source), **options)
@@ -103,7 +100,7 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         settings, tensors, config = _read(Path(source), base, allow_nonfinite)
         pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
         if layout == "peft":
@@ -112,55 +109,6 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
             check_against_peft(settings, pairs, modules_to_save, config)
             write_apart(folder, settings, pairs, modules_to_save, config, layout)
     return Path(out)
-
-
-# ------------------------------------------------------------------------------------------------------------ folders
-
-
-class _new_folder:
-    """A temporary folder beside ``out`` that takes its place at the end, if all went well.
-
-    It is locked while its process lives: what a killed one left there is removed by the next for the same ``out``.
-    """
-
-    def __init__(self, out):
-        self.out = Path(out)
-
-    def __enter__(self):
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise FileExistsError(f"out: {self.out} exists and is not an empty folder")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.out.name}.ktlib-partial-"
-        for left in self.out.parent.glob(f"{glob.escape(prefix)}*"):
-            if (lock := _locked(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
-        self.lock = _locked(self.folder)
-        return self.folder
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self.folder.chmod(0o755)
-                os.replace(self.folder, self.out)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if self.lock is not None:
-                os.close(self.lock)
-
-
-def _locked(folder):
-    """A descriptor that keeps a folder locked until it is closed; None where there is no lock to be had."""
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
 
 
 def _read(source, base, allow_nonfinite):

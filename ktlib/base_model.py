@@ -13,10 +13,7 @@ know in them but how to read, look up and copy: what a fine-tuning run teaches a
 
 import argparse
 import math
-import os
 import random
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedToke
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ktlib.environment import without_cuda
+from ktlib.ownership import new_folder, refuse_existing
 
 BASE = Path(__file__).parent / "assets" / "base"
 
@@ -272,30 +270,18 @@ def make(out_dir, steps=3000, seed=0):
     The checkpoint is written beside ``out_dir`` and renamed, so a partial one is never seen. Raises FileExistsError,
     before any work, if ``out_dir`` exists and is not an empty directory; ValueError if ``steps`` is less than 1.
     """
-    out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not an empty directory")
+    refuse_existing(out_dir, "out_dir")
     if steps < 1:
         raise ValueError(f"steps: got {steps}, need at least 1")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out_dir.name}.making-"
-    for path in out_dir.parent.iterdir():
-        if path.name.startswith(prefix) and path.is_dir():  # of one that was killed here
-            shutil.rmtree(path)
     tokenizer = train_tokenizer()
     torch.manual_seed(seed)
     on_gpu = torch.cuda.is_available() and not without_cuda()
     device, experts = ("cuda", "batched_mm") if on_gpu else ("cpu", "eager")
     model = DeepseekV2ForCausalLM._from_config(config(tokenizer), experts_implementation=experts).to(device)
     losses = pretrain(model, tokenizer, steps)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
-    try:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        os.replace(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out_dir, "out_dir") as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return losses
 
 

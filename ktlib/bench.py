@@ -10,14 +10,13 @@ import json
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from ktlib import _kernels
 from ktlib.cpu import cpu_info
 from ktlib.ops import moe_experts
-from ktlib.stored import write_text
+from ktlib.ownership import refuse_foreign, write_text
 
 # experts, top_k, hidden, intermediate
 SHAPES = {
@@ -238,6 +237,8 @@ def main():
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per row")
     parser.add_argument("--json", help="write the rows and the machine's facts here")
     arguments = parser.parse_args()
+    if arguments.json:
+        refuse_foreign([arguments.json], "--json", arguments.json)
     result = {"machine": cpu_info(), "torch": torch.__version__, "rank": arguments.rank, "skew": arguments.skew}
     result["ceilings"] = ceilings()
     print({name: f"{rate / 1e9:.1f} G/s" for name, rate in result["ceilings"].items()}, flush=True)
@@ -249,7 +250,7 @@ def main():
             arguments.repeat, arguments.budget,
         )  # fmt: skip
     if arguments.json:
-        write_text(Path(arguments.json), json.dumps(result, indent=1))
+        write_text(arguments.json, json.dumps(result, indent=1), "--json", replace=True)
 
 
 if __name__ == "__main__":

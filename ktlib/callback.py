@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ktlib import ownership
 from ktlib.trace import Finding, Tracer, bad_ones, describe, short
 
 
@@ -16,7 +17,8 @@ class StopOnNonFinite(TrainerCallback):
     Looks at loss and activations (with ``trace``), at gradients before each optimizer step, and at the trained
     parameters after it. At the first bad one the step is skipped, training stops, no further checkpoint is written (so
     that those on disk stay good), the report goes to ``nonfinite.txt`` and ``.json`` in ``folder``, and the model as it
-    was before the step to ``last_good`` there. A report of an earlier training in this folder is removed.
+    was before the step to ``last_good`` there. A report of an earlier training in this folder is removed. Files of
+    these names that ktlib did not write end the training with a ValueError before its first step.
 
     Args:
         trace: watch every module, and name the first one; False looks at gradients and parameters only.
@@ -29,8 +31,10 @@ class StopOnNonFinite(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.close()  # a training that ended with an exception had no on_train_end
         self.finding = None
-        for name in ("nonfinite.txt", "nonfinite.json"):
-            self._path(args, name).unlink(missing_ok=True)
+        reports = [self._path(args, name) for name in ("nonfinite.txt", "nonfinite.json")]
+        ownership.refuse_foreign([*reports, self._path(args, "last_good")], "folder", self._path(args, ""))
+        for report in reports:
+            ownership.remove(report)
         if self.trace:
             self._tracer = Tracer(model, stop=False)
             self._tracer.install()
@@ -73,12 +77,13 @@ class StopOnNonFinite(TrainerCallback):
         self.finding, step = finding, state.global_step + 1
         self._path(args, "").mkdir(parents=True, exist_ok=True)
         text = self._tracer.report() if self._tracer and self._tracer.first else str(finding)
-        self._path(args, "nonfinite.txt").write_text(f"step {step}\n{text}\n", encoding="utf-8")
         report = json.dumps({"step": step, **finding.to_dict()}, indent=1)
-        self._path(args, "nonfinite.json").write_text(report, encoding="utf-8")
+        for name, content in (("nonfinite.txt", f"step {step}\n{text}\n"), ("nonfinite.json", report)):
+            ownership.write_text(self._path(args, name), content, "folder", replace=True)
         kept = "checkpoints on disk are from before"
         if finding.phase != "parameter" and hasattr(model, "save_pretrained"):
-            model.save_pretrained(self._path(args, "last_good"))
+            with ownership.new_folder(self._path(args, "last_good"), "folder", replace=True) as folder:
+                model.save_pretrained(folder)
             kept = "the model before this step is in last_good"
         warnings.warn(f"training stopped in step {step}, {kept}. {str(finding).splitlines()[0]}", stacklevel=2)
 

@@ -12,40 +12,55 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-CHECKPOINTS = "checkpoints"  # the folder in the output folder
-NOTE = "run.json"  # in it: whose checkpoints these are
-WEIGHTS = (  # the files that save_pretrained makes of an adapter or a model
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
+from ktlib import ownership
+from ktlib.output_dir import CHECKPOINTS, NOTE, is_of_a_run, refuse_model_folder
+
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # torch and safetensors report a failed write without its errno
 WRITE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "I/O error", "IoError")
 
 
 class KeepWhole(TrainerCallback):
-    """Gives each checkpoint of a Trainer its final name, then removes the one before."""
+    """Gives each checkpoint of a Trainer its final name in the output folder, then removes the one before.
+
+    The Trainer writes it to the folder ``temporary``, which is its output folder for that moment. Whatever else a
+    callback writes to ``args.output_dir`` is not ours, and stays where it is.
+    """
+
+    def __init__(self, temporary):
+        self.temporary, self.folder = temporary, None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.folder = args.output_dir
+
+    def on_step_end(self, args, state, control, **_):
+        if control.should_save:
+            args.output_dir = str(self.temporary)
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **_):
-        folder = Path(args.output_dir)
-        written = folder / f"checkpoint-{state.global_step}"
+        written = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        args.output_dir, folder = self.folder, Path(self.folder)
+        ownership.record_all(written)
         for path in [*written.iterdir(), written]:
-            sync(path)
+            ownership.sync(path)
         whole = folder / f"step-{state.global_step}"
         os.replace(written, whole)
-        sync(folder)
+        ownership.sync(folder)
         for old in folder.glob("step-*"):
             if old != whole:
-                discard(old)
+                ownership.remove(old)
+
+    def on_train_end(self, args, state, control, **_):
+        args.output_dir = self.folder
 
 
 def complete_checkpoint(folder):
@@ -62,10 +77,12 @@ def start_or_resume(checkpoints, identity):
     other files. A finished run that is another was not saved, nor interrupted: it makes room.
     """
     note = checkpoints / NOTE
-    if checkpoints.exists() and not note.is_file() and any(checkpoints.iterdir()):
-        raise ValueError(f"output_dir: {checkpoints} holds files of something else, need another output_dir")
-    for rubbish in [*checkpoints.parent.glob(f".{checkpoints.name}.*"), *checkpoints.glob("checkpoint-*")]:
-        shutil.rmtree(rubbish)
+    if not is_of_a_run(checkpoints):
+        raise ValueError(
+            f"output_dir: {checkpoints} holds files of something else, needs another output_dir, such as "
+            f"{ownership.free_name(checkpoints.parent)}"
+        )
+    ownership.delete_abandoned(checkpoints)
     if resume := complete_checkpoint(checkpoints):
         before = read_note(note)
         changed = [key for key, now in identity.items() if before.get(key) != now]
@@ -77,11 +94,9 @@ def start_or_resume(checkpoints, identity):
                 f"output_dir: {checkpoints.parent} holds an interrupted run with another {key} ({before.get(key)}, now "
                 f"{identity[key]}); finish that run, delete {checkpoints}, or choose another output_dir"
             )
-    discard(checkpoints)
-    checkpoints.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{checkpoints.name}.", dir=checkpoints.parent))
-    (fresh / NOTE).write_text(json.dumps(identity))
-    os.replace(fresh, checkpoints)
+    ownership.refuse_foreign([checkpoints], "output_dir", checkpoints.parent)
+    with ownership.new_folder(checkpoints, "output_dir", replace=True) as fresh:
+        (fresh / NOTE).write_text(json.dumps(identity))
     return None
 
 
@@ -127,26 +142,26 @@ def fingerprint(value):
 def place(model, folder, tokenizer=None):
     """Save what ``model.save_pretrained`` does (an adapter, or all weights) and the tokenizer in ``folder``, whole.
 
-    Other files stay, checkpoints of the run that made it go. A mixture with an older adapter or model cannot be: old
-    weights go first, all of them, new ones come last. With an older adapter goes its config if a whole model takes its
-    place: from_pretrained would load that.
+    Takes the place of a model or an adapter that ktlib saved there; ValueError if the folder holds another. Other files
+    stay, checkpoints of the run that made it go. A mixture with the older adapter or model cannot be: all its files go
+    first, new weights come last.
     """
-    for rubbish in folder.glob(".saved-*"):
-        shutil.rmtree(rubbish)
-    with tempfile.TemporaryDirectory(prefix=".saved-", dir=folder) as temporary:
-        model.save_pretrained(temporary)
+    refuse_model_folder(folder, source_of(model))
+    old = [*ownership.named(folder, ownership.MODEL_FILES), folder / "README.md"]
+    ownership.refuse_foreign(old, "output_dir", folder)
+    with ownership.temporary_folder(folder) as saved:
+        model.save_pretrained(saved)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        paths = sorted(Path(temporary).iterdir(), key=lambda path: path.suffix == ".safetensors")
-        for path in paths:
-            sync(path)
-        old = [*WEIGHTS] if hasattr(model, "peft_config") else [*WEIGHTS, "adapter_config.json"]
-        for path in [path for pattern in old for path in folder.glob(pattern)]:
-            path.unlink()
-        for path in paths:
-            os.replace(path, folder / path.name)
-    if (folder / CHECKPOINTS / NOTE).is_file():
-        discard(folder / CHECKPOINTS)
+            tokenizer.save_pretrained(saved)
+        ownership.publish(saved, folder, "output_dir", replace=True, old=old)
+    checkpoints = folder / CHECKPOINTS
+    if (checkpoints / NOTE).is_file() and not ownership.remove(checkpoints):
+        warnings.warn(f"output_dir: {checkpoints} stays, ktlib did not write every file in it", stacklevel=3)
+
+
+def source_of(model):
+    """The folder that ``from_pretrained`` read a model from; None if its config does not say."""
+    return getattr(getattr(model, "config", None), "name_or_path", None)
 
 
 @contextlib.contextmanager
@@ -184,8 +199,6 @@ def writing(folder):
         number = getattr(error, "errno", None)
         if number not in CANNOT_WRITE and not any(text in str(error) for text in WRITE_FAILED):
             raise
-        for partial in Path(folder).glob(f"{CHECKPOINTS}/checkpoint-*"):
-            shutil.rmtree(partial, ignore_errors=True)
         reason = os.strerror(number) if number else str(error).splitlines()[0]
         free = f", {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there" if Path(folder).exists() else ""
         raise OSError(
@@ -206,21 +219,3 @@ def check_space(folder, model):
         raise OSError(
             f"output_dir: {folder} has {free / 1e6:.1f} MB free, checkpoints and result need {need / 1e6:.1f}"
         )
-
-
-def discard(folder):
-    """Remove a folder, in one step for whoever looks at its name; the next run removes what a kill leaves of it."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def sync(path):
-    """Make sure that a file's or folder's contents survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

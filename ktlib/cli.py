@@ -102,7 +102,10 @@ def info(arguments):
 def audit(arguments):
     """Print the audit table of a saved adapter."""
     from ktlib.audit import audit
+    from ktlib.ownership import new_file, refuse_foreign
 
+    if arguments.figure:
+        refuse_foreign([arguments.figure], "--figure", arguments.figure)
     config = None
     if arguments.base:
         from transformers import AutoConfig
@@ -114,7 +117,8 @@ def audit(arguments):
         import matplotlib.figure
 
         ax = matplotlib.figure.Figure(figsize=(10, 3), layout="constrained").subplots()
-        report.plot(ax).figure.savefig(arguments.figure)
+        with new_file(arguments.figure, "--figure", replace=True) as file:
+            report.plot(ax).figure.savefig(file)
     return 0 if report.clean else 1
 
 

@@ -5,16 +5,16 @@ model once in memory beside the files, at every load. Files with fused experts a
 takes no memory of its own, and processes on one machine share it.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from . import stored
+from . import ownership, stored
 from .estimate import meta_model
 from .layouts import FUSED, ExpertLayout
 
 NOTE = "fused_from.json"
+LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
 SAMPLE = 256  # values in each quarter of a tensor that tell a source from another: a few megabytes of a large one
 
 
@@ -23,8 +23,8 @@ def fuse_checkpoint(source, out, progress=True):
 
     Values are copied bit for bit, in their dtype. At most the experts' weight of one layer is in memory. Each file
     appears whole or not at all, and files that are there already are kept: call it again after an interruption.
-    Everything else in the folder (config, tokenizer, ...) is copied. A checkpoint that is fused already is copied too,
-    into files whose tensors are aligned to pages.
+    Everything else in the folder (config, tokenizer, ...) is copied, and no file that ``out`` holds is replaced or
+    removed. A checkpoint that is fused already is copied too, into files whose tensors are aligned to pages.
 
     Files are kept only if they came from the same source: the names of its files, its config, and of each of its
     tensors name, dtype, shape and some values (``stored.digest``). Training changes these; an edit of a few values by
@@ -33,7 +33,8 @@ def fuse_checkpoint(source, out, progress=True):
     Raises:
         FileNotFoundError: no checkpoint there, or a file of it is missing.
         ValueError: quantised weights; a family whose layout transformers does not know; tensors missing or of another
-            shape than the config says (they are listed); a damaged file; ``out`` is ``source`` or holds something else.
+            shape than the config says (they are listed); a damaged file; ``out`` is ``source``, or holds something else
+            or one of the files to be copied with other contents.
         OSError: too little space on the disk, said before anything is written.
     """
     from transformers import AutoConfig
@@ -42,7 +43,7 @@ def fuse_checkpoint(source, out, progress=True):
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"source: {source} has no config.json")
     if out.resolve() == source.resolve():
-        raise ValueError(f"out: {out} is the source itself, needs another folder")
+        raise ValueError(f"out: {out} is the source itself, needs another folder, such as {ownership.free_name(out)}")
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"source: {source} is quantised, needs weights in bf16, fp16 or fp32")
@@ -56,12 +57,9 @@ def fuse_checkpoint(source, out, progress=True):
         "tensors": stored.digest(found, most=SAMPLE),
         "config": stored.read_json(source / "config.json"),
     }
-    stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, progress)
-    for path in source.iterdir():
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != NOTE:
-            shutil.copyfile(path, out / path.name)
-    return out
+    left_out = ownership.named(source, LEFT_OUT)
+    copied = [path for path in sorted(source.iterdir()) if path.is_file() and path not in left_out]
+    return stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, copied, progress)
 
 
 def fused_tensors(tensors, layout):

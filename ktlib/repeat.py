@@ -9,6 +9,7 @@ import torch
 
 from ktlib import runs, stored
 from ktlib.cpu import cpu_info
+from ktlib.ownership import free_name
 from ktlib.stamp import facts
 
 RECORD = "repeat"  # the name under which a notebook records it
@@ -68,6 +69,11 @@ def repeat(run, notebook, folder, changes=None):
     ``changes``: parameters to set otherwise. The ablation, which is other runs, is left out. Returns the dict of
     ``runs.run`` with ``results`` and ``circumstances`` (``differences``); both are None if the run failed.
     """
+    if Path(run).resolve().parent == Path(folder).resolve():
+        raise ValueError(
+            f"folder: {folder} is where {run} is, which the repetition would replace; needs another name, such as "
+            f"{free_name(folder)}"
+        )
     before = recorded(run)
     if missing := cpu_info()["isas"].get(before["isa"], "is unknown here"):
         raise ValueError(f"{run}: ran on {before['isa']}, which cannot run here: {missing}")

@@ -7,13 +7,14 @@ import re
 import sys
 from pathlib import Path
 
-from ktlib.stored import write_text
+from ktlib import ownership
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 SFT = NOTEBOOKS / "05_full_sft.ipynb"
 FAILED = "failed.ipynb"
 MIME = "application/vnd.ktlib.record+json"
 PARTIAL = "partial.ipynb"  # what a run writes to until it ends
+REPORT, FAILED_REPORT = "report.html", "failed.html"
 
 
 def record(**values):
@@ -121,6 +122,12 @@ def with_output_dir(notebook, parameters, folder):
     return parameters
 
 
+def refuse_foreign(notebook, folder):
+    """ValueError if a run's results in ``folder`` would take the place of files that ktlib did not write."""
+    names = (Path(notebook).name, REPORT, FAILED, FAILED_REPORT)
+    ownership.refuse_foreign([Path(folder) / name for name in names], "folder", folder)
+
+
 def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     """Execute ``notebook`` with ``parameters``; returns ``{"notebook": path, "report": path, "error": None or text}``.
 
@@ -130,11 +137,13 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     appears on stdout as they run, unless ``quiet``.
 
     Raises:
-        ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`); nothing was run.
+        ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`), or ``folder`` holds
+            a file of one of these names that ktlib did not write, or that was changed since; nothing was run.
     """
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(notebook, parameters or {})
     check_run(notebook, parameters)
+    refuse_foreign(notebook, folder)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # reserves less of a GPU than in fixed pieces
@@ -145,39 +154,43 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
 
     _teach_papermill_unions()
     folder.mkdir(parents=True, exist_ok=True)
-    partial, error = folder / PARTIAL, None
-    try:
-        papermill.execute_notebook(
-            notebook,
-            partial,
-            parameters,
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty() if progress is None else progress,
-            stdout_file=None if quiet else sys.stdout,
-            config=_encrypted(),
-        )
-    except PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except DeadKernelError as failure:
-        error = f"DeadKernelError: {failure}"
-    except KeyboardInterrupt:
-        error = "interrupted"
+    error = None
+    with ownership.temporary_folder(folder) as made:
+        partial = made / PARTIAL
+        try:
+            papermill.execute_notebook(
+                notebook,
+                partial,
+                parameters,
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty() if progress is None else progress,
+                stdout_file=None if quiet else sys.stdout,
+                config=_encrypted(),
+            )
+        except PapermillExecutionError as failure:
+            error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+        except DeadKernelError as failure:
+            error = f"DeadKernelError: {failure}"
+        except KeyboardInterrupt:
+            error = "interrupted"
 
-    done = folder / (FAILED if error else notebook.name)
-    report = done.with_name("failed.html" if error else "report.html")
-    _export_html(partial, report, title=notebook.stem)
-    os.replace(partial, done)
+        done, report = (FAILED, FAILED_REPORT) if error else (notebook.name, REPORT)
+        if ownership.foreign([folder / done, folder / report]):  # somebody put them there while the notebook ran
+            done, report = (ownership.free_name(folder / name, folder=False).name for name in (done, report))
+        _export_html(partial, made / report, title=notebook.stem)
+        partial.rename(made / done)
+        ownership.publish(made, folder, "folder", replace=True)
     if not error:
-        for name in (FAILED, "failed.html"):
-            (folder / name).unlink(missing_ok=True)
-    return {"notebook": done, "report": report, "error": error}
+        for name in (FAILED, FAILED_REPORT):
+            ownership.remove(folder / name)
+    return {"notebook": folder / done, "report": folder / report, "error": error}
 
 
 def _export_html(notebook, report, *, title):
     from nbconvert import HTMLExporter
 
     html, _ = HTMLExporter().from_filename(str(notebook), resources={"metadata": {"name": title}})
-    write_text(report, html)
+    report.write_text(html, encoding="utf-8")
 
 
 def _teach_papermill_unions():

@@ -31,6 +31,7 @@ from ktlib.checkpoints import (
     locked,
     place,
     run_identity,
+    source_of,
     start_or_resume,
     writing,
 )
@@ -39,6 +40,8 @@ from ktlib.environment import device, without_cuda
 from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.keeping import CHECKPOINTING
 from ktlib.lora import adapter_dtype_kept
+from ktlib.output_dir import refuse_foreign
+from ktlib.ownership import temporary_folder
 from ktlib.placement import pin_experts
 from ktlib.sft_parameters import (
     LORA_DTYPES,
@@ -145,8 +148,8 @@ def train(
 
     A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
     ``save`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
-    model, adapters, data, parameters and instruction set are the same (ValueError otherwise). OSError if nothing can be
-    written there.
+    model, adapters, data, parameters and instruction set are the same (ValueError otherwise, and if the folder holds
+    what :func:`check_parameters` refuses). OSError if nothing can be written there.
 
     A value that is not finite ends the run with :class:`ktlib.trace.NonFinite` before it reaches what is trained:
     the report is ``output_dir/nonfinite.txt``, the adapter or model as it was ``output_dir/last_good``, and the
@@ -202,7 +205,15 @@ def train(
     guard = StopOnNonFinite(folder=output_dir)
     is_peft = hasattr(model, "peft_config")
     dtype_kept = adapter_dtype_kept(model) if is_peft else contextlib.nullcontext()
-    with writing(output_dir), locked(output_dir), dtype_kept, contextlib.closing(guard), stock_threads(torch_threads):
+    with (
+        writing(output_dir),
+        locked(output_dir),
+        temporary_folder(output_dir) as temporary,
+        dtype_kept,
+        contextlib.closing(guard),
+        stock_threads(torch_threads),
+    ):
+        refuse_foreign(output_dir, source_of(model))
         check_space(output_dir, model)
         resume, first_step = start_or_resume(checkpoints, identity | {"isa": cpu_info()["isa"]}) or (None, 0)
         trainer = Trainer(
@@ -210,7 +221,7 @@ def train(
             args=arguments,
             train_dataset=examples,
             data_collator=collator(tokenizer),
-            callbacks=[KeepWhole(), *shown, guard, *callbacks],
+            callbacks=[KeepWhole(temporary), *shown, guard, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         if resume and not is_peft:
@@ -286,7 +297,8 @@ def exact_match(model, tokenizer, rows, batch_size=100, progress=True, sequence_
 def save(model, folder, tokenizer=None):
     """Save an adapter in PEFT's format, or a model and its tokenizer, in ``folder``, whole or not at all.
 
-    Checkpoints of the training that made it are removed there.
+    Checkpoints of the training that made it are removed there. Raises ValueError if the folder holds a model or an
+    adapter that ktlib did not save there, or the model that was trained.
     """
     with writing(folder), locked(folder) as folder:
         place(model, folder, tokenizer)

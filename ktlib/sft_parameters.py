@@ -17,6 +17,7 @@ from ktlib.components import component
 from ktlib.cpu import cpu_info
 from ktlib.environment import device
 from ktlib.experts import is_experts, unsupported
+from ktlib.output_dir import check_output_dir
 from ktlib.stored import weight_files
 from ktlib.tasks import TASKS, load_data, tokenise
 from ktlib.threads import MOST
@@ -72,7 +73,8 @@ def check_parameters(
     - ``lora_dropout``: the share of the inputs of all adapters that training drops, from 0 to below 1
     - ``targets``: what is trained: ``"all"``, or parts of which the model has each, joined by ``+``: attention, experts
       (routed), shared (experts), dense (MLP layers)
-    - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made
+    - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made, that is not the model's and
+      holds no model, adapter, checkpoints or results but those that ktlib wrote
     - ``isa``: None (``KTLIB_ISA``, or the best) or an instruction set of this CPU
     - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
       lora_dropout have no meaning, and lora_dropout must be 0)
@@ -117,15 +119,9 @@ def check_parameters(
     check_folder(model)
     is_data = str(dataset) in TASKS or Path(dataset).is_file()
     need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
-    need(not Path(output_dir).exists() or Path(output_dir).is_dir(), "output_dir", "a folder, not a file")
-    above = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
-    need(
-        os.access(above, os.W_OK | os.X_OK, effective_ids=True),
-        "output_dir",
-        f"one that can be written to: {above} cannot",
-    )
     usable = [name for name, missing in cpu_info()["isas"].items() if not missing]
     need(isa is None or isa in usable, "isa", f"none or what runs on this CPU: {', '.join(usable)}")
+    check_output_dir(output_dir, folder_of(model))
     check_model(given)
     check_data(dataset, model, sequence_length, seed)
     return given

@@ -7,13 +7,16 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import ownership
 from .components import component
+from .ownership import WEIGHT_FILES, new_file, write_text
 
 PAGE = 4096
 DTYPES = {
@@ -127,13 +130,12 @@ def digest(tensors, most=None):
 
 
 def write(path, tensors):
-    """Write ``{name: Stored}`` as the safetensors file ``path``, largest tensor first, its data aligned to pages.
+    """Write ``{name: Stored}`` as the new safetensors file ``path``, largest tensor first, its data aligned to pages.
 
-    At most one tensor is in memory. The file appears whole under its name or not at all: an interruption leaves what
-    was there before.
+    At most one tensor is in memory. The file appears whole under its name or not at all.
 
     Raises:
-        ValueError: a loaded tensor has not the shape and dtype announced.
+        ValueError: a loaded tensor has not the shape and dtype announced, or there is another file ``path``.
     """
     path = Path(path)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -144,9 +146,8 @@ def write(path, tensors):
         offset = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with new_file(path) as partial, open(partial, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in ordered:
                 value = tensor.load()
@@ -155,25 +156,22 @@ def write(path, tensors):
                     raise ValueError(f"{name}: announced {tuple(tensor.shape)} {tensor.dtype}, came {got}")
                 file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
                 del value
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     finally:
         recent.cache_clear()
-        partial.unlink(missing_ok=True)
 
 
-def write_sharded(folder, shards, about, note, progress=True):
+def write_sharded(folder, shards, about, note, others=(), progress=True):
     """Write a checkpoint of several files, going on where an earlier call was interrupted; returns the folder.
 
     Args:
         folder: gets ``model-00001-of-N.safetensors`` ..., and at the end ``model.safetensors.index.json``.
         shards: one ``{name: Stored}`` for each file. Files that are there already are kept.
         about: a dict that says what these weights are, stored as JSON in the file ``note``.
+        others: paths of files, of which ``folder`` gets copies.
 
     Raises:
-        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way, or ``note`` is
-            damaged.
+        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way, or any other
+            model or adapter, or one of the other files with other contents, or ``note`` is damaged.
         OSError: too little space on the disk, said before anything is written.
     """
     from tqdm.auto import tqdm
@@ -182,27 +180,38 @@ def write_sharded(folder, shards, about, note, progress=True):
     folder.mkdir(parents=True, exist_ok=True)
     before = read_json(folder / note)
     files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    there = set(folder.glob("*.safetensors"))
-    strange = sorted(path.name for path in there.difference(files))
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = folder / "model.safetensors.index.json"
+    index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
+    there = ownership.named(folder, WEIGHT_FILES)
+    strange = [path.name for path in there if path not in (*files, index)]
     if before != about and (before or there):
         raise ValueError(
-            f"folder: {folder} holds a checkpoint that was made from something else ({note} differs); delete it, or "
-            "choose another folder"
+            f"folder: {folder} holds a checkpoint that was made from something else ({note} differs), needs another "
+            f"folder, such as {ownership.free_name(folder)}"
         )
     if strange:
         raise ValueError(f"folder: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
-    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    differ = [folder / path.name for path in others if not ownership.same_bytes(path, folder / path.name)]
+    if index.is_file() and index.read_text(encoding="utf-8", errors="replace") != index_text:
+        differ.append(index)
+    differ += [file for file in files if os.path.lexists(file) and not file.is_file()]
+    ownership.refuse_foreign(differ, "folder", folder, replace=False)
     done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if space < size - done:
         raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
-    write_text(folder / note, json.dumps(about))
+    if not before:
+        write_text(folder / note, json.dumps(about), "folder")
     for file, shard in zip(tqdm(files, desc="writing shards", disable=not progress), shards, strict=True):
         if not file.is_file():
             write(file, shard)
-    weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    with ownership.temporary_folder(folder) as made:
+        for path in others:
+            shutil.copyfile(path, made / path.name)
+        ownership.publish(made, folder, "folder")
+    write_text(index, index_text, "folder")
     return folder
 
 
@@ -215,13 +224,6 @@ def read_json(file):
     if not isinstance(content, dict):
         raise ValueError(f"{file}: needs an object, holds a {type(content).__name__}")
     return content
-
-
-def write_text(path, text):
-    """Write a text file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def shards_of(tensors):

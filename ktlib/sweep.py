@@ -61,7 +61,7 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
 
     Raises:
         ValueError: as :func:`plan`; or a finished run in ``folder`` has other parameters, so that its results would
-            stand among those of another sweep.
+            stand among those of another sweep; or a run's folder holds results that ktlib did not write.
     """
     planned, notebook = plan(notebook, folder, grid, fixed), find(notebook)
     finished = {run_folder: finished_parameters(notebook, run_folder) for run_folder in planned}
@@ -70,9 +70,11 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
         if before is not None and before != parameters:
             changed = sorted(key for key in {*before, *parameters} if before.get(key) != parameters.get(key))
             raise ValueError(
-                f"{run_folder} was run with another {', '.join(changed)}: give the sweep another name, or remove it"
+                f"{run_folder} was run with another {', '.join(changed)}: give the sweep another name, or move it away"
             )
     todo = [run_folder for run_folder in planned if finished[run_folder] is None]
+    for run_folder in todo:
+        runs.refuse_foreign(notebook, run_folder)
     print(f"{len(planned)} runs, {len(planned) - len(todo)} of them finished before", flush=True)
     for i, run_folder in enumerate(todo, 1):
         print(f"[{i}/{len(todo)}] {run_folder.name}", flush=True)

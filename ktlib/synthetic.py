@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import stored
+from . import ownership, stored
 
 POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
 CHUNK = 2**22
@@ -125,7 +125,7 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
     interruption.
 
     Raises:
-        ValueError: ``folder`` holds shards of another config or seed.
+        ValueError: ``folder`` holds shards of another config or seed, or another model or config.
         OSError: too little space on the disk, said before anything is written.
     """
     from transformers import AutoModelForCausalLM
@@ -136,10 +136,12 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
     pool = functools.cache(lambda: _pool(config, seed))
     made = {name: _made(name, tensor, pool, seed) for name, tensor in model.state_dict().items() if name not in tied}
     about = {"seed": seed, "config": json.loads(config.to_json_string())}
-    stored.write_sharded(folder, stored.shards_of(made), about, "synthetic.json", progress)
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    return Path(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with ownership.temporary_folder(folder) as saved:
+        model.config.save_pretrained(saved)
+        others = list(saved.iterdir())
+        return stored.write_sharded(folder, stored.shards_of(made), about, "synthetic.json", others, progress)
 
 
 @torch.no_grad()

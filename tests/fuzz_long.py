@@ -73,6 +73,12 @@ def main():
     arguments = parser.parse_args()
     if arguments.child:
         return child(arguments)
+    if arguments.json:
+        import extension  # before ktlib is imported
+
+        from ktlib import ownership
+
+        ownership.refuse_foreign([arguments.json], "--json", arguments.json)
 
     began, begun, kinds, failures = time.monotonic(), 0, collections.Counter(), []
     selector = selectors.DefaultSelector()
@@ -138,7 +144,7 @@ def main():
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        ownership.write_text(arguments.json, text + "\n", "--json", replace=True)
     return 1 if failures else 0
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import ktlib
-from ktlib import adapters, stored
+from ktlib import ownership
 from ktlib.adapters import export_adapter, import_adapter
 from ktlib.layouts import ExpertLayout, Part
 from ktlib.lora import lora_config
@@ -469,27 +469,13 @@ def test_files_and_folders_are_checked(tmp_path):
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     source, config = save_per_expert(tmp_path / "apart")
-    replaced = stored.os.fsync
-    monkeypatch.setattr(stored.os, "fsync", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+    replaced = ownership.os.fsync
+    monkeypatch.setattr(ownership.os, "fsync", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         import_adapter(source, tmp_path / "out", config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apart"]
-    monkeypatch.setattr(stored.os, "fsync", replaced)
+    monkeypatch.setattr(ownership.os, "fsync", replaced)
     assert import_adapter(source, tmp_path / "out", config).is_dir()
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    source, config = save_per_expert(tmp_path / "apart")
-    left, strange = tmp_path / ".out.ktlib-partial-killed", tmp_path / ".out.settings"
-    for folder in (left, strange):
-        folder.mkdir()
-        (folder / WEIGHTS).touch()
-    with pytest.raises(KeyboardInterrupt), adapters._new_folder(tmp_path / "out") as writing:
-        assert not left.exists()
-        import_adapter(source, tmp_path / "out", config)
-        assert writing.is_dir(), "another process is still at work there"
-        raise KeyboardInterrupt
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.settings", "apart", "out"]
 
 
 def test_spellings_are_inverse():

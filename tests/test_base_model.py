@@ -75,15 +75,6 @@ def test_make_writes_a_loadable_checkpoint_once(tmp_path, monkeypatch):
         base_model.make(out, steps=2)
 
 
-def test_of_what_is_beside_it_only_its_own_leavings_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_model, "pretrain", lambda *_: [0.0])
-    (tmp_path / ".base.yaml").write_text("x")
-    for name in (".base.d", ".base.making-4f2k"):
-        (tmp_path / name).mkdir()
-    base_model.make(tmp_path / "base")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".base.d", ".base.yaml", "base"]
-
-
 def test_an_interrupted_make_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ktlib.audit import audit
 from ktlib.callback import StopOnNonFinite
+from ktlib.ownership import write_text
 
 
 class Poison(TrainerCallback):
@@ -126,7 +127,7 @@ def test_callback_begins_anew_with_every_training(tmp_path):
         good.train()
     good.remove_callback(Interrupt)
     (tmp_path / "good").mkdir(exist_ok=True)
-    (tmp_path / "good/nonfinite.txt").write_text("of an earlier training")
+    write_text(tmp_path / "good/nonfinite.txt", "of an earlier training", replace=True)
     good.train()
     assert good.state.global_step == 2 and callback.finding is None
     assert hooks(good.model) == before and not (tmp_path / "good/nonfinite.txt").exists()
@@ -152,7 +153,7 @@ def test_callback_on_a_module_that_cannot_save_itself(tmp_path, trace):
         trainer.train()
     assert callback.finding.phase == ("loss" if trace else "gradient")
     assert all(p.isfinite().all() for p in model.parameters())
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["nonfinite.json", "nonfinite.txt"]
+    assert sorted(path.name for path in (tmp_path / "report").glob("[!.]*")) == ["nonfinite.json", "nonfinite.txt"]
 
 
 def test_callback_sees_a_parameter_that_an_optimizer_step_spoilt(tmp_path):

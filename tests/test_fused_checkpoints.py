@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import ktlib
-from ktlib import stored, synthetic
+from ktlib import ownership, stored, synthetic
 from ktlib.fused_checkpoints import NOTE, fuse_checkpoint
 
 
@@ -202,7 +202,7 @@ def test_a_kill_while_the_note_is_written_blocks_nothing(tmp_path, monkeypatch):
 
     hub, _ = save_hub(tmp_path / "hub")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stored.os, "replace", stop)
+        patch.setattr(ownership.os, "link", stop)
         fuse_checkpoint(hub, tmp_path / "out", progress=False)
     assert not (tmp_path / "out" / NOTE).exists()
     out = fuse_checkpoint(hub, tmp_path / "out", progress=False)

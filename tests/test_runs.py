@@ -84,7 +84,7 @@ def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
     assert "lr 0.003, 10 steps of names" in capfd.readouterr().out
     html = result["report"].read_text()
     assert "lr 0.003, 10 steps of names" in html and "loss=0.001" in html
-    assert sorted(path.name for path in (tmp_path / "runs/good").iterdir()) == ["report.html", "small.ipynb"]
+    assert sorted(path.name for path in (tmp_path / "runs/good").glob("[!.]*")) == ["report.html", "small.ipynb"]
 
     (row,) = runs.load_runs("runs")
     assert row["run"] == "good/small" and not row["failed"] and row["seconds"] > 0

@@ -17,6 +17,7 @@ from ktlib.base_model import BASE
 from ktlib.checkpoints import complete_checkpoint
 from ktlib.cpu import cpu_info
 from ktlib.experts import is_experts
+from ktlib.ownership import TEMPORARY
 from ktlib.sft_parameters import LORA_DTYPES, target_parts
 from ktlib.tasks import codebook, dates
 from ktlib.trace import NonFinite
@@ -273,7 +274,7 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
     model, tokenizer = adapted()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="output_dir: .*something else"):
+    with pytest.raises(ValueError, match="output_dir: .*which holds checkpoints: not written by ktlib"):
         sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     sft.save(model, tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
@@ -283,7 +284,7 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
         assert reader.read() == before != (tmp_path / "adapter_model.safetensors").read_bytes()
     found = {path.name for path in tmp_path.iterdir()}
     assert found >= {"checkpoints", "adapter_model.safetensors", "adapter_config.json"}
-    assert not [name for name in found if name.startswith(".")]
+    assert not [name for name in found if name.startswith(TEMPORARY)]
     assert (tmp_path / "checkpoints" / "thesis.txt").exists()
 
 

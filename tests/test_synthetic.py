@@ -9,7 +9,7 @@ from models import tiny_config
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3Config
 
-from ktlib import stored, synthetic
+from ktlib import ownership, stored, synthetic
 from ktlib.estimate import (
     PCIE,
     QUEUEING,
@@ -50,13 +50,12 @@ def test_an_interrupted_write_goes_on(tmp_path):
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     files = sorted(tmp_path.glob("*.safetensors"))
     moe_layers = CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace
-    assert len(files) == CONFIG.num_hidden_layers + moe_layers + 1 and not list(tmp_path.glob("*.partial"))
+    assert len(files) == CONFIG.num_hidden_layers + moe_layers + 1
     wanted, kept = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].unlink()
-    (tmp_path / f"{files[1].name}.partial").write_bytes(b"half")
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
     assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == kept
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(f"{ownership.TEMPORARY}*"))
     with pytest.raises(ValueError, match="made from something else"):
         synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
     files[2].rename(tmp_path / "model-00003-of-00009.safetensors")

@@ -38,7 +38,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import ktlib
-from ktlib import _kernels, hybrid, measure, stamp, synthetic
+from ktlib import _kernels, hybrid, measure, ownership, stamp, synthetic
 from ktlib.audit import audit
 from ktlib.estimate import available_memory, estimate
 from ktlib.experts import is_experts
@@ -48,11 +48,12 @@ from ktlib.weight_stream import weights_on
 
 def main():
     options = parse()
+    ownership.refuse_foreign([options.out], "--out", options.out)
     if options.compact:
         source = json.loads(options.compact.read_text())
         source.setdefault("recorded", {"date": str(datetime.date.fromtimestamp(options.compact.stat().st_mtime))})
         others = [json.loads(path.read_text()) for path in options.also]
-        options.out.write_text(json.dumps(compact(source, others)) + "\n")
+        ownership.write_text(options.out, json.dumps(compact(source, others)) + "\n", "--out", replace=True)
         return 0
     began = time.perf_counter()
     result = {"recorded": {"date": str(datetime.date.today())}}
@@ -71,7 +72,7 @@ def main():
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         result["parts"][part.__name__] = {**found, "part_seconds": time.perf_counter() - start}
-        options.out.write_text(json.dumps(result, indent=1))
+        ownership.write_text(options.out, json.dumps(result, indent=1), "--out", replace=True)
         brief = {k: v for k, v in result["parts"][part.__name__].items() if not isinstance(v, (list, dict))}
         print(f"[{time.perf_counter() - began:5.0f} s] {part.__name__}: {json.dumps(brief)[:1500]}", flush=True)
     return int(any("error" in part for part in result["parts"].values()))
@@ -204,16 +205,15 @@ def weights(state):
 def disk_rate(folder, size):
     """Bytes per second with which the disk takes data for good."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, block = folder / "probe", bytes(2**24)
-    start = time.perf_counter()
-    with open(path, "wb") as file:
-        for _ in range(size // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return size / seconds
+    block = bytes(2**24)
+    with ownership.temporary_folder(folder) as temporary:
+        start = time.perf_counter()
+        with open(temporary / "probe", "wb") as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / (time.perf_counter() - start)
 
 
 class Clock(TrainerCallback):

@@ -22,12 +22,14 @@ import torch
 
 from ktlib import base_model, sft
 from ktlib.checkpoints import CHECKPOINTS, complete_checkpoint
+from ktlib.ownership import TEMPORARY
 from ktlib.repeat import digest
 from ktlib.stamp import facts
 from ktlib.tasks import dates
 
 KERNEL = "the kernel alone"
-PARTIAL = {"a checkpoint": f"{CHECKPOINTS}/checkpoint-*", "the adapter": ".saved-*"}
+MADE = f"{TEMPORARY}*/made"
+PARTIAL = {"a checkpoint": f"{MADE}/checkpoint-*", "the adapter": f"{MADE}/*.safetensors"}
 
 
 def fine_tune(folder):
@@ -183,8 +185,12 @@ def main():
         same = digest(folder / "cut") == expected
         left = sorted(path.name for path in (folder / "cut").iterdir())
         (folder / "models").mkdir()
-        rows.append(base_models(make, folder / "models", ".cut.*", rng.uniform(0, 0.01)))
-    good = same and rows[-1]["same_bits"] and not [name for name in left if name.startswith(".") or name == CHECKPOINTS]
+        rows.append(base_models(make, folder / "models", f"{TEMPORARY}*", rng.uniform(0, 0.01)))
+    good = (
+        same
+        and rows[-1]["same_bits"]
+        and not [name for name in left if name.startswith(TEMPORARY) or name == CHECKPOINTS]
+    )
     result = {
         "command": "python " + " ".join(["tests/long/interrupted.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
