@@ -6,9 +6,11 @@ Three questions, each with its own kind of answer:
 - Does a layer compute the same in stock? It gets the inputs that it had in the trained model, experts also the choice
   of experts; the errors of both against the same layer in fp32 are compared. Stock's own error in bf16 is the scale:
   it depends on the model, no bound that is fixed beforehand fits every one.
-- How far apart are the logits? That is reported and not judged, beside how far apart two of stock's implementations
-  are: where two experts are nearly tied for a token, a difference of one rounding sends it to the other one. In deep
-  models and in those with random weights that happens to many tokens, and logits of right adapters differ by 40 %.
+- How far are the logits from those of stock in fp32? That is reported beside stock's own distance in bf16, and not
+  judged: where two experts are nearly tied for a token, a rounding sends it to the other one. In deep models and in
+  those with random weights that happens to many tokens, and logits of right adapters differ by 40 %.
+
+No copy of the model in fp32 is needed: one layer at a time is in fp32 while it computes.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ktlib.components import component
 from ktlib.estimate import available_memory
-from ktlib.experts import is_experts, stock_forward
+from ktlib.experts import is_experts
 
 LAYERS = 4  # whose outputs are compared: stock PEFT adds up the whole W + BA of a layer, in fp32 for the reference
 TOKENS = 128  # of a layer's inputs that are kept
@@ -55,10 +57,10 @@ class Report(NamedTuple):
 
     differences: list  # lines of text: tensors and scalings that are not what was trained
     layers: list  # of Layer
-    unjudged: str  # why no layers were compared, "" if they were
-    logits_error: float  # median over tokens of the relative L2 error
-    same_choice: float  # the share of tokens for which the largest logit is the same
-    stock_error: float | None  # the median error between two implementations of stock, None if only one can run
+    unjudged: str  # why nothing was compared with fp32, "" if it was
+    logits_error: float  # median over tokens of the relative L2 difference between ours and stock's
+    same_choice: float  # the share of tokens for which ours and stock have the largest logit in the same place
+    exact_errors: tuple  # medians of ours and of stock's against stock in fp32; () if that was not computed
 
     @property
     def wrong(self):
@@ -75,10 +77,13 @@ class Report(NamedTuple):
                 f"{part:<15} {len(some):>3} layers, largest error against fp32: {ours:.4f}, stock's {stock:.4f}"
             )
         if self.unjudged:
-            lines.append(f"layers were not compared: {self.unjudged}")
-        lines.append(f"logits: median difference {self.logits_error:.4f}, the same choice for {self.same_choice:.1%}")
-        if self.stock_error is not None:
-            lines.append(f"logits of two of stock's implementations: median difference {self.stock_error:.4f}")
+            lines.append(f"not compared with fp32: {self.unjudged}")
+        lines.append(
+            f"logits: median difference from stock {self.logits_error:.4f}, the same choice for {self.same_choice:.1%}"
+        )
+        if self.exact_errors:
+            ours, stock = self.exact_errors
+            lines.append(f"logits: median difference from fp32 {ours:.4f}, stock's {stock:.4f}")
         return "\n".join(lines)
 
 
@@ -107,18 +112,15 @@ def observe(model, prompts):
 
 def read_back(model, observed):
     """A :class:`Report` on ``model``, which stock read back with its "eager" experts, on the CPU."""
-    layers, unjudged = [], ""
+    layers, exact_errors, unjudged, stock = [], (), "", logits(model, observed.prompts)
     try:
-        layers = compare(model, observed)
+        check_memory(model)
+        layers, exact = compare(model, observed), logits_in_fp32(model, observed.prompts)
+        exact_errors = tuple(token_errors(answers, exact)[0] for answers in (observed.logits, stock))
     except MemoryError as error:
         unjudged = str(error)
-    eager, stock_error = logits(model, observed.prompts), None
-    name, _ = stock_forward(next(filter(is_experts, model.modules())))
-    if name != "eager":
-        model.set_experts_implementation(name)
-        stock_error, _ = token_errors(logits(model, observed.prompts), eager)
-        model.set_experts_implementation("eager")
-    return Report(differences(model, observed), layers, unjudged, *token_errors(observed.logits, eager), stock_error)
+    found = token_errors(observed.logits, stock)
+    return Report(differences(model, observed), layers, unjudged, *found, exact_errors)
 
 
 def differences(model, observed):
@@ -139,21 +141,15 @@ def differences(model, observed):
 
 @torch.no_grad()
 def compare(model, observed):
-    """A :class:`Layer` for each layer whose calls were kept, computed by ``model``, as it was read back on the CPU.
-
-    Raises MemoryError if there is no room for one of them in fp32, and for its W + BA.
-    """
+    """A :class:`Layer` for each layer whose calls were kept, computed by ``model``, as it was read back on the CPU."""
     model.eval()
     found, layers = dict(_layers(model)), []
     for name, calls in observed.calls.items():
         if name not in found:  # said by differences
             continue
         module = found[name]
-        need = 12 * sum(parameter.numel() for parameter in module.parameters())
-        if need > (have := available_memory()):
-            raise MemoryError(f"{name} in fp32 needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB are free")
         stock = [_rows(module(*args, **kwargs)) for args, kwargs, _ in calls]
-        with _in_fp32(module):
+        with _in_fp32(module.parameters(), module.buffers()):
             exact = [_rows(module(*_float(args), **_float(kwargs))) for args, kwargs, _ in calls]
         layers.append(Layer(name, *(relative_error(rows, exact) for rows in ([rows for *_, rows in calls], stock))))
     return layers
@@ -165,6 +161,39 @@ def logits(model, prompts):
     model.eval()
     rows = (torch.tensor([ids], device=next(model.parameters()).device) for ids in prompts)
     return [model(input_ids=ids).logits[0].float().cpu() for ids in rows]
+
+
+def logits_in_fp32(model, prompts):
+    """:func:`logits` of ``model`` in fp32, of which each decoder layer is in fp32 only while it computes."""
+    blocks = _blocks(model)
+    inside = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
+    outside = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside]
+    hooks, within = [], {}
+
+    def enter(block, args):
+        within[block] = _in_fp32(block.parameters(), block.buffers())
+        within[block].__enter__()
+
+    def leave(block, args, output):
+        within.pop(block).__exit__(None, None, None)
+
+    try:
+        for block in blocks:
+            hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, always_call=True)]
+        with _in_fp32(outside):
+            return logits(model, prompts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_memory(model):
+    """MemoryError if there is no room for a layer in fp32, its W + BA, and what is outside of all layers, in fp32."""
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in _blocks(model)]
+    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+    need = 12 * max(sizes) + 4 * outside
+    if need > (have := available_memory()):
+        raise MemoryError(f"a layer in fp32 needs {need / 1e9:.1f} GB, {have / 1e9:.1f} GB are free")
 
 
 def relative_error(got, want):
@@ -216,10 +245,21 @@ def _number(name):
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
+def _blocks(model):
+    """The decoder layers of a model, with adapters or without: what is in a list and in no other list."""
+    blocks, names = [], []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if isinstance(module, torch.nn.ModuleList) and len(module) and not inside:
+            blocks += module
+            names.append(name)
+    return blocks
+
+
 @contextlib.contextmanager
-def _in_fp32(module):
-    """The module's bf16 values as fp32 within."""
-    kept = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+def _in_fp32(*tensors):
+    """The values of parameters and buffers as fp32 within."""
+    kept = [(tensor, tensor.data) for some in tensors for tensor in some if tensor.is_floating_point()]
     try:
         for tensor, data in kept:
             tensor.data = data.float()

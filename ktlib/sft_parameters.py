@@ -5,7 +5,6 @@ seconds. What needs a file to be opened comes after what does not, and transform
 """
 
 import inspect
-import json
 import math
 import os
 import warnings
@@ -18,7 +17,7 @@ from ktlib.cpu import cpu_info
 from ktlib.environment import device
 from ktlib.experts import is_experts, unsupported
 from ktlib.output_dir import check_output_dir
-from ktlib.stored import weight_files
+from ktlib.stored import read_json, weight_files
 from ktlib.tasks import TASKS, load_data, tokenise
 from ktlib.threads import MOST
 
@@ -93,13 +92,12 @@ def check_parameters(
 
     least = {"rank": 1, "steps": 1, "batch_size": 1, "grad_accumulation": 1, "sequence_length": 8, "seed": 0}
     for name, minimum in least.items():
-        whole = isinstance(given[name], int) and not isinstance(given[name], bool)
-        need(whole and given[name] >= minimum, name, f"a whole number >= {minimum}")
+        need(is_whole(given[name], minimum), name, f"a whole number >= {minimum}")
     need(seed < 2**32, "seed", "a whole number below 2**32")
     for name in ("torch_threads", "stream_rows"):
-        whole = isinstance(given[name], int) and not isinstance(given[name], bool) and 1 <= given[name] < 2**31
-        need(given[name] is None or whole, name, "none or a whole number >= 1")
-    need(torch_threads is None or torch_threads <= MOST, "torch_threads", f"none or a whole number up to {MOST}")
+        most = MOST if name == "torch_threads" else 2**31 - 1
+        good = given[name] is None or is_whole(given[name], 1) and given[name] <= most
+        need(good, name, f"none or a whole number from 1 to {most}")
     for name in ("alpha", "learning_rate", "lora_dropout"):
         numeric = isinstance(given[name], (int, float)) and not isinstance(given[name], bool)
         in_range = numeric and (0 <= given[name] < 1 if name == "lora_dropout" else 0 < given[name] <= LARGEST)
@@ -136,18 +134,23 @@ def check_notebook(*, output_dir, ablation_steps, ablation_tasks, ablation_seeds
 
     ``output_dir`` None is the folder that the notebook chooses.
     """
-    if ablation_steps < 0:
-        raise ValueError(f"ablation_steps: got {ablation_steps}, need a whole number >= 0")
-    tasks = ablation_tasks.split("+")
+    for name, value, least in (("ablation_steps", ablation_steps, 0), ("ablation_seeds", ablation_seeds, 1)):
+        if not is_whole(value, least):
+            raise ValueError(f"{name}: got {value!r}, need a whole number >= {least}")
+    tasks = str(ablation_tasks).split("+")
     if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
         raise ValueError(f"ablation_tasks: got {ablation_tasks!r}, need some of {', '.join(TASKS)} joined by '+'")
-    if ablation_seeds < 1:
-        raise ValueError(f"ablation_seeds: got {ablation_seeds}, need a whole number >= 1")
-    if parameters["seed"] + ablation_seeds > 2**32:
+    checked = check_parameters(**parameters, output_dir=DEFAULT_FOLDER if output_dir is None else output_dir)
+    if checked["seed"] + ablation_seeds > 2**32:
         raise ValueError(
-            f"ablation_seeds: got {ablation_seeds} with seed {parameters['seed']}, need all of them below 2**32"
+            f"ablation_seeds: got {ablation_seeds} with seed {checked['seed']}, need all of them below 2**32"
         )
-    return check_parameters(**parameters, output_dir=DEFAULT_FOLDER if output_dir is None else output_dir)
+    return checked
+
+
+def is_whole(value, least):
+    """Whether a value is an int, and at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def other_than_default(parameters):
@@ -165,23 +168,26 @@ def folder_of(model):
 
 
 def check_folder(model):
-    """ValueError if ``model`` is neither "base" nor a folder with a config."""
-    if model == "base" or (Path(model) / "config.json").is_file():
+    """ValueError if ``model`` is neither "base" nor a folder with the config of a model, and of no adapter."""
+    if model == "base":
         return
-    adapter = Path(model) / "adapter_config.json"
+    is_model, adapter = (Path(model) / "config.json").is_file(), Path(model) / "adapter_config.json"
+    if is_model and adapter.is_file():
+        raise ValueError(
+            f"model: got {str(model)!r}, which holds an adapter beside the model, need a folder without: transformers "
+            "would load both together"
+        )
     if adapter.is_file():
-        try:
-            of = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            of = "a model that it does not name"
+        of = read_json(adapter).get("base_model_name_or_path")
         raise ValueError(
             f"model: got {str(model)!r}, which holds an adapter of {of}, need a checkpoint folder with a config.json: "
             "merge the adapter into its model (PEFT's merge_and_unload, then save_pretrained) to train on top of it"
         )
-    raise ValueError(
-        f"model: got {model!r}, need 'base' or a checkpoint folder with a config.json (nothing is downloaded here: "
-        "`hf download NAME --local-dir FOLDER` brings a model of the hub)"
-    )
+    if not is_model:
+        raise ValueError(
+            f"model: got {model!r}, need 'base' or a checkpoint folder with a config.json (nothing is downloaded here: "
+            "`hf download NAME --local-dir FOLDER` brings a model of the hub)"
+        )
 
 
 def check_model(parameters):

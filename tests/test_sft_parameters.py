@@ -173,6 +173,10 @@ def an_adapter(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "models/Mixtral"}')
 
 
+def an_adapter_beside_the_model(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "models/Mixtral"}')
+
+
 def settings(folder, **values):
     change(folder / "config.json", lambda content: content.update(values))
 
@@ -186,6 +190,7 @@ def change(file, function):
 FILES = {
     no_config: "model: got .*need 'base' or a checkpoint folder with a config.json",
     an_adapter: "model: got .*holds an adapter of models/Mixtral, need a checkpoint folder",
+    an_adapter_beside_the_model: "model: got .*holds an adapter beside the model, need a folder without",
     damaged_config: "model: got .*need one whose config.json transformers can read",
     unknown_type: "model: got .*need one whose config.json transformers can read",
     no_language_model: "model: got .*need .*",
