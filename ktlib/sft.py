@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ktlib.callback import ShowProgress, StopOnNonFinite
+from ktlib.chat import prompt_ids
 from ktlib.checkpoints import (
     CHECKPOINTS,
     KeepWhole,
@@ -53,7 +54,7 @@ from ktlib.sft_parameters import (
     load_tokenizer,
     positions,
 )
-from ktlib.tasks import collator, encode, load_data, prompt_ids, tokenise
+from ktlib.tasks import collator, encode, load_data, tokenise
 from ktlib.threads import default_threads, stock_threads
 from ktlib.trace import NonFinite
 
@@ -258,8 +259,13 @@ def peak_rss_mib():
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progress=True):
-    """Greedy answers (list of str) to user prompts, in batches padded on the left, with KV cache."""
+    """Greedy answers (list of str) to user prompts, in batches padded on the left, with KV cache.
+
+    An answer ends at the tokenizer's end token, which training teaches, or at one of the model's own.
+    """
     answers, was_training = [], model.training
+    ends = model.generation_config.eos_token_id  # one, some or None
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     device = next(model.parameters()).device
     model.eval()
     for start in tqdm(range(0, len(prompts), batch_size), desc="generating", leave=False, disable=not progress):
@@ -272,6 +278,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progr
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

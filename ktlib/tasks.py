@@ -1,17 +1,20 @@
 """Instruction data for fine-tuning: built-in tasks with leak-free splits, JSONL files of prompt/response rows, batches.
 
-A row is ``{"prompt": str, "response": str}``. The embedded base model (``ktlib.base_model``) has seen none of the
-built-in tasks: its documents contain no date in digits, and they use its words without a code.
+A row is ``{"prompt": str, "response": str}``, of a file also ``"where": "FILE, line N"``. The embedded base model
+(``ktlib.base_model``) has seen none of the built-in tasks: its documents contain no date in digits, and they use its
+words without a code.
 """
 
 import calendar
-import json
 import random
 import warnings
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+
+from ktlib.chat import check_rendering, check_text, token_ids
+from ktlib.jsonl import load_jsonl
 
 MONTHS = calendar.month_name[1:]
 
@@ -66,51 +69,7 @@ def codebook(n_train=4000, n_test=200, seed=0, n_words=24, length=3):
     return rows[:n_train], rows[n_train:]
 
 
-MAX_ROW = 2**20  # bytes of a row in a file: what is longer is no prompt and response, and would be tokenised first
 TASKS = {"dates": dates, "codebook": codebook}
-
-
-def load_jsonl(path):
-    """Rows of a UTF-8 JSON-lines file with non-empty string keys ``prompt`` and ``response``; blank lines are skipped.
-
-    Raises FileNotFoundError, or ValueError that names the file and line of the first row that is not usable: not UTF-8,
-    not JSON, without these keys, or of more than :data:`MAX_ROW` bytes.
-    """
-    path, rows = Path(path), []
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}, line {number}"
-        if len(line) > MAX_ROW:
-            raise ValueError(f"{where}: more than {MAX_ROW:,} bytes")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        if not text:
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of too many digits
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: need an object with prompt and response, got {type(row).__name__}")
-        for key in ("prompt", "response"):
-            if key not in row:
-                raise ValueError(f"{where}: missing key {key!r}, got keys {sorted(row)}")
-            if not isinstance(row[key], str) or not row[key].strip():
-                raise ValueError(f"{where}: {key!r} must be a non-empty string, got {row[key]!r:.60}")
-            if any("\ud800" <= character <= "\udfff" for character in row[key]):
-                raise ValueError(f"{where}: {key!r} holds half a character (a lone surrogate)")
-        rows.append({"prompt": row["prompt"], "response": row["response"]})
-    if not rows:
-        raise ValueError(f"{path}: no rows, need at least one line with prompt and response")
-    return rows
-
-
-def _lines(path):
-    """Its lines, of one that is too long only the beginning: no file fills the memory."""
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_ROW + 1):
-            yield line
 
 
 def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
@@ -134,30 +93,48 @@ def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
     return train, test
 
 
-def prompt_ids(tokenizer, prompt):
-    """Token ids of a user prompt up to where the answer starts: the chat template if there is one, else a newline."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n")["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+BATCH = 1000  # rows that are tokenised together
 
 
 def tokenise(tokenizer, rows, sequence_length, progress=False):
     """``(prompt, response)`` of each row as token ids, the response with its end token; None if they are too long.
 
     Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
+    ValueError that names the row (its ``where``, or its number) if its text holds a special token, or if the chat
+    template writes the conversation of prompt and response in other tokens (:mod:`ktlib.chat`).
     """
-    pairs = []
-    for row in tqdm(rows, desc="tokenising", leave=False, disable=not progress):
-        prompt = prompt_ids(tokenizer, row["prompt"])
-        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        pairs.append((prompt, response) if len(prompt) + len(response) <= sequence_length else None)
-    left_out = pairs.count(None)
-    if left_out == len(rows):
-        raise ValueError(f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits")
+    if "strftime_now" in str(tokenizer.chat_template):
+        warnings.warn(
+            "model: its chat template writes today's date into prompts: on another day the same run trains on other "
+            "tokens and does not go on from its checkpoints; a fixed date in the template prevents that",
+            stacklevel=3,
+        )
+    rows = [{"where": f"row {number} of {len(rows)}"} | row for number, row in enumerate(rows, 1)]
+    pairs = [pair for batch in _batches(rows, "tokenising", progress) for pair in token_ids(tokenizer, batch)]
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    left_out = [i for i, length in enumerate(lengths) if length > sequence_length]
     if left_out:
-        warnings.warn(f"{left_out} of {len(rows)} rows exceed {sequence_length} tokens, left out", stacklevel=3)
-    return pairs
+        first, shortest = left_out[0], min(left_out, key=lengths.__getitem__)
+        if len(left_out) == len(rows):
+            raise ValueError(
+                f"sequence_length: got {sequence_length}, need more: none of {len(rows)} rows fits; the shortest "
+                f"({rows[shortest]['where']}) has {lengths[shortest]} tokens, the longest {max(lengths)}"
+            )
+        warnings.warn(
+            f"{len(left_out)} of {len(rows)} rows exceed {sequence_length} tokens, left out; the first is "
+            f"{rows[first]['where']} with {lengths[first]} tokens, the longest has {max(lengths)}",
+            stacklevel=3,
+        )
+    kept = [(row, pair) for row, pair, length in zip(rows, pairs, lengths, strict=True) if length <= sequence_length]
+    for batch in _batches(kept, "comparing with the chat template", progress):
+        check_text(tokenizer, [row for row, _ in batch])
+        check_rendering(tokenizer, *zip(*batch, strict=True))
+    return [pair if length <= sequence_length else None for pair, length in zip(pairs, lengths, strict=True)]
+
+
+def _batches(items, what, progress):
+    starts = tqdm(range(0, len(items), BATCH), desc=what, leave=False, disable=not progress)
+    return (items[start : start + BATCH] for start in starts)
 
 
 def encode(tokenizer, rows, sequence_length, progress=False):

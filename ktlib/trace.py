@@ -94,7 +94,7 @@ class Tracer:
         self.model, self.stop, self.backward = model, stop, backward
         self.causes, self.contaminated = [], []
         self._pending, self._handles, self._installed = [], [], True
-        self._input_ids, self._callback_queued, self._last = None, False, None
+        self._input_ids, self._labels, self._callback_queued, self._last = None, None, False, None
 
     @property
     def first(self):
@@ -135,6 +135,7 @@ class Tracer:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dim() == 2:
             self._input_ids = ids
+        self._labels = kwargs.get("labels")
 
     def _after_forward(self, name, experts, fine):
         def hook(module, args, kwargs, output):
@@ -307,6 +308,14 @@ class Tracer:
             self.contaminated.append(name)
 
     def _add(self, finding):
+        labels, batch = self._labels, self._input_ids
+        from_loss = not self.causes and finding.stage in ("loss", "gradient of output")
+        if from_loss and isinstance(labels, torch.Tensor) and not (labels != -100).any():
+            finding.module, finding.stage = "the batch", "no trained token: its labels are all -100"
+            finding.reason = "the loss is a mean over no tokens, 0 / 0"
+            if batch is not None:
+                starts = [row[:16].tolist() for row in batch[:4]]
+                finding.reason += f"; its {len(batch)} rows begin with the token ids {starts}"
         self.causes.append(finding)
         if self.stop:
             raise NonFinite(finding)

@@ -1,5 +1,9 @@
 """Built-in tasks: no leakage, deterministic. JSONL files: every unusable row is named."""
 
+import bz2
+import gzip
+import json
+import lzma
 import re
 
 import pytest
@@ -80,6 +84,12 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
         (b'{"prompt": "\xff", "response": "b"}', "not UTF-8"),
         (b'{"prompt": "a", "response": ', "not JSON"),
         (b'["a", "b"]', "need an object"),
+        (b'{"prompt": "\\u200b\\ufeff\\u2060", "response": "b"}', "'prompt' must be a non-empty string"),
+        (b'{"prompt": "a", "response": "\\u0000\\u001b\\u3000"}', "'response' must be a non-empty string"),
+        (b'{"prompt": "a", "response": "b", "response": "c"}', "the key 'response' is given twice"),
+        (b'{"prompt": "a", "response": "b", "meta": {"id": 1, "id": 1}}', "the key 'id' is given twice"),
+        (b"\xef\xbb\xbf" + GOOD.strip(), "not JSON .*BOM"),
+        (b"prompt,response", "not JSON"),
     ],
 )
 def test_jsonl_names_file_and_line(tmp_path, line, message):
@@ -95,7 +105,87 @@ def test_jsonl_accepts_what_editors_write(tmp_path):
     path.write_bytes(
         b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + '{"prompt": "\u2028x", "response": "ü", "id": 1}'.encode()
     )
-    assert tasks.load_jsonl(path) == [{"prompt": "a", "response": "b"}, {"prompt": "\u2028x", "response": "ü"}]
+    with pytest.warns(UserWarning, match="rows.jsonl: keys other than prompt and response are not used: 'id' .line 2."):
+        rows = tasks.load_jsonl(path)
+    assert rows == [
+        {"prompt": "a", "response": "b", "where": f"{path}, line 1"},
+        {"prompt": "\u2028x", "response": "ü", "where": f"{path}, line 2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("system", "Be brief."),
+        ("System", "Be brief."),
+        ("messages", [{"role": "user", "content": "hi"}]),
+        ("conversations", [{"from": "human", "value": "hi"}]),
+        ("history", [["hi", "hello"]]),
+        ("tools", [{"name": "search"}]),
+        ("weight", 0.5),
+        ("weight", 0),
+        ("input", "some text"),
+        ("output", "c"),
+        ("completion", "c"),
+        ("rejected", "c"),
+        ("images", ["a.png"]),
+        ("reasoning_content", "because"),
+    ],
+)
+def test_a_key_that_changes_what_a_row_means_is_refused(tmp_path, key, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + json.dumps({"prompt": "a", "response": "b", key: value}).encode())
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 2: has the key '{key}', which would not be used"):
+        tasks.load_jsonl(path)
+
+
+def test_other_keys_are_named_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "a", "response": "b", "id": i, "system": None, "history": [], f"note {i}": "x"} for i in range(9)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="not used") as caught:
+        assert len(tasks.load_jsonl(path)) == 9
+    (warning,) = caught
+    assert (
+        "'id' (line 1), 'system' (line 1), 'history' (line 1), 'note 0' (line 1), 'note 1' (line 2) and 7 others"
+        in str(warning.message)
+    )
+
+
+FORMATS = {
+    "gzip": (gzip.compress(GOOD), "a gzip file", "gunzip"),
+    "bzip2": (bz2.compress(GOOD), "a bzip2 file", "bunzip2"),
+    "xz": (lzma.compress(GOOD), "an xz file", "unxz"),
+    "a spreadsheet": (b"PK\x03\x04" + bytes(30), "a ZIP file or a spreadsheet", "read_excel"),
+    "Parquet": (
+        b"PAR1" + bytes(30),
+        "a Parquet file",
+        "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines",
+    ),
+    "Arrow": (b"ARROW1\0\0" + bytes(30), "an Arrow file", "read_feather"),
+    "an Arrow stream": (b"\xff\xff\xff\xff" + bytes(30), "an Arrow stream", "datasets.Dataset.from_file"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "text in UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    "UTF-16 without a mark": (GOOD.decode().encode("utf-16-le"), "text in UTF-16-LE", "iconv -f UTF-16-LE"),
+    "UTF-32": (GOOD.decode().encode("utf-32"), "text in UTF-32", "iconv -f UTF-32"),
+    "CSV": (b"prompt,response\na,b\n", "no JSON object, but perhaps a line of CSV", "pandas.read_csv"),
+    "quoted CSV": (b'"prompt","response"\n"a","b"\n', "no JSON object, but perhaps a line of CSV", "pandas.read_csv"),
+    "TSV": (b"prompt\tresponse\na\tb\n", "no JSON object, but perhaps a line of CSV", "pandas.read_csv"),
+    "a JSON array": (b"[" + GOOD.strip() + b"]", "a JSON array", "pandas.read_json"),
+    "a JSON array of many lines": (b"[\n  {\n" + GOOD + b"]", "a JSON array", "pandas.read_json"),
+    "a JSON object of many lines": (b'{\n  "prompt": "a"\n}', "a JSON object of several lines", "jq -c"),
+}
+
+
+@pytest.mark.parametrize("content, what, how", FORMATS.values(), ids=FORMATS)
+def test_another_format_is_told_what_is_needed(tmp_path, content, what, how):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="rows.jsonl, line 1: ") as error:
+        tasks.load_jsonl(path)
+    message = str(error.value)
+    assert f"is {what}, needs JSON lines in UTF-8" in message and how in message and len(message) < 400
 
 
 @pytest.mark.parametrize("content, message", [(b"\n\n", "no rows"), (GOOD * 3, "at least 2")])

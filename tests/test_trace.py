@@ -360,8 +360,27 @@ def test_gradient_of_an_adapter_matrix():
 
 def test_loss_made_from_finite_logits():
     model = adapted()
-    finding = finding_of(model, lambda m: m(tokens(), labels=torch.full((2, 12), -100)))
-    assert finding.phase == "loss" and "logits are finite" in finding.reason
+    finding = finding_of(model, lambda m: m(tokens(), labels=tokens(), num_items_in_batch=0))
+    assert (finding.phase, finding.module) == ("loss", "the model") and "logits are finite" in finding.reason
+
+
+def test_a_batch_without_a_trained_token():
+    """Also where the loss is made outside of the model; a batch with one trained token is no such batch."""
+
+    def outside(model):
+        labels = torch.full((2, 12), -100)
+        logits = model(tokens(), labels=labels, num_items_in_batch=1).logits
+        trained = labels != -100
+        (logits.sum(-1) * trained).sum().div(trained.sum()).backward()  # a mean over those alone
+
+    for run in (lambda m: m(tokens(), labels=torch.full((2, 12), -100)), outside):
+        finding = finding_of(adapted(), run)
+        assert (finding.module, finding.stage) == ("the batch", "no trained token: its labels are all -100")
+        assert str(tokens()[1].tolist()) in finding.reason and "2 rows" in finding.reason
+    labels = torch.full((2, 12), -100)
+    labels[1, 5] = 3
+    finding = finding_of(adapted(), lambda m: m(tokens(), labels=labels, num_items_in_batch=0))
+    assert (finding.module, finding.stage) == ("the model", "loss")
 
 
 def test_gradient_checkpointing_and_generation():
