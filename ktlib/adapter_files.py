@@ -62,7 +62,7 @@ def _peft_config(settings, pairs, config):
         lora_alpha=settings["lora_alpha"],
         lora_dropout=_dropout(settings),
         target_modules=modules,
-        target_parameters=_short(parameters, model),
+        target_parameters=parameters,
         rank_pattern=_pattern({name: pair.rank for name, pair in pairs.items()}, settings["r"], linears),
         alpha_pattern=_pattern({name: pair.alpha for name, pair in pairs.items()}, settings["lora_alpha"], linears),
         **options,
@@ -83,18 +83,6 @@ def _peft_config(settings, pairs, config):
 def _dropout(settings):
     """By either name: with modules per expert it is stock PEFT's own (see :mod:`ktlib.lora`)."""
     return settings.get(SAVED_DROPOUT) or settings.get("lora_dropout") or 0.0
-
-
-def _short(parameters, model):
-    """Ends of the names, such as "mlp.experts.gate_up_proj", where all that end so are meant; else the whole names."""
-    everything = [name for name, _ in model.named_parameters()]
-    targets = set()
-    for name in parameters:
-        parts = name.split(".")
-        end = ".".join(parts[1 + max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) :])
-        alike = {other for other in everything if other.endswith(f".{end}")}
-        targets.add(end if alike <= set(parameters) else name)
-    return sorted(targets)
 
 
 def _pattern(values, default, linears):

@@ -112,6 +112,15 @@ def matches(name, targets):
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
+def by_end(names):
+    """``{end: [names]}``: what :func:`matches` finds for a list that holds one name or end, for all ends at once."""
+    found = {}
+    for name in names:
+        for start in [0, *(dot.end() for dot in re.finditer(r"\.", name))]:
+            found.setdefault(name[start:], []).append(name)
+    return found
+
+
 def weight_of(module, settings):
     """Name of the weight that ``lora_A`` and ``lora_B`` of a module adapt, the module named as in an adapter file."""
     module = module.removeprefix(PREFIX)

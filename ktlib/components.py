@@ -5,11 +5,15 @@ import re
 # Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
 # transformers and PEFT; add a line here for a family that calls its parts differently.
 COMPONENTS = (
-    ("self_attn", r"\.(self_attn|attention|attn|linear_attn)\."),
+    (
+        "self_attn",
+        r"\.(self_attn|self_attention|attention|attn|linear_attn|mixer\.[qkvo]_proj)\.(?!(.*\.)?(indexer|router)\.)",
+    ),
     ("shared_experts", r"\.shared_(experts?|mlp)\."),
     ("routed_experts", r"\.experts\."),
-    ("router", r"\.(gate|router|shared_expert_gate)\."),
-    ("dense_mlp", r"\.(mlp|feed_forward|ffn)\."),
+    # An indexer chooses the tokens that sparse attention looks at. No gradient passes through this choice.
+    ("router", r"\.(gate|router|shared_expert_gate|indexer)\."),
+    ("dense_mlp", r"\.(mlps?|feed_forward|ffn|mixer\.(up|down)_proj)\."),
     ("other", r""),
 )
 

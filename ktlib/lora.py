@@ -12,9 +12,9 @@ configuration that asks for it there, even to load the adapter: it is saved unde
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,14 +25,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import stored
 from .adapter_files import CONFIG, WEIGHTS
-from .adapter_settings import SAVED_DROPOUT, matches, read_settings
+from .adapter_settings import SAVED_DROPOUT, by_end, matches, read_settings
 from .audit import bare_modules
 from .checks import check_probability
-from .components import component
 from .experts import IMPLEMENTATION, is_experts, unserved, warn_once
 from .factor_layouts import expert_factors, refuse_other_layouts
+from .lora_targets import chosen_layers, chosen_parameters, language_modules, taken_by_peft, unambiguous_ends
 
-DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
 _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
 
 
@@ -252,49 +251,47 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     Args:
         model: the transformers model to adapt (with or without adapters).
         r, lora_alpha: rank per expert and per linear layer, and alpha, as in LoraConfig.
-        target_modules: linear layers to adapt: names or ends of names, a regular expression, "all-linear" (all but
-            the output head and the routers), or [] for none. Default: attention, shared experts and dense MLPs.
+        target_modules: layers to adapt: names or ends of names, a regular expression for whole names, "all-linear"
+            (all linear layers of the language model but the output head and the routers), or [] for none. Default:
+            attention, shared experts and dense MLPs of the language model. Towers for images, video and audio are
+            left alone unless they are named: an end of a name that the language model has means its layers alone.
         target_parameters: parameters to adapt: a list of names or ends of names. Default: the weights of all routed
-            experts. [] for none.
+            experts of the language model. [] for none.
         **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for such models.
             ``exclude_modules`` is for routed experts too, by the name of the module or of the parameter.
             ``lora_dropout`` is for all adapters, those of routed experts included, which stock PEFT cannot do: the
             saved configuration calls it ``ktlib_lora_dropout``, see :func:`load_lora_config`.
 
-    The targets come out spelled as PEFT needs them: it takes ``gate_proj``, ``up_proj`` and ``down_proj`` in
+    The targets come out spelled as PEFT needs them, as ends of names that nothing else in the model has: it takes ``gate_proj``, ``up_proj`` and ``down_proj`` in
     ``target_modules`` of most MoE models for names of the routed experts, even for ``shared_experts.gate_proj``, and
     leaves the shared experts alone. Such layers are listed in ``target_parameters`` by their weight, which stock PEFT
     adapts and stores the same way.
 
+    Warns:
+        UserWarning: transformers' own implementation will compute the experts although ktlib's was asked for, and why.
+
     Raises:
         TypeError, ValueError: an option that expert parameters cannot have, a lora_dropout that is no probability below
-            1, a lora_alpha that is no finite number, no routed experts, or a target that is not in the model.
+            1, a lora_alpha that is no finite number, no routed experts or some that compute themselves, or a target
+            that is not in the model or that PEFT cannot adapt, with its type.
     """
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha: got {lora_alpha!r}, needs a finite number")
     if isinstance(target_parameters, str):
         raise TypeError(f"target_parameters: got {target_parameters!r}, needs a list of names")
-    modules = dict(bare_modules(model))
-    experts = {name: module for name, module in modules.items() if is_experts(module)}
-    if target_parameters is None:
-        target_parameters = _expert_parameters(experts)
-        if not target_parameters:
-            raise ValueError(f"model: {type(model).__name__} has no routed experts stored as 3-D parameters")
+    modules, language = dict(bare_modules(model)), language_modules(model)
     excluded = kwargs.get("exclude_modules")
-    linears = _linear_layers(model, modules)
-    chosen = [name for name in _chosen_layers(linears, target_modules) if not matches(name, excluded)]
-    ends = {_unambiguous_end(name, chosen, linears) for name in chosen}
-    taken = _taken_by_peft(model, ends)
+    parameters = chosen_parameters(model, modules, language, target_parameters, excluded)
+    _warn_of_unserved(modules, parameters)
+    chosen, names_of_experts = chosen_layers(model, modules, language, target_modules)
+    if target_parameters is None or target_parameters:  # which says it already
+        names_of_experts = []
+    chosen = [name for name in chosen if not matches(name, excluded)]
+    layer_names = unambiguous_ends(chosen, modules)
+    taken = taken_by_peft(model, layer_names)
     by_parameter = [f"{end}.weight" for end in taken]
-    others = [] if target_modules is None or isinstance(target_modules, str) else target_modules
-    others = [target for target in others if not any(matches(name, [target]) for name in linears)]
-    habits = {target for target in _taken_by_peft(model, others) if _of_routed_experts(target)}
-    _refuse_unknown("target_modules", [target for target in others if target not in habits], modules)
-    if target_parameters:
-        others = [target for target in others if target not in habits]
-    target_parameters = _without_excluded(target_parameters, modules, excluded)
 
-    if target_parameters or by_parameter:
+    if parameters or by_parameter:
         _refuse_what_parameters_cannot_have(kwargs)
         for pattern in ("rank_pattern", "alpha_pattern"):
             # a pattern for one of these layers has to name its weight
@@ -302,46 +299,38 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
                 if any(matches(name, rf"(.*\.)?({key})") for name in chosen if matches(name, taken)):
                     kwargs[pattern] = {**kwargs[pattern], rf"{key}\.weight": kwargs[pattern][key]}
     check_probability("lora_dropout", kwargs.get("lora_dropout", 0.0))
-    with_dropout = kwargs.get("lora_dropout") and (target_parameters or by_parameter)
+    with_dropout = kwargs.get("lora_dropout") and (parameters or by_parameter)
     if type(model).__name__.endswith("ForCausalLM"):
         kwargs.setdefault("task_type", "CAUSAL_LM")
     config = (LoraConfigWithDropout if with_dropout else LoraConfig)(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=sorted(ends - taken) + others,
-        target_parameters=[*target_parameters, *sorted(by_parameter)],
+        target_modules=sorted(layer_names - taken) + names_of_experts,
+        target_parameters=[*parameters, *sorted(by_parameter)],
         **kwargs,
     )
     config._register_custom_module({torch.nn.Module: _wrap})
     return config
 
 
-def _without_excluded(target_parameters, modules, excluded):
-    """The same targets, or if some of their parameters are excluded the others by their whole names: PEFT does not
-    apply ``exclude_modules`` to parameters."""
-    names = {f"{name}.{own}": name for name, m in modules.items() for own, _ in m.named_parameters(recurse=False)}
-    _refuse_unknown("target_parameters", target_parameters, names)
-    chosen = {parameter: name for parameter, name in names.items() if matches(parameter, target_parameters)}
-    kept = [parameter for parameter, name in chosen.items() if not any(matches(n, excluded) for n in (parameter, name))]
-    return target_parameters if len(kept) == len(chosen) else kept
+def _warn_of_unserved(modules, parameters):
+    """Say at once if transformers' own implementation will compute experts that are to have adapters, and why.
 
-
-def _refuse_unknown(argument, targets, names):
-    for target in targets:
-        if any(matches(name, [target]) for name in names):
-            continue
-        parts = str(target).count(".") + 1
-        ends = {".".join(name.split(".")[-parts:]) for name in names}
-        near = difflib.get_close_matches(str(target), sorted(ends), n=3, cutoff=0.0)
-        raise ValueError(
-            f"{argument}: got {target!r}, needs a name or the end of one in the model, of which the nearest are "
-            f"{', '.join(near)}"
+    Experts that are not on the CPU are passed over: they may be pinned there before they run.
+    """
+    adapted = by_end(f"{name}.{own}" for name, m in modules.items() for own, _ in m.named_parameters(recurse=False))
+    owners = dict.fromkeys(name.rpartition(".")[0] for end in parameters for name in adapted[end])
+    reasons = set()
+    for experts in (modules[name] for name in owners if is_experts(modules[name])):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in experts.parameters())
+        if on_cpu and experts.config._experts_implementation == IMPLEMENTATION:
+            reasons.add((type(experts).__name__, unserved(experts, torch.empty(0, dtype=torch.bfloat16))))
+    for kind, reason in sorted((kind, reason) for kind, reason in reasons if reason is not None):
+        warnings.warn(
+            f"{kind}: transformers' own implementation will compute these experts, with adapters as a dense W + BA, "
+            f"because {reason}",
+            stacklevel=3,
         )
-
-
-def _of_routed_experts(target):
-    """True for what transformers 4 called their layers, such as "gate_proj" or "experts.3.gate_proj"."""
-    return "." not in target or component(target) == "routed_experts"
 
 
 def _refuse_what_parameters_cannot_have(kwargs):
@@ -358,66 +347,6 @@ def _refuse_what_parameters_cannot_have(kwargs):
         raise ValueError(
             f"init_lora_weights: got {kwargs['init_lora_weights']!r}, expert parameters need True, False or 'gaussian'"
         )
-
-
-def _expert_parameters(experts):
-    """Ends of names such as "mlp.experts.gate_up_proj", the same for all layers where possible."""
-    names = set()
-    for name, module in experts.items():
-        parts = name.split(".")
-        after_index = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
-        weights = [parameter for parameter, value in module.named_parameters(recurse=False) if value.dim() == 3]
-        names.update(".".join((*parts[after_index:], parameter)) for parameter in weights)
-    return sorted(names)
-
-
-def _linear_layers(model, modules):
-    """Names of the linear layers that LoRA can sensibly adapt: all but the output head and the routers."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name
-        for name, module in modules.items()
-        if isinstance(module, torch.nn.Linear) and module is not head and component(name) != "router"
-    ]
-
-
-def _chosen_layers(linears, target_modules):
-    if target_modules is None:
-        return [name for name in linears if component(name) in DEFAULT_COMPONENTS]
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        return linears
-    chosen = [name for name in linears if matches(name, target_modules)]
-    if isinstance(target_modules, str) and not chosen:
-        raise ValueError(f"target_modules: the pattern {target_modules!r} matches no linear layer of the model")
-    return chosen
-
-
-def _unambiguous_end(name, chosen, linears):
-    """The shortest end of ``name`` that is no end of a linear layer that was not chosen."""
-    others = set(linears) - set(chosen)
-    parts = name.split(".")
-    ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-    return next((end for end in ends if not any(matches(other, [end]) for other in others)), name)
-
-
-def _taken_by_peft(model, targets):
-    """Those of the target names that PEFT would replace by routed experts, asked from PEFT one by one."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:
-        return set()
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    taken = set()
-    for target in targets:
-        trial = LoraConfig(target_modules=[target])
-        try:
-            convert_peft_config_for_transformers(trial, model, None)
-        except ValueError:  # "cannot convert gate_proj without up_proj"
-            taken.add(target)
-        else:
-            if target not in trial.target_modules:
-                taken.add(target)
-    return taken
 
 
 @contextlib.contextmanager
