@@ -2,7 +2,7 @@
 
 The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for sweeps and ablations:
 
-    check_parameters -> estimate_run -> load_model -> prepare -> train -> exact_match -> save
+    check_parameters -> estimate_run -> load_model -> prepare -> train -> save -> exact_match
 """
 
 import contextlib
@@ -333,6 +333,7 @@ def run(progress=True, **parameters):
     accepted = set(p) & set(inspect.signature(train).parameters) - {"model", "output_dir"}
     options = {key: p[key] for key in accepted}
     result = train(model, tokenizer, train_rows, p["output_dir"], progress=progress, **options)
+    saved = save(model, p["output_dir"], tokenizer if p["finetuning"] == "full" else None)
     after, answers_after = exact_match(model, tokenizer, test_rows, **evaluation)
     return result | {
         "before": before,
@@ -340,7 +341,7 @@ def run(progress=True, **parameters):
         "answers_before": answers_before,
         "answers_after": answers_after,
         "test": test_rows,
-        "saved": save(model, p["output_dir"], tokenizer if p["finetuning"] == "full" else None),
+        "saved": saved,
     }
 
 

@@ -98,14 +98,9 @@ def check_parameters(
         most = MOST if name == "torch_threads" else 2**31 - 1
         good = given[name] is None or is_whole(given[name], 1) and given[name] <= most
         need(good, name, f"none or a whole number from 1 to {most}")
-    for name in ("alpha", "learning_rate", "lora_dropout"):
-        numeric = isinstance(given[name], (int, float)) and not isinstance(given[name], bool)
-        in_range = numeric and (0 <= given[name] < 1 if name == "lora_dropout" else 0 < given[name] <= LARGEST)
-        need(
-            in_range,
-            name,
-            "a number from 0 to below 1" if name == "lora_dropout" else f"a number > 0 up to {LARGEST:.2g}",
-        )
+    for name in ("alpha", "learning_rate"):
+        need(is_number(given[name]) and 0 < given[name] <= LARGEST, name, f"a number > 0 and at most {LARGEST:.2g}")
+    need(is_number(lora_dropout) and 0 <= lora_dropout < 1, "lora_dropout", "a number from 0 to below 1")
     need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
     need(str(finetuning) in FINETUNING, "finetuning", f"one of {', '.join(FINETUNING)}")
     need(finetuning == "lora" or not lora_dropout, "lora_dropout", "0 with finetuning='full'")
@@ -146,6 +141,11 @@ def check_notebook(*, output_dir, ablation_steps, ablation_tasks, ablation_seeds
             f"ablation_seeds: got {ablation_seeds} with seed {checked['seed']}, need all of them below 2**32"
         )
     return checked
+
+
+def is_number(value):
+    """Whether a value is an int or a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_whole(value, least):

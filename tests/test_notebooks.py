@@ -113,3 +113,10 @@ def test_readme_lists_every_notebook_once():
 @pytest.mark.parametrize("file", sorted((ROOT / "notebooks" / "params").glob("*.yaml")), ids=lambda file: file.name)
 def test_parameter_files_fit_the_sft_notebook(file):
     assert runs.check_parameters(runs.SFT, cli.read_yaml(file))
+
+
+def test_the_sft_notebook_saves_as_soon_as_it_has_trained():
+    """Whatever fails afterwards, the adapter is there, and the record says so."""
+    sources = [cell.source for cell in code_cells(nbformat.read(runs.SFT, as_version=4))]
+    (trains,) = [i for i, source in enumerate(sources) if source.startswith("result = sft.train(")]
+    assert sources[trains + 1].startswith("sft.save(adapted, output_dir") and "record(saved=" in sources[trains + 1]

@@ -417,3 +417,11 @@ def test_run_saves_an_adapter_that_stock_peft_loads(tmp_path, monkeypatch):
     model, _ = sft.load_model("base", experts_implementation="eager")
     loaded = PeftModel.from_pretrained(model, result["saved"])
     assert len(stored) == sum("lora_" in name for name, _ in loaded.named_parameters())
+
+
+def test_what_was_trained_is_saved_before_it_is_evaluated(tmp_path, monkeypatch):
+    evaluations = iter([(0.0, [])])
+    monkeypatch.setattr(sft, "exact_match", lambda *_, **__: next(evaluations))
+    with pytest.raises(StopIteration):
+        sft.run(output_dir=tmp_path / "out", rank=4, **SMALL)
+    assert audit(tmp_path / "out").clean and not (tmp_path / "out" / "checkpoints").exists()
