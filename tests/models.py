@@ -3,8 +3,6 @@
 import torch
 import transformers
 
-from ktlib.base_model import BASE
-
 VOCAB = 96
 _COMMON = {
     "vocab_size": VOCAB,
@@ -102,6 +100,8 @@ def tiny_model(family, experts="eager", dtype=torch.float32, experts_dtype=None,
 
 def tiny_checkpoint(folder, family, **changes):
     """Save a tiny model in bf16 as on the hub, with the built-in model's tokenizer; returns the folder."""
+    from ktlib.base_model import BASE  # here, since processes that must not know ktlib use this file too
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tiny_model(family, dtype=torch.bfloat16, **{"vocab_size": len(tokenizer), **special, **changes}).save_pretrained(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ktlib import checkpoints, cli, ownership, runs, sft
+from ktlib import checkpoints, ownership, runs, sft
 from ktlib.repeat import digest
 from ktlib.tasks import dates
 
@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_refused_first_and_by_name(read_only, adapted, tmp
         with pytest.raises(OSError, match="output_dir: cannot write to .*Permission denied"):
             sft.save(adapted[0], read_only)
         with pytest.raises(PermissionError, match="read_only"):
-            runs.run(cli.SFT, read_only / "runs")
+            runs.run(runs.SFT, read_only / "runs")
 
 
 def test_other_errors_keep_their_own_words(tmp_path):

@@ -30,6 +30,7 @@ COMMANDS = sorted(set(re.findall(r"`((?:ktlib|make sft) [^`]+)`", README)))
 OWN = {"LAYOUT": "per_expert", "GRID.yaml": "notebooks/sweeps/rank_and_rate.yaml"}
 NOT_HERE = {
     "ktlib fuse": "the command's name alone, run with its arguments under the other",
+    "ktlib sft": "nbval runs its notebook with these parameters, and `make sft` the command with others",
     "ktlib sft PARAMS.yaml": "`ktlib sft mine.yaml` is run",
     "ktlib sft --repeat RUN.ipynb": "CI runs it after `make sft`, on another number of threads",
 }
