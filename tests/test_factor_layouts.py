@@ -115,7 +115,6 @@ WITH_ERRORS = 1e-6  # of fp32 sums in another order
 # --------------------------------------------------------------------------------------------------- PEFT before 0.19.1
 
 
-@pytest.mark.compatible("adapters of expert parameters by PEFT 0.17 to 0.19.0")
 @pytest.mark.parametrize(
     "options",
     [
@@ -187,7 +186,6 @@ def detail(**layouts):
     return {"parameters": {name: {"lora_B_layout": layout, "num_experts": 8} for name, layout in layouts.items()}}
 
 
-@pytest.mark.compatible("adapters of expert parameters by Unsloth")
 @pytest.mark.parametrize(
     "settings",
     [
