@@ -202,7 +202,7 @@ def _check_comparable(settings, path, file):
 
 
 def _add_misfits(report, settings, tensors, config, where):
-    """Names and shapes that are not those of an adapter with these settings of the base model, by component and kind."""
+    """Names and shapes that an adapter with these settings of the base model does not have, by component and kind."""
     from .adapters import fit
 
     config = config.config if isinstance(config, torch.nn.Module) else config

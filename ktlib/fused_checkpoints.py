@@ -5,6 +5,7 @@ model once in memory beside the files, at every load. Files with fused experts a
 takes no memory of its own, and processes on one machine share it.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ def fuse_checkpoint(source, out, progress=True):
     Files are kept only if they came from the same source: the names of its files, its config, and of each of its
     tensors name, dtype, shape and some values (``stored.digest``). Training changes these; an edit of a few values by
     hand may not: give that another ``out``.
+
+    NaN and Inf are copied too, with a warning that names the tensors.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a file of it is missing.
@@ -59,7 +62,27 @@ def fuse_checkpoint(source, out, progress=True):
     }
     left_out = ownership.named(source, LEFT_OUT)
     copied = [path for path in sorted(source.iterdir()) if path.is_file() and path not in left_out]
-    return stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, copied, progress)
+    nonfinite = []
+    tensors = {name: _noting_nonfinite(name, tensor, nonfinite) for name, tensor in tensors.items()}
+    try:
+        return stored.write_sharded(out, stored.shards_of(tensors), about, NOTE, copied, progress)
+    finally:  # what an interrupted call has written, the next one does not read again
+        if nonfinite:
+            more = f" and {len(nonfinite) - 6} more" if len(nonfinite) > 6 else ""
+            names = ", ".join(nonfinite[:6])
+            warnings.warn(f"source: {source} has NaN or Inf, copied as it is, in {names}{more}", stacklevel=2)
+
+
+def _noting_nonfinite(name, tensor, names):
+    """The same tensor; when it is loaded and holds NaN or Inf, its name goes to the list ``names``."""
+
+    def load():
+        value = tensor.load()
+        if not stored.is_finite(value):
+            names.append(name)
+        return value
+
+    return tensor._replace(load=load)
 
 
 def fused_tensors(tensors, layout):

@@ -320,6 +320,35 @@ def test_a_stock_adapter_without_a_layer_is_refused(layer_keys, tmp_path):
             convert(source, tmp_path / "out", config)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_with_nan_or_inf_is_refused_by_name_unless_asked_for(value, tmp_path):
+    source, config = save_peft(tmp_path / "peft")
+    broken = ["1.mlp.experts.base_layer.lora_B", "1.mlp.shared_experts.up_proj.lora_A"]
+
+    def break_two(tensors):
+        for name in broken:
+            tensors[f"base_model.model.model.layers.{name}.weight"].view(-1)[7] = value
+
+    changed(source, break_two)
+    for convert in (import_adapter, export_adapter):
+        with pytest.raises(ValueError, match=r"NaN or Inf \(2\): .*; ") as refused:
+            convert(source, tmp_path / "out", config)
+        assert all(name in str(refused.value) for name in (*broken, "allow_nonfinite=True", "--allow-nonfinite"))
+        convert(source, tmp_path / convert.__name__, config, allow_nonfinite=True)
+    for folder, count in (("import_adapter", 2), ("export_adapter", 2)):
+        bad = [k for k, v in load_file(tmp_path / folder / WEIGHTS).items() if not v.isfinite().all()]
+        assert len(bad) == count, "as many as there were, and no more"
+    assert {p.split(":")[0] for p in ktlib.audit(source, config).problems} == {"routed_experts", "shared_experts"}
+
+
+def test_one_tensor_by_two_names_is_refused(tmp_path):
+    source, config = save_peft(tmp_path / "peft")
+    key = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
+    changed(source, lambda tensors: tensors.update({key.removeprefix("base_model.model."): tensors[key] + 1}))
+    with pytest.raises(ValueError, match=rf"twice \(1\): .*{key.removeprefix('base_model.model.')} is another name"):
+        import_adapter(source, tmp_path / "out", config)
+
+
 def test_lists_are_in_alphabetical_order(tmp_path):
     """In an error's text and in the written file: the order of a set would change from process to process."""
     source, config = save_peft(tmp_path / "peft")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from models import tiny_config, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import ktlib
 from ktlib import pairing
 from ktlib.audit import audit, component, expected_adapter_counts
 from ktlib.lora import lora_config
@@ -121,6 +123,59 @@ def test_missing_and_surplus_tensors_are_problems(adapter, lite):
     result = audit(adapter, lite.get_base_model())
     assert result.problems[1:] == ["routed_experts: missing (1), as lora_A of model.layers.1.mlp.experts.gate_up_proj"]
     assert result.flagged == {(1, "routed_experts"): 2}
+
+
+def renamed(change):
+    return lambda tensors: {change(name): value for name, value in tensors.items()}
+
+
+def narrowed(tensors):
+    return {k: v[:, :-1].contiguous() if ".q_proj.lora_A." in k else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change, base, problems",
+    [
+        (renamed(lambda name: name.replace("model.layers", "model.language_model.layers")), {}, 8),
+        (renamed(lambda name: name.replace("model.model.", "model.model.model.")), {}, 8),
+        (renamed(lambda name: f"module.{name}"), {}, 8),
+        (renamed(lambda name: name.replace("layers.1.", "layers.28.")), {}, 6),
+        (narrowed, {}, 1),
+        (dict, {"hidden_size": 24}, 4),
+        (dict, {"moe_intermediate_size": 12}, 2),
+        (dict, {"n_routed_experts": 8}, 1),
+    ],
+)
+def test_names_and_widths_of_another_model_are_problems_though_counts_agree(adapter, change, base, problems):
+    file = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    config = tiny_config("deepseek_v2", **(LITE | base))
+    assert {row.component: row.tensors for row in audit(adapter).rows} == expected_adapter_counts(
+        config, json.loads((adapter / "adapter_config.json").read_text())
+    )
+    report = audit(adapter, config)
+    assert len(report.problems) == problems and sum(map(len, report.problems)) < 1000 * problems
+    assert all(re.match(r"\w+: (missing|extra|wrong shape) \(\d+\), as ", problem) for problem in report.problems)
+    assert report.flagged.total() >= problems
+
+
+def test_a_problem_of_names_says_how_many_and_the_first(adapter):
+    file = adapter / "adapter_model.safetensors"
+    save_file(narrowed(load_file(file)), file)
+    (problem,) = audit(adapter, tiny_config("deepseek_v2", **LITE)).problems
+    first = "model.layers.0.self_attn.q_proj.weight has lora_A (8, 15) and lora_B (24, 8), needs (8, 16) and (24, 8)"
+    assert problem.startswith(f"self_attn: wrong shape (27), as {first} at rank 8; model.layers.1.")
+    assert problem.count("needs") == 3 and problem.endswith(" ...")
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "ktransformers"])
+def test_other_layouts_are_compared_with_the_base_model_too(layout, tmp_path):
+    model, config = tiny_model("qwen3_moe"), tiny_config("qwen3_moe")
+    get_peft_model(model, lora_config(model)).save_pretrained(tmp_path / "peft")
+    ktlib.export_adapter(tmp_path / "peft", tmp_path / "other", config, layout)
+    assert audit(tmp_path / "other", config).clean
+    (problem,) = audit(tmp_path / "other", tiny_config("qwen3_moe", num_experts=4)).problems[:1]
+    assert problem.startswith("routed_experts: ")
 
 
 class WrapperThatKeepsTheOriginal(torch.nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_audit import without_expert
 
 from ktlib.audit import audit
@@ -50,6 +51,26 @@ def test_biases_and_embeddings(options, tmp_path):
             "self_attn: 2 of 2 B matrices were never updated",
             *["other: 1 of 1 A matrices were never updated"] * ("embed_tokens" in options["target_modules"]),
         ]
+
+
+@pytest.mark.parametrize(
+    "options, old, new, part",
+    [
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens", "wte", "other"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "0.self_attn.q_proj.lora_B.bias", "7.lora_B.bias", "other"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head", "head.lm_head", "other"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head", "model.norm", "other"),
+    ],
+)
+def test_what_is_saved_beside_lora_is_compared_with_the_base_model(options, old, new, part, tmp_path):
+    config = tiny_config("qwen2_moe")
+    model = get_peft_model(tiny_model("qwen2_moe"), LoraConfig(r=4, **options))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert audit(tmp_path, config).clean
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+    found = [text for text in audit(tmp_path, config).problems if text.startswith(f"{part}: ") and new in text]
+    assert len(found) == 1 and ("wrong shape (1)" if new == "model.norm" else "extra (") in found[0]
 
 
 def with_adapters(**adapters):

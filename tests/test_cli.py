@@ -171,7 +171,7 @@ def test_audit_with_base_model_and_figure(tmp_path, capsys):
     arguments = ["audit", str(tmp_path), "--figure", str(tmp_path / "map.png")]
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "--base", str(tmp_path / "base")]) == 1
-    assert "self_attn: 2 LoRA tensors, the architecture has 4" in capsys.readouterr().out
+    assert "self_attn: extra (1), as layers.0.self_attn.q_proj.weight is not" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert cli.main([*arguments, "--base", str(tmp_path / "nowhere")]) == 2
 
@@ -190,4 +190,17 @@ def test_adapter_and_fuse_convert_files(tmp_path, capsys):
     assert cli.main([*convert, str(tmp_path / "kt"), str(tmp_path / "back")]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert cli.main(["adapter", "--base", str(tmp_path), str(tmp_path / "kt"), str(tmp_path / "new")]) == 2
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text()) | {"lora_B_layout": "mixed"}
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(settings))
+    first["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"][0, 0] = float("nan")
+    save_file(first, tmp_path / "peft/adapter_model.safetensors")
+    command = [*convert, str(tmp_path / "peft"), str(tmp_path / "foreign")]
+    order = ["--lora-b-order", "grouped_by_expert", "--lora-a-features", "in"]
+    for options, refused in (
+        (order, "--allow-nonfinite"),
+        (["--allow-nonfinite"], "--lora-b-order"),
+        ([*order, "--to", "per_expert"], "need --to peft"),
+    ):
+        assert cli.main([*command, *options]) == 2 and refused in capsys.readouterr().err
+    assert cli.main([*command, *order, "--allow-nonfinite"]) == 0
     assert cli.main(["fuse", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2

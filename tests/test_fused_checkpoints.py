@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,27 @@ def test_both_layouts_load_to_the_same_model(family, tmp_path):
     again = fuse_checkpoint(fused, tmp_path / "again", progress=False)  # a fused one is copied
     for path in fused.glob("*.safetensors"):
         assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_nan_in_a_checkpoint_is_copied_and_said(tmp_path):
+    hub, _ = save_hub(tmp_path / "hub", "qwen3_moe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse_checkpoint(hub, tmp_path / "clean", progress=False)
+    (path,) = hub.glob("*.safetensors")
+    tensors = load_file(path)
+    for name, value in (("mlp.experts.3.up_proj", float("nan")), ("self_attn.q_proj", float("-inf"))):
+        tensors[f"model.layers.1.{name}.weight"][2, 5] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.warns(UserWarning, match="NaN or Inf") as warned:
+        fused = fuse_checkpoint(hub, tmp_path / "fused", progress=False)
+    assert sorted(re.findall(r"model\.layers[\w.]+", str(warned[0].message))) == [
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.self_attn.q_proj.weight",
+    ]
+    copied = [item for file in fused.glob("*.safetensors") for item in load_file(file).items()]
+    bad = {name for name, value in copied if not value.isfinite().all()}
+    assert bad == {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.self_attn.q_proj.weight"}
 
 
 def mapped_file(tensor):
