@@ -73,10 +73,14 @@ def prepare(rows, *, rank=8, targets="attention+experts+shared"):
 
 
 def train(prepared, init, learning_rate, seed, *, rank=8, steps=12, batch_size=8):
-    """Losses (list of float, nats per response token) of a short AdamW run from ``init``; ``seed`` draws A and data."""
+    """Losses (list of float, nats per response token) of a short AdamW run from ``init``; ``seed`` draws A and data.
+
+    Examples come in a random order, and once more in the same if there are fewer than ``steps * batch_size``.
+    """
     model, examples, collate = prepared
     initialise(model, init, rank, seed)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order *= math.ceil(steps * batch_size / len(order))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []
     for step in range(steps):

@@ -229,8 +229,9 @@ def lite_config(layers=27):
 class Heap:
     """Host memory that is recycled: a freed block is what the next allocation of its size gets."""
 
-    def __init__(self, megabytes=8):
-        self.memory, self.used, self.free_blocks = bytearray(megabytes << 20), 0, []
+    def __init__(self, tensors):
+        """As large as ``tensors`` together: what is placed here later gets memory that was freed."""
+        self.memory, self.used, self.free_blocks = bytearray(sum(tensor.nbytes for tensor in tensors)), 0, []
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def place(self, tensor):
@@ -332,7 +333,7 @@ def observe(suspect, load, input_ids):
 
 
 def _run(suspect, model, input_ids):
-    heap = Heap()
+    heap = Heap([matrix for wrapper in _wrappers(model) for matrix in _factors(wrapper)])
     for wrapper in _wrappers(model):
         lora_A, lora_B = _factors(wrapper)
         if suspect == "scale of A":

@@ -54,6 +54,11 @@ def load_runs(folder):
     return rows
 
 
+def read_recorded(name):
+    """What ``notebooks/recorded/name`` holds, JSON, whatever folder the notebook is run from."""
+    return json.loads((NOTEBOOKS / "recorded" / name).read_text(encoding="utf-8"))
+
+
 def read(path):
     """The notebook in a file; ValueError that names the file if it holds none."""
     import nbformat

@@ -12,6 +12,7 @@ notebook ``09_compare_runs`` read them.
 """
 
 import itertools
+import math
 import os
 import re
 from pathlib import Path
@@ -129,6 +130,16 @@ def axes(rows):
                 values.append(row[key])
         values.sort(key=_order)
     return found
+
+
+def is_number(value):
+    """Whether a value of a run can be compared with others: a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_curve(value):
+    """Whether a value of a run can be drawn along its steps: a list of at least one number."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, int | float) for one in value)
 
 
 def _order(value):

@@ -3,6 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
+
+# How far rounding to bf16 changes a vector of ordinary numbers, relative to its L2 norm. A number m * 2**e, m from 1 to
+# 2, changes by at most 2**-8 * 2**e, evenly spread: in the root mean square by 2**-8 / sqrt(3) / m of the number. With
+# mantissas of density 1 / (m * log(2)), as in numbers of many sizes, the mean of 1 / m**2 is 3 / (8 * log(2)).
+ROUNDING = 2**-8 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))
 
 QUANTITIES = (
     "output",
@@ -144,6 +150,76 @@ def relative_error(actual, expected, dim=None):
 def errors(actual, expected):
     """``{quantity: relative L2 error}``."""
     return {name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES}
+
+
+def with_roundings(layer, draws=None, seed=0):
+    """What roundings to bf16 make of output and gradients: a list of results of :func:`evaluate`, one per draw.
+
+    The definition in fp32, where every value that the operator rounds somewhere (csrc/moe.h lists these places) carries
+    a relative error of a rounding's size, drawn anew each time: LoRA matrices given in fp32, gate and up, the input of
+    the down projection, the gradients of gate and up, and the results that are bf16. Gate and up carry it in forward
+    too, where the operator keeps them in fp32, so that the simulated errors are not smaller than the operator's.
+
+    Args:
+        layer: arguments of ``moe_experts`` with LoRA on both projections.
+        draws: default: many where a layer is small, since errors of few numbers vary most, and cheap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rounded(values):
+        return values + (ROUNDING * torch.randn(values.shape, generator=generator) * values).detach()
+
+    experts, hidden, intermediate = layer["down_proj"].shape
+    if draws is None:
+        draws = max(8, min(64, 2**31 // (3 * hidden * intermediate * layer["top_k_index"].numel())))
+    narrow = layer["gate_up_lora"][0].dtype == torch.bfloat16
+    rounded_results = {"hidden_states", *(name for name in QUANTITIES if narrow and "lora" in name)}
+    matrices = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+    wide = layer | {name: layer[name].float() for name in matrices}
+    for name in ("gate_up_lora", "down_lora"):
+        wide[name] = *(matrix.float() for matrix in layer[name][:2]), layer[name][2]
+    results = []
+    for _ in range(draws):
+        result = evaluate(_experts_rounded_by, wide, rounded=rounded, lora_rounded=not narrow)
+        results.append({name: rounded(r) if name in rounded_results else r for name, r in result.items()})
+    return results
+
+
+def _experts_rounded_by(
+    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora, rounded, lora_rounded
+):
+    """The layer in fp32 with ``rounded`` applied to the values, and the gradients, that the operator rounds."""
+    experts = down_proj.shape[0]
+
+    def project(x, weight, lora, expert):
+        lora_A, lora_B, scaling = lora
+        a, b = lora_A.view(experts, -1, lora_A.shape[1])[expert], lora_B.view(lora_B.shape[0], -1, experts)[..., expert]
+        a, b = (rounded(a), rounded(b)) if lora_rounded else (a, b)
+        return F.linear(x, weight[expert]) + scaling * F.linear(F.linear(x, a), b)
+
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        token, slot = torch.where(top_k_index == expert)
+        gate_up = rounded(project(hidden_states[token], gate_up_proj, gate_up_lora, expert))
+        gate_up.register_hook(rounded)
+        gate, up = gate_up.chunk(2, dim=-1)
+        down = project(rounded(F.silu(gate) * up), down_proj, down_lora, expert)
+        output = output.index_add(0, token, down * top_k_weights[token, slot, None])
+    return rounded(output)
+
+
+def allowed(simulated, expected):
+    """``{quantity: (bound, chance)}`` for the relative error of a result, from draws of :func:`with_roundings`.
+
+    ``chance`` is eight standard deviations of the simulated errors: nearly nothing in a large layer, much where few
+    numbers make a norm and may cancel. ``bound`` is a quarter more than their mean, plus ``chance``.
+    """
+    found = {}
+    for name in QUANTITIES:
+        values = torch.tensor([relative_error(result[name], expected[name]).item() for result in simulated])
+        chance = 8 * values.std().item()
+        found[name] = 1.25 * values.mean().item() + chance, chance
+    return found
 
 
 def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):

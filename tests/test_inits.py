@@ -7,6 +7,7 @@ import torch
 
 from ktlib import inits, sft
 from ktlib.audit import component
+from ktlib.tasks import dates
 
 STD = {
     "kaiming": 1 / math.sqrt(3 * 256), "kaiming, 3-D stack": 1 / math.sqrt(3 * 8 * 256), "randn/100": 0.01,
@@ -42,6 +43,13 @@ def test_the_formulas_are_torch_and_peft():
 def test_orthogonal_rows():
     q = inits.orthogonal(torch.empty(4, 32), torch.Generator().manual_seed(0))
     torch.testing.assert_close(q @ q.mT, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_examples_come_again_where_steps_need_more(one_thread):
+    rows = dates(n_train=3, n_test=1)[0]
+    prepared = inits.prepare(rows, rank=1, targets="attention")
+    losses = inits.train(prepared, "kaiming", 0.0, 0, rank=1, steps=4, batch_size=3)
+    assert len(losses) == 4 and max(losses) - min(losses) < 0.05, "every step has all three rows"
 
 
 def test_summary():

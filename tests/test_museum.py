@@ -240,10 +240,20 @@ def test_010b_with_b_zero_no_finite_a_changes_the_output(kind, scale):
     assert torch.equal(ktlib.moe_experts(**layer | zero), ktlib.moe_experts(**layer | dict.fromkeys(zero)))
 
 
+def test_010b_the_heap_has_room_for_adapters_of_any_size():
+    tensors = [torch.full((3, 2**20), 7.0), torch.ones(5)]
+    heap = museum.Heap(tensors)
+    placed = [heap.place(tensor) for tensor in tensors]
+    assert all(map(torch.equal, placed, tensors))
+    heap.free(placed[0])
+    heap.place(torch.zeros(3, 2**20))
+    assert not placed[0].any() and placed[1].all(), "a freed block is what the next one of its size gets"
+
+
 def test_010b_ktlib_keeps_no_address(layer):
     """Adapters move, others write NaN where they lay: same bits."""
     want = ktlib.moe_experts(**layer)
-    heap = museum.Heap(1)
+    heap = museum.Heap([m for name in ("gate_up_lora", "down_lora") for m in layer[name][:2]])
     placed = {name: [heap.place(m) for m in layer[name][:2]] for name in ("gate_up_lora", "down_lora")}
     here = {name: (*pair, layer[name][2]) for name, pair in placed.items()}
     assert torch.equal(ktlib.moe_experts(**layer | here), want)

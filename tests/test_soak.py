@@ -41,6 +41,9 @@ def test_growing_memory_is_seen():
 RECORDED = {
     "soak_1000_steps": lambda run: run["steps"] == 1000 and run["good"] and len(run["sessions"]) == 3,
     "soak_operator": lambda run: run["steps"] == 10000 and run["good"],
+    "notebook_parameters": lambda run: (
+        run["good"] and run["runs"] == sum(sum(n.values()) for n in run["counts"].values())
+    ),
     "interrupted": lambda run: run["same_adapter_bits"] and len(run["kills"]) == 10,
 }
 
