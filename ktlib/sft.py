@@ -40,6 +40,7 @@ from ktlib.checkpoints import (
 )
 from ktlib.components import component
 from ktlib.cpu import cpu_info
+from ktlib.data_parallel import use_one_gpu
 from ktlib.environment import unusable_cuda, without_cuda
 from ktlib.estimate import estimate
 from ktlib.experts import IMPLEMENTATION, is_experts
@@ -365,6 +366,7 @@ def train(
         report_to="none",
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
+    use_one_gpu(arguments, "a step has batch_size rows on any machine")
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
     began = time.perf_counter()
     guard = StopOnNonFinite(folder=output_dir)
