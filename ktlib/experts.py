@@ -7,14 +7,16 @@ is replaced, wrapped or emptied, and the same function serves every model family
     gate_up_proj (E, 2I, H) and down_proj (E, H, I) in bf16, or both transposed; biases or none;
     gates and ups one after the other or alternating; a gate that the operator has (found by its values)
 
-Anything else runs a stock implementation, with one warning per class and reason.
+Anything else runs a stock implementation, and one line of the log says so per model and reason.
 """
 
 import functools
 import importlib.machinery
+import logging
 import math
 import sys
-import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -56,9 +58,7 @@ def experts_forward(
         if gate_up_lora is not None or down_lora is not None:
             raise RuntimeError(f"LoRA factors given to {type(self).__name__}, which ktlib does not serve: {reason}")
         name, forward = stock_forward(self)
-        # torch makes a new subclass of a module's class whenever it parametrizes the module
-        own_class = type(self).__base__ if hasattr(self, "parametrizations") else type(self)
-        warn_once(own_class, f"using transformers' {name} experts instead of ktlib: {reason}")
+        warn_once(self, f"using transformers' {name} experts instead of ktlib: {reason}")
         return forward(self, hidden_states, top_k_index, top_k_weights)
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
         top_k_weights = top_k_weights.float()
@@ -115,7 +115,10 @@ def unserved(experts, hidden_states):
         # an attribute access would compute W + BA while stock PEFT parametrizes the weight
         weight = parametrized[name].original if name in parametrized else getattr(experts, name)
         if weight.dtype != torch.bfloat16:
-            return f"{name} is {weight.dtype}, the operator takes torch.bfloat16 (load with dtype=torch.bfloat16)"
+            return (
+                f"{name} is {weight.dtype}, the operator takes torch.bfloat16: load the model with dtype='bfloat16' "
+                "(for TRL to do it: model_init_kwargs={'dtype': 'bfloat16'})"
+            )
         if weight.device.type != "cpu":
             return f"{name} is on {weight.device}, the operator takes CPU weights"
         if not weight.is_contiguous():
@@ -153,7 +156,10 @@ def gate_of(experts):
 def _known_gate(experts):
     key = _gate_key(experts)
     if key not in _gates:
-        _gates[key] = _probe_gate(experts)
+        # The first call may come under torch.export, FakeTensorMode, torch.jit.trace, vmap or autocast. Each holds for
+        # the thread that entered it, so that in another thread the probe computes with real tensors, and is not traced.
+        with ThreadPoolExecutor(1) as thread:
+            _gates[key] = thread.submit(_probe_gate, experts).result()
     return _gates[key]
 
 
@@ -161,20 +167,26 @@ _gates = {}
 
 
 @functools.cache
-def _keep_gate_out_of_graphs():
+def _keep_out_of_graphs():
     """In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one).
+    What is logged is logged while the graph is made.
 
     Before 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another
     begins after it. Either imports torch's compiler, which transformers does too, but ``import ktlib`` should not.
     """
-    global _known_gate
+    global _known_gate, _log_once
     new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    _known_gate = (torch.compiler.assume_constant_result if new_torch else torch.compiler.disable)(_known_gate)
+    keep_out = torch.compiler.assume_constant_result if new_torch else torch.compiler.disable
+    _known_gate, _log_once = keep_out(_known_gate), keep_out(_log_once)
+
+
+def _activations(experts):
+    return [module for name, module in experts.named_children() if name != "parametrizations"]
 
 
 def _gate_key(experts):
     """What the gate can depend on: functions and plain settings of the experts module and of its activation."""
-    children = [module for name, module in experts.named_children() if name != "parametrizations"]
+    children = _activations(experts)
     settings = [
         (name, value)
         for module in (experts, *children)
@@ -187,8 +199,10 @@ def _gate_key(experts):
 @torch.no_grad()
 def _probe_gate(experts):
     """``(gate, limit, alpha)`` or None. Numbers that the module itself holds, such as its ``limit``, are tried as limit
-    and alpha: they are exact.
+    and alpha: they are exact. A gate with tensors of its own is None, whatever they hold now: they may be trained.
     """
+    if any(child.state_dict() for child in _activations(experts)):
+        return None
     values = torch.linspace(-20, 20, 401, device="cpu", dtype=torch.float64)
     powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
     values = torch.cat([values, powers, -powers])
@@ -208,9 +222,24 @@ def _probe_gate(experts):
     return None
 
 
-@functools.cache
-def warn_once(experts_class, message):
-    warnings.warn(f"{experts_class.__name__}: {message}", stacklevel=3)
+def warn_once(experts, message):
+    """Log a warning about an experts module, once for all such modules of a model.
+
+    It goes to the logger "ktlib", by default as one line on stderr. Python's ``warnings`` would show it once per
+    process, however many models follow, and not where a script ignores warnings.
+    """
+    # torch makes a new subclass of a module's class whenever it parametrizes the module
+    own_class = type(experts).__base__ if hasattr(experts, "parametrizations") else type(experts)
+    _log_once(experts.config, f"{own_class.__name__}: {message}")
+
+
+def _log_once(config, message):
+    if (id(config), message) not in _logged:
+        _logged[id(config), message] = config
+        logging.getLogger("ktlib").warning("ktlib: %s", message)
+
+
+_logged = weakref.WeakValueDictionary()  # an entry goes with the model's config, after which another may have its id
 
 
 class _RegisterOnImport:
@@ -233,7 +262,7 @@ class _RegisterOnImport:
 
 def _register_with(interface):
     interface.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
-    _keep_gate_out_of_graphs()
+    _keep_out_of_graphs()
 
 
 def register():

@@ -67,7 +67,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
                 )
             if self.training and unserved(self.get_base_layer(), x) is None:
                 warn_once(
-                    type(self.get_base_layer()),
+                    self.get_base_layer(),
                     f"LoRA adds a dense W + BA, because {reason}; model.set_experts_implementation({IMPLEMENTATION!r}) "
                     "trains the factors alone",
                 )

@@ -12,6 +12,7 @@ import torch
 
 from .checks import check_stream_rows
 from .components import component
+from .data_parallel import DdpIgnores, keep_trainers_on_one_gpu
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 CPU = torch.device("cpu")
@@ -24,6 +25,9 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     ``.to("cuda")``, ``.cuda()``, ``transformers.Trainer``, accelerate and PEFT then move all but the experts; casts of
     the dtype reach them. Pin before or after adapters are added, before or after moving (experts on a GPU come back).
     Pinning again with another ``lora_device`` moves the adapters, with another ``stream_rows`` changes that.
+
+    Where several GPUs are visible, ``transformers.Trainer`` trains the model on the first and says so. In processes of
+    ``torchrun`` or ``accelerate launch``, DistributedDataParallel takes it on the CPU only, see :func:`share_experts`.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
@@ -53,6 +57,9 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
         for slot in slots:
             _move(owner._modules[slot], _identity, lora_device)
             _bare(owner._modules[slot]).ktlib_stream_rows = stream_rows
+    vars(model).setdefault("_ddp_params_and_buffers_to_ignore", DdpIgnores(model))
+    if torch.cuda.device_count() > 1:
+        keep_trainers_on_one_gpu(is_pinned)
     return model
 
 
@@ -73,9 +80,13 @@ def share_experts(model):
         if is_experts(module):
             weights = module.named_parameters(recurse=False)
             frozen += [f"{name}.{weight}" for weight, value in weights if not value.requires_grad]
-    # the attribute that DistributedDataParallel looks for on what it wraps; torch has no other way to set it
-    model._ddp_params_and_buffers_to_ignore = frozen
+    model._ddp_params_and_buffers_to_ignore = DdpIgnores(model, frozen)
     return model
+
+
+def is_pinned(model):
+    """Whether routed experts of ``model`` were pinned to the CPU."""
+    return any(isinstance(module, _Owner) for module in model.modules())
 
 
 def placement(model):

@@ -37,6 +37,7 @@ from ktlib.checkpoints import (
     writing,
 )
 from ktlib.cpu import cpu_info
+from ktlib.data_parallel import use_one_gpu
 from ktlib.environment import device, without_cuda
 from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.keeping import CHECKPOINTING
@@ -206,6 +207,7 @@ def train(
         report_to="none",
         disable_tqdm=True,  # its bar prints every log entry; ours is added below
     )
+    use_one_gpu(arguments, "a step has batch_size rows on any machine")
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
     began = time.perf_counter()
     guard = StopOnNonFinite(folder=output_dir)

@@ -175,8 +175,12 @@ class Tracer:
         if self._last is None:
             self._add(Finding("backward", "the model", "loss", "its gradient is not finite"))
             return
+        from transformers import Cache  # here, because it takes seconds to import
+
         name, block, (args, kwargs), gradient = self._last
-        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("past_key_value")}
+        # The second run must not write into the cache. It is known by its type: its argument had several names.
+        args = [None if isinstance(value, Cache) else value for value in args]
+        kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
         hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point())
         hidden.requires_grad_()
         inner = Tracer(block, stop=False)

@@ -26,6 +26,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def logged(caplog):
+    """A function that returns what ktlib has logged in this test so far: a list of texts."""
+    return lambda: [record.getMessage() for record in caplog.get_records("call") if record.name == "ktlib"]
+
+
 def pytest_addoption(parser):
     parser.addoption("--compatibility", metavar="FILE", help="write the results of tests marked `compatible` as JSON")
 

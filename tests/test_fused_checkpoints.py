@@ -90,7 +90,10 @@ def test_fused_weights_are_used_where_they_lie(tmp_path):
     before = {path.name: path.read_bytes() for path in fused.glob("*.safetensors")}
     mapped, copied = load(fused), load(hub)
     for name, parameter in mapped.named_parameters():
-        assert (mapped_file(parameter) or "").startswith(str(fused)), f"{name} is a copy"
+        if parameter.dtype == torch.float32:  # from transformers 5.24 on, whatever the dtype of the file
+            assert name == "model.layers.1.mlp.gate.weight"
+        else:
+            assert (mapped_file(parameter) or "").startswith(str(fused)), f"{name} is a copy"
     assert mapped_file(copied.model.layers[1].mlp.experts.gate_up_proj) is None
     experts = mapped.model.layers[1].mlp.experts
     assert experts.gate_up_proj.data_ptr() % stored.PAGE == 0 or experts.down_proj.data_ptr() % stored.PAGE == 0
@@ -106,7 +109,9 @@ def test_weights_that_go_elsewhere_leave_no_file_mapped_behind(tmp_path):
     made = synthetic.write_checkpoint(synthetic.deepseek_v2_small(), tmp_path / "made", progress=False)
     for folder in (fuse_checkpoint(hub, tmp_path / "fused", progress=False), made):
         model = ktlib.pin_experts(load(folder))
-        files = {name: mapped_file(parameter) for name, parameter in model.named_parameters()}
+        routers = [name for name, p in model.named_parameters() if p.dtype == torch.float32]  # as above: copies
+        assert all(name.endswith(".gate.weight") for name in routers)
+        files = {name: mapped_file(p) for name, p in model.named_parameters() if name not in routers}
         experts = {file for name, file in files.items() if ".experts." in name}
         others = {file for name, file in files.items() if ".experts." not in name}
         assert experts and others and not experts & others and mapped(folder) == experts | others

@@ -2,7 +2,6 @@
 
 import copy
 import threading
-import warnings
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from models import FAMILIES, expert_modules, random_adapter, relative_error, tin
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 
-from ktlib import experts
 from ktlib.lora import ParamWrapper, factor_adapters, lora_config
 
 U = 2.0**-9  # rounding to bf16, relative
@@ -21,11 +19,12 @@ OPTIONS = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora
 
 
 @pytest.fixture(autouse=True)
-def no_silent_fallback():
-    experts.warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*instead of ktlib.*")
-        yield
+def fallbacks(logged):
+    """What this test expects ktlib to log, in order, by a part of each line: nothing, unless the test adds to it."""
+    expected = []
+    yield expected
+    lines = logged()
+    assert len(lines) == len(expected) and all(part in line for part, line in zip(expected, lines, strict=True)), lines
 
 
 def stock_twin(config):
@@ -436,47 +435,43 @@ def test_other_implementations_take_the_stock_path(implementation):
         assert torch.equal(ours(tokens()).logits, factored)
 
 
-def test_training_on_another_implementation_is_said_once():
+def test_training_on_another_implementation_is_said_once(fallbacks, logged):
     """Whoever forgets experts_implementation="ktlib" gets stock's dense W + BA."""
     model = tiny_model("olmoe", "grouped_mm", experts_dtype=torch.bfloat16)
     model = random_adapter(get_peft_model(model, lora_config(model, r=4)))
-    with warnings.catch_warnings(record=True) as caught:
-        model.eval()(tokens())
-        assert not caught
-        model.train()(tokens())
-        model(tokens())
-        model.get_base_model().set_experts_implementation("ktlib")
-        model(tokens())
-    (warning,) = caught
-    assert "OlmoeExperts: LoRA adds a dense W + BA, because the experts implementation is 'grouped_mm'; " in str(
-        warning.message
-    ) and "model.set_experts_implementation('ktlib')" in str(warning.message)
+    model.eval()(tokens())
+    assert not logged()
+    model.train()(tokens())
+    model(tokens())
+    model.get_base_model().set_experts_implementation("ktlib")
+    model(tokens())
+    fallbacks.append(
+        "OlmoeExperts: LoRA adds a dense W + BA, because the experts implementation is 'grouped_mm'; "
+        "model.set_experts_implementation('ktlib')"
+    )
 
 
-@pytest.mark.filterwarnings("default:.*instead of ktlib.*")
-def test_unserved_experts_keep_their_adapters():
+def test_unserved_experts_keep_their_adapters(fallbacks):
     model = tiny_model("olmoe", "ktlib", experts_dtype=torch.float32)
     config = lora_config(model, r=4)
     twin = stock_twin(config)
-    with pytest.warns(UserWarning, match="gate_up_proj is torch.float32"):
-        ours = random_adapter(get_peft_model(model, config))
-        stock = random_adapter(get_peft_model(tiny_model("olmoe"), twin))
-        got, wanted = gradients(ours), gradients(stock)
+    fallbacks.append("gate_up_proj is torch.float32")
+    ours = random_adapter(get_peft_model(model, config))
+    stock = random_adapter(get_peft_model(tiny_model("olmoe"), twin))
+    got, wanted = gradients(ours), gradients(stock)
     assert_close(ours, stock, 1e-5)
     assert all(relative_error(got[name], wanted[name]) < 1e-4 for name in wanted)
 
 
-def test_stock_adapters_can_be_factored_in_place():
+def test_stock_adapters_can_be_factored_in_place(fallbacks):
     ours, stock = pair()
     model = random_adapter(get_peft_model(tiny_model("deepseek_v2", "ktlib"), stock_twin(ours.peft_config["default"])))
-    with pytest.warns(UserWarning, match=r"factor_adapters\(model\)"):
-        warnings.filterwarnings("default", message=".*instead of ktlib.*")
-        assert_close(model, stock, U * (6 * 2) ** 0.5)
+    fallbacks.append("ktlib.factor_adapters(model) switches")
+    assert_close(model, stock, U * (6 * 2) ** 0.5)
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert factor_adapters(model) == 2 + 6
     assert factor_adapters(model) == 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    warnings.filterwarnings("error", message=".*instead of ktlib.*")
     assert torch.equal(model(tokens()).logits, ours(tokens()).logits)
     got, wanted = gradients(model), gradients(ours)
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -276,6 +276,32 @@ def test_same_bits_for_any_number_of_threads(isa):
         assert torch.equal(results[0][name], other[name]), name
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_token_has_the_same_bits_whatever_else_is_in_the_batch(recompute, isa):
+    """Output and the gradients of a token's own inputs: alone, in part of a batch, and in batches of several blocks of
+    rows, in which some experts have few rows and others many. Also if the other tokens are not finite."""
+    layer = random_layer("trained", tokens=150, experts=8, top_k=3, hidden=160, intermediate=144, rank=5)
+    gradient = torch.randn(150, 160, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def of(rows, **changes):
+        own = {name: layer[name][rows].clone() for name in ("hidden_states", "top_k_index", "top_k_weights")}
+        arguments = layer | own | changes
+        leaves = [arguments[name].requires_grad_() for name in ("hidden_states", "top_k_weights")]
+        output = ktlib.moe_experts(**arguments, isa=isa, recompute=recompute)
+        output.backward(gradient[rows])
+        return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+    whole = of(slice(None))
+    for rows in (slice(0, 1), slice(77, 78), slice(149, 150), slice(3, 5), slice(20, 41), slice(60, 149)):
+        for got, want in zip(of(rows), whole, strict=True):
+            assert torch.equal(got, want[rows]), rows
+    others_bad = layer["hidden_states"].clone()
+    others_bad[40:] = float("nan")
+    for got, want in zip(of(slice(None), hidden_states=others_bad), whole, strict=True):
+        assert torch.equal(got[:40], want[:40])
+
+
 @pytest.mark.parametrize("isa", [name for name in ISAS if name != "portable"])
 def test_instruction_sets_agree(isa):
     """All round at the same points, so they differ only by the order of fp32 sums and what that flips in bf16."""

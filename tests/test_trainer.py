@@ -103,7 +103,8 @@ def overrides(tree):
         found += [
             ast.unparse(target)
             for target in targets
-            if isinstance(target, ast.Attribute) and "trainer" in ast.unparse(target.value).lower()
+            if isinstance(target, ast.Attribute) and target.attr[0] == "_"
+            if "trainer" in ast.unparse(target.value).lower()
         ]
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and node.args:
             found += [ast.unparse(node)] if "trainer" in ast.unparse(node.args[0]).lower() else []

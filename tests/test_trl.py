@@ -1,11 +1,16 @@
 """TRL's trainers, unchanged, on the embedded model: supervised fine-tuning and DPO, with packing and without."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from models import relative_error
+from peft import LoraConfig
 
 from ktlib import sft
-from ktlib.lora import ParamWrapper, lora_config
+from ktlib.lora import ParamWrapper, factor_adapters, lora_config
 from ktlib.tasks import dates
 
 trl = pytest.importorskip("trl", reason="trl is in environment.yml, not among ktlib's requirements")
@@ -73,6 +78,23 @@ def test_sft_trainer(packing, tmp_path):
     assert_experts_were_trained(trainer)
     _, stock = train(trl.SFTTrainer, settings, conversations(), experts="eager")
     assert relative_error(losses, stock) < 0.02
+
+
+def test_a_model_given_by_its_path_with_the_options_of_the_readme(tmp_path, logged):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (options,) = re.findall(r"SFTConfig\(model_init_kwargs=(\{.*?\})\)", readme)
+    settings = arguments(trl.SFTConfig, tmp_path, model_init_kwargs=ast.literal_eval(options))
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    trainer = trl.SFTTrainer(
+        str(sft.BASE), settings, train_dataset=conversations(), processing_class=sft.load_model("base")[1],
+        peft_config=LoraConfig(r=4, target_modules=[], target_parameters=targets),
+    )  # fmt: skip
+    assert factor_adapters(trainer.model) == 2 * 3
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer.model(rows["input_ids"], labels=rows["labels"]).loss.backward()
+    assert not logged(), "the experts are not computed by the operator"
+    adapters = [p for name, p in trainer.model.named_parameters() if ".lora_B." in name]
+    assert len(adapters) == 2 * 3 and all(p.grad.abs().max() > 0 for p in adapters)
 
 
 @pytest.mark.compatible("TRL's DPOTrainer")
