@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_refused_first_and_by_name(read_only, adapted, tmp
         with pytest.raises(OSError, match="output_dir: cannot write to .*Permission denied"):
             sft.save(adapted[0], read_only)
         with pytest.raises(PermissionError, match="read_only"):
-            runs.run(runs.SFT, read_only / "runs")
+            runs.run(runs.SFT, read_only / "runs", {"output_dir": f"{tempfile.gettempdir()}/adapter"})
 
 
 def test_other_errors_keep_their_own_words(tmp_path):
