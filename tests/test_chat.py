@@ -241,7 +241,7 @@ def other_template(tmp_path):
 
 
 def test_a_run_is_refused_before_the_weights_are_read(other_template, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded the model first"))
     with pytest.raises(ValueError, match="^row 1 of 200: token .* the chat template writes 'th'"):
         sft.run(model=str(other_template), output_dir=str(tmp_path / "run"), progress=False)
     rows = tmp_path / "rows.jsonl"
