@@ -1,15 +1,15 @@
 """Writing the layouts of :mod:`ktlib.adapters`: files and the ``adapter_config.json`` that goes with them."""
 
 import json
-import re
 from typing import NamedTuple
 
 import torch
 
 from . import stored
 from .adapter_settings import PREFIX, SAVED_DROPOUT
-from .estimate import meta_model
-from .layouts import FUSED, ExpertLayout, Part
+from .adapter_targets import targets_in_files, warn_of_one_scaling
+from .layouts import ExpertLayout, Part
+from .model_class import meta_model
 from .stored import Stored
 
 CONFIG, WEIGHTS, FUSED_FILE = "adapter_config.json", "adapter_model.safetensors", "fused_expert_lora.safetensors"
@@ -43,7 +43,8 @@ def listed(problems, what):
 def _peft_config(settings, pairs, config):
     """A stock LoraConfig with these targets, ranks and alphas, and PEFT's own list of the tensors that belong to it.
 
-    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape})``.
+    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape}, {key: name in a file})``, the last
+    where PEFT would not find the tensor under its key.
     """
     from peft import get_peft_model, get_peft_model_state_dict
 
@@ -51,6 +52,7 @@ def _peft_config(settings, pairs, config):
     from .lora import lora_config
 
     model = meta_model(config)
+    spelling = ExpertLayout(model)
     linears = {name for name, module in bare_modules(model) if isinstance(module, torch.nn.Linear)}
     names = {weight: weight.removesuffix(".weight") for weight in pairs}
     modules = [name for name in names.values() if name in linears]
@@ -77,7 +79,65 @@ def _peft_config(settings, pairs, config):
             bare = name.removeprefix(PREFIX).replace(".base_layer", "")
             weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
             slots[weight] = tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
-    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}
+    names, _ = names_for_peft(adapted, list(shapes), spelling)
+    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}, names
+
+
+def read_by_peft(adapted, names):
+    """``{name of a tensor in a file: the key that PEFT takes it for as it loads it}``.
+
+    PEFT applies transformers' renames of checkpoints to adapters, to those with names of transformers 5 too, and some
+    families' renames change such names: ``mlp.experts`` to ``mlp.mlp.experts``.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return {name: name for name in names}
+    numbered = {name: torch.tensor(i, device="cpu") for i, name in enumerate(names)}
+    adapter = adapted.active_adapter
+    found = convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[adapter], numbered, adapter)
+    keys = {int(number): key for key, number in found.items()}
+    return {name: keys.get(i) for i, name in enumerate(names)}
+
+
+def names_for_peft(adapted, keys, spelling):
+    """Where PEFT does not find a tensor under its own key, the name that checkpoints have for it may be one it finds.
+
+    Returns:
+        ``{key: name in a file}`` of such tensors, and the list of keys that it finds under neither name.
+    """
+    names = {}
+    for key, read in read_by_peft(adapted, keys).items():
+        if read != key:
+            module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
+            names[key] = f"{PREFIX}{spelling.name_in_files(module)}.lora_{rest}"
+    read = read_by_peft(adapted, [names.get(key, key) for key in keys]) if names else {}
+    lost = [key for key, name in names.items() if read[name] != key]
+    return {key: name for key, name in names.items() if key not in lost}, lost
+
+
+def rename_for_peft(adapted, folder=None):
+    """Rename the tensors of the adapter in ``folder``, as PEFT finds them. ``adapted.save_pretrained`` has just written
+    it there, and the folder has not got its final name.
+
+    Without a folder only look whether PEFT can find them. Raises ValueError if it cannot.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    base = adapted.get_base_model()
+    keys = list(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    names, lost = names_for_peft(adapted, keys, ExpertLayout(base))
+    if lost:
+        raise ValueError(
+            f"model: PEFT saves adapters of {type(base).__name__} under names that it takes for others when it loads "
+            f"them ({len(lost)} of {len(keys)} tensors, such as {lost[0]}), needs another model, or targets without "
+            "these"
+        )
+    if names and folder is not None:
+        # copies, because tensors that were read may be views of the file
+        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _dropout(settings):
@@ -100,12 +160,12 @@ def _pattern(values, default, linears):
 
 
 def check_against_peft(settings, pairs, saved, config):
-    """The LoraConfig and ``{key: Stored}`` of an adapter in PEFT's layout.
+    """The LoraConfig and ``{name in the file: Stored}`` of an adapter in PEFT's layout.
 
     Raises:
         ValueError: PEFT, asked for these targets, expects other tensors; they are listed.
     """
-    made, slots, shapes = _peft_config(settings, pairs, config)
+    made, slots, shapes, renamed = _peft_config(settings, pairs, config)
     tensors = {key: matrix for name, pair in pairs.items() for key, matrix in zip(slots[name], pair[:2], strict=True)}
     tensors |= saved
     problems = [f"missing: {key}" for key in shapes if key not in tensors]
@@ -115,7 +175,7 @@ def check_against_peft(settings, pairs, saved, config):
             problems.append(f"wrong shape: {key} is {tensors[key].shape}, needs {shape}")
     if problems:
         raise ValueError(listed(problems, "the adapter is not what PEFT expects"))
-    return made, tensors
+    return made, {renamed.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def write_peft(folder, settings, pairs, saved, config):
@@ -130,37 +190,50 @@ def write_peft(folder, settings, pairs, saved, config):
 # ----------------------------------------------------------------------------------------------- the other layouts
 
 
-def write_apart(folder, settings, pairs, saved, config, layout):
-    """The adapter with one pair per projection: a tensor per expert, or KTransformers' stacks."""
-    model, spelling = meta_model(config), ExpertLayout(config.model_type)
-    rest, ours = {}, {}
+def write_apart(folder, settings, pairs, saved, config, layout, made):
+    """The adapter with one pair per projection: a tensor per expert, or KTransformers' stacks.
+
+    ``made`` is the LoraConfig of the same adapter in PEFT's layout.
+    """
+    model = meta_model(config)
+    spelling = ExpertLayout(model)
+    if layout == "ktransformers" or any(weight in spelling.experts for weight in pairs):
+        spelling.require_per_expert()
+    modules, ours = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {part: Pair of stacks}}
     for weight, pair in pairs.items():
-        if weight.rpartition(".")[2] in FUSED:
-            ours[weight] = _apart(weight, pair, pairs, settings.get("use_rslora"))
-        else:
-            rest[spelling.old_name(weight).removesuffix(".weight")] = pair
-    settings = settings | {"target_parameters": None, "inference_mode": True, "lora_dropout": _dropout(settings)}
-    settings.pop(SAVED_DROPOUT, None)
+        if not (parts := spelling.parts(weight)):
+            modules[spelling.old_name(weight).removesuffix(".weight")] = weight, pair
+            continue
+        apart = _apart(weight, pair, pairs, parts, settings.get("use_rslora"))
+        if weight in spelling.experts and layout == "ktransformers":
+            ours[weight] = apart
+            continue
+        for part, stack in apart.items():
+            for expert in range(stack.a.shape[0]):
+                name = spelling.part_name(Part(weight, part, expert)).removesuffix(".weight")
+                modules[name] = weight, stack._replace(a=_slice(stack.a, expert), b=_slice(stack.b, expert))
+    settings = settings | {"target_parameters": None, "exclude_modules": None, "inference_mode": True}
     if layout == "ktransformers":
-        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, model)
+        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, spelling)
         stacks = {}
         for weight, parts in ours.items():
             layer = weight.partition(".layers.")[2].partition(".")[0]
             for part, pair in parts.items():
                 stacks |= {f"layers.{layer}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
         stored.write(folder / FUSED_FILE, stacks)
-    else:
-        for weight, parts in ours.items():
-            for part, pair in parts.items():
-                for expert in range(pair.a.shape[0]):
-                    name = spelling.per_expert_name(Part(weight, part, expert)).removesuffix(".weight")
-                    rest[name] = pair._replace(a=_slice(pair.a, expert), b=_slice(pair.b, expert))
     tensors = {}
-    for name, pair in rest.items():
+    for name, (_, pair) in modules.items():
         tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
     if tensors or saved:
         stored.write(folder / WEIGHTS, tensors | saved)
-    settings |= _targets(rest, settings, spelling.linears(model))
+    dropout = _dropout(settings)
+    settings.pop(SAVED_DROPOUT, None)
+    if layout == "ktransformers":
+        settings |= targets_in_files(model, spelling, modules, settings) | {"lora_dropout": dropout}
+    else:
+        settings |= targets_in_files(model, spelling, modules, settings, made)
+        settings |= {"lora_dropout": 0.0, SAVED_DROPOUT: dropout} if made.target_parameters and dropout else {}
+        warn_of_one_scaling(modules, settings)
     stored.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
 
 
@@ -168,9 +241,10 @@ def _slice(stack, expert):
     return Stored(stack.shape[1:], stack.dtype, lambda: stored.recent(stack)[expert])
 
 
-def _apart(weight, pair, pairs, rslora):
-    """``{part: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout."""
-    parts, rank, alpha = FUSED[weight.rpartition(".")[2]], pair.rank, pair.alpha
+def _apart(weight, pair, pairs, parts, rslora):
+    """``{part: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout, E = 1 where there are no
+    experts."""
+    rank, alpha = pair.rank, pair.alpha
     experts, inner = pair.a.shape[0] // rank, pair.a.shape[1]
     out = pair.b.shape[0] // len(parts)
 
@@ -203,9 +277,9 @@ def _apart(weight, pair, pairs, rslora):
     return result
 
 
-def _one_rank_and_alpha(ours, settings, model):
+def _one_rank_and_alpha(ours, settings, spelling):
     """``(rank, alpha)`` of all experts; ValueError if KTransformers cannot have these adapters."""
-    lacking = [name for name, value in model.named_parameters() if value.dim() == 3 and name not in ours]
+    lacking = [name for name in spelling.experts if name not in ours]
     kinds = {(pair.rank, pair.alpha) for parts in ours.values() for pair in parts.values()}
     if lacking:
         more = " ..." if len(lacking) > 4 else ""
@@ -215,19 +289,3 @@ def _one_rank_and_alpha(ours, settings, model):
     if settings.get("use_rslora"):
         raise ValueError("layout: ktransformers has no rslora")
     return kinds.pop()
-
-
-def _targets(modules, settings, linears):
-    """``target_modules`` and patterns of an adapter_config.json, for modules of the old spelling."""
-    leaves = {name.rpartition(".")[2] for name in modules}
-    alike = {name for name in linears if name.rpartition(".")[2] in leaves}
-    result = {"target_modules": sorted(leaves) if alike <= set(modules) else "|".join(sorted(set(map(_any, modules))))}
-    for pattern, default, field in (("rank_pattern", "r", "rank"), ("alpha_pattern", "lora_alpha", "alpha")):
-        values = {_any(name): getattr(pair, field) for name, pair in modules.items()}
-        result[pattern] = {name: value for name, value in values.items() if value != settings[default]}
-    return result
-
-
-def _any(name):
-    """The name as a regular expression, whatever the number of the expert in it."""
-    return re.sub(r"(?<=\.experts\\\.)\d+", r"\\d+", name.replace(".", r"\."))

@@ -75,7 +75,7 @@ _NEEDED = {
 _CARRIED_OVER = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", SAVED_DROPOUT),
-    *("target_modules", "target_parameters", "modules_to_save"),
+    *("target_modules", "target_parameters", "modules_to_save", "exclude_modules"),
 }
 # what was there when the file was written, and what PEFT looks at only beside another setting, which is refused
 _WITHOUT_EFFECT = {

@@ -18,6 +18,7 @@ of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form abov
 adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
 """
 
+import copy
 import functools
 import os
 import re
@@ -37,10 +38,10 @@ from .adapter_files import (
     write_peft,
 )
 from .adapter_settings import MATRIX, matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
-from .estimate import meta_model
 from .experts import is_experts
 from .factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from .layouts import FUSED, ExpertLayout, Part
+from .model_class import meta_model
 from .ownership import new_folder
 from .stored import Stored
 
@@ -106,8 +107,8 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
         if layout == "peft":
             write_peft(folder, settings, pairs, modules_to_save, config)
         else:
-            check_against_peft(settings, pairs, modules_to_save, config)
-            write_apart(folder, settings, pairs, modules_to_save, config, layout)
+            made, _ = check_against_peft(settings, pairs, modules_to_save, config)
+            write_apart(folder, settings, pairs, modules_to_save, config, layout, made)
     return Path(out)
 
 
@@ -128,7 +129,7 @@ def _read(source, base, allow_nonfinite):
     tensors = stored.read(*files)
     if not allow_nonfinite:
         _refuse_nonfinite(tensors, source)
-    return settings, tensors, _config(base)
+    return settings, tensors, config_of(base)
 
 
 def _refuse_nonfinite(tensors, source):
@@ -138,11 +139,15 @@ def _refuse_nonfinite(tensors, source):
         raise ValueError(f"{source}: {text}")
 
 
-def _config(base):
+def config_of(base):
+    """The config of a base model, its checkpoint folder, or itself; it names the model's class."""
     from transformers import AutoConfig
 
     if isinstance(base, torch.nn.Module):
-        return base.config
+        model = base.get_base_model() if hasattr(base, "get_base_model") else base
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        return config
     return AutoConfig.from_pretrained(base) if isinstance(base, str | os.PathLike) else base
 
 
@@ -163,33 +168,31 @@ def _pairs(settings, tensors, config, source, **options):
     return pairs, saved
 
 
-def fit(settings, tensors, config, where, decide):
+def fit(settings, tensors, config, where, decide, other_classes=True):
     """An adapter's tensors, matched with the base model of this config.
 
     Args:
         settings, tensors: as :func:`ktlib.adapter_settings.read_settings` and :func:`ktlib.stored.read` return them.
         where: what errors call the settings.
         decide: :func:`ktlib.factor_layouts.layouts_of`, or ``refuse_other_layouts``.
+        other_classes: take the names of the text class for those of the multimodal class around it, and back.
 
     Returns:
         ``{weight in transformers 5: Pair}``, experts fused, from any layout; ``{name: Stored}`` of what is no matrix of
         a LoRA pair; problems, such as "missing: lora_A of ..."; the base model on the meta device.
     """
-    try:
-        layout = ExpertLayout(config.model_type)
-    except ValueError:  # a family that exists in transformers 5 only
-        layout = None
     model = meta_model(config)
-    names = _shapes(model)
+    layout, names = ExpertLayout(model), _shapes(model)
     experts = [name for name, module in model.named_modules() if is_experts(module)]
     halves, parts, others, problems = {}, {}, {}, []
     for key, tensor in tensors.items():
         if match := MATRIX.fullmatch(key):
             weight, letter = weight_of(match[1], settings), match[2].lower()
-            if part := layout and layout.part(weight):
-                matrices = parts.setdefault((part.parameter, part.part), {}).setdefault(part.expert, {})
+            if isinstance(place := layout.located(weight, other_classes), Part):
+                matrices = parts.setdefault((place.parameter, place.part), {}).setdefault(place.expert, {})
             else:
-                matrices = halves.setdefault(layout.fused_name(weight) if layout else weight, {})
+                matrices = halves.setdefault(place, {})
+            matrices.setdefault("name", weight)
         elif match := _STACK.fullmatch(key):
             layer, one, letter = match.groups()
             parameter = _stacked_parameter(layer, one, experts)
@@ -207,7 +210,8 @@ def fit(settings, tensors, config, where, decide):
         if pair:
             pairs[parameter] = pair
     stacked = any("all" in of for of in parts.values())
-    targeted = _targeted(settings, model, layout if parts else None, experts if stacked else [])
+    given = [of["name"] for of in halves.values()]
+    targeted = _targeted(settings, model, layout, given, bool(parts), experts if stacked else [])
     named = {*halves, *pairs, *(parameter for parameter, _ in parts)}
     problems += [f"missing: both matrices of {weight}" for weight in sorted(targeted) if weight not in named]
     return pairs, others, problems, model
@@ -226,18 +230,26 @@ def _shapes(model):
     return shapes
 
 
-def _targeted(settings, model, layout, stacked_experts):
-    """Weights that an adapter with these settings must have: a file that lacks a layer is noticed by it."""
+def _targeted(settings, model, layout, given, apart, stacked_experts):
+    """Weights that an adapter with these settings must have: a file that lacks a layer is noticed by it.
+
+    ``given`` are names of weights in the file; ``apart`` says that it has parts of weights, so the names in the
+    settings are those of files.
+    """
     linears = {name: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if layout is not None:
+    if apart:
         linears = layout.linears(model)
-    targets = settings.get("target_modules")
+    elif not any(name.startswith(f"{layout.decoder}.") for name in given):  # of a class that has no towers
+        linears = {of_text: f"{name}.weight" for name in linears if (of_text := layout.of_text_class(name))}
+    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if str(targets).lower() == "all-linear":
         targets = [name for name in linears if name != "lm_head"]
-    excluded = settings.get("exclude_modules")
-    weights = {weight for name, weight in linears.items() if matches(name, targets) and not matches(name, excluded)}
-    weights |= {f"{name}.{parameter}" for name in stacked_experts for parameter in FUSED}
-    return weights | {name for name, _ in model.named_parameters() if matches(name, settings.get("target_parameters"))}
+    chosen = {name: weight for name, weight in linears.items() if not matches(name, excluded)}
+    weights = {weight for name, weight in chosen.items() if matches(name, targets)}
+    weights |= {name for name in layout.experts if name.rpartition(".")[0] in stacked_experts}
+    # Parameters of experts are named in a file that has them apart for readers that put them together.
+    parameters = layout.names - (set(layout.experts) if apart else set())
+    return weights | {name for name in parameters if matches(name, settings.get("target_parameters"))}
 
 
 def _stacked_parameter(layer, part, experts):
@@ -248,15 +260,17 @@ def _stacked_parameter(layer, part, experts):
 
 def _experts_as_peft_has_them(halves, names, model, layout, decide):
     """Those of ``{weight: {letter: Stored}}`` that adapt routed experts as wholes, in PEFT's layout of now."""
-    of_experts = {weight: of for weight, of in halves.items() if len(of) == 2 and names.get(weight, (1,))[0] > 1}
+    of_experts = {
+        weight: of for weight, of in halves.items() if {"a", "b"} <= of.keys() and names.get(weight, (1,))[0] > 1
+    }
     shapes = {weight: (of["a"].shape, of["b"].shape) for weight, of in of_experts.items()}
     transposed = any(module.is_transposed for module in model.modules() if is_experts(module))
-    base = Base(names, transposed, were_modules=layout is not None)
+    base = Base(names, transposed, were_modules=layout.per_expert)
     orders, features = decide(shapes=shapes, base=base)
     converted = {}
     for weight, of in of_experts.items():
         a, b = as_peft_has_it(of["a"], of["b"], names[weight][0], orders[weight], features)
-        converted[weight] = {"a": a, "b": b}
+        converted[weight] = of | {"a": a, "b": b}
     return converted
 
 
@@ -269,16 +283,16 @@ def _plain_pairs(halves, names, settings, problems):
         if weight not in names:
             problems.append(f"extra: {weight} is not in the base model")
             continue
-        pair = _pair(weight, of["a"], of["b"], names[weight], settings, problems)
+        pair = _pair(weight, of, names[weight], settings, problems)
         if pair:
             pairs[weight] = pair
     return pairs
 
 
-def _pair(weight, a, b, shape, settings, problems):
-    """A pair as PEFT stores it, if it fits the parameter and the settings."""
-    experts, out, inner = shape
-    rank, alpha = rank_and_alpha(settings, weight)
+def _pair(weight, of, shape, settings, problems):
+    """A pair as PEFT stores it, if it fits the parameter and the settings, which know it by its name in the file."""
+    (experts, out, inner), a, b = shape, of["a"], of["b"]
+    rank, alpha = rank_and_alpha(settings, of["name"])
     wanted = (experts * rank, inner), (out, rank * experts)
     if (a.shape, b.shape) != wanted:
         problems.append(
@@ -297,7 +311,7 @@ def _fuse(parameter, found, value, settings, problems, layout):
     if value is None:
         problems.append(f"extra: {parameter} is not in the base model")
         return None
-    experts, wanted = value[0], FUSED[parameter.rpartition(".")[2]]
+    experts, wanted = value[0], FUSED.get(parameter.rpartition(".")[2]) or layout.parts(parameter)
     before = len(problems)
     stacks = {}
     for part in wanted:
@@ -310,7 +324,7 @@ def _fuse(parameter, found, value, settings, problems, layout):
         problems += [f"extra: {part} of {parameter}, expert {e}" for e in of if e != "all" and e >= experts]
         if len(problems) == before:
             out, inner = value[1] // len(wanted), value[2]
-            stacks[part] = _stack(parameter, part, of, (experts, out, inner), settings, problems, layout)
+            stacks[part] = _stack(parameter, part, of, (experts, out, inner), settings, problems)
     if len(problems) > before:
         return None
     if len({(pair.rank, pair.alpha) for pair in stacks.values()}) > 1:
@@ -319,14 +333,14 @@ def _fuse(parameter, found, value, settings, problems, layout):
     return _joined(list(stacks.values()), experts, settings.get("use_rslora"))
 
 
-def _stack(parameter, part, of, shape, settings, problems, layout):
+def _stack(parameter, part, of, shape, settings, problems):
     """``Pair`` of A (E, r, in) and B (E, out, r) of one projection, from one stack or from one tensor per expert."""
     experts, out, inner = shape
     stacked = "all" in of
     if stacked:
         names = [f"{parameter.rpartition('.')[0]}.{part}_proj"]
     else:
-        names = [layout.per_expert_name(Part(parameter, part, e)) for e in range(experts)]
+        names = [of[e]["name"] for e in range(experts)]
     kinds = {tuple(rank_and_alpha(settings, name)) for name in names}
     rank, alpha = min(kinds)
     if len(kinds) > 1:

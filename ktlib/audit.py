@@ -19,6 +19,7 @@ from ktlib import pairing, stored
 from ktlib.adapter_settings import PREFIX, check_settings, matches, rank_and_alpha, read_settings
 from ktlib.components import COMPONENTS, component
 from ktlib.factor_layouts import refuse_other_layouts
+from ktlib.model_class import meta_model
 from ktlib.stored import read_json
 
 CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
@@ -202,12 +203,13 @@ def _check_comparable(settings, path, file):
 
 
 def _add_misfits(report, settings, tensors, config, where):
-    """Names and shapes that are not those of an adapter with these settings of the base model, by component and kind."""
-    from .adapters import fit
+    """Names and shapes that an adapter with these settings of the base model has not, by component and kind."""
+    from .adapters import config_of, fit
 
-    config = config.config if isinstance(config, torch.nn.Module) else config
     try:
-        _, others, problems, model = fit(settings, tensors, config, where, refuse_other_layouts)
+        _, others, problems, model = fit(
+            settings, tensors, config_of(config), where, refuse_other_layouts, other_classes=False
+        )
     except ValueError as error:
         report.problems.append(f"routed_experts: {error}")
         return
@@ -318,10 +320,7 @@ def _expected_counts(model, config, where, layout="fused"):
     """The same of settings that are checked; ``where`` they are from is named in errors."""
     _check_targets(config, where)
     if not isinstance(model, torch.nn.Module):
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model)
+        model = meta_model(model)
     counts = Counter()
     for name, module in bare_modules(model):
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ktlib import ownership
+from ktlib.adapter_files import rename_for_peft
 from ktlib.output_dir import CHECKPOINTS, NOTE, is_of_a_run, refuse_model_folder
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -46,9 +47,11 @@ class KeepWhole(TrainerCallback):
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args, state, control, **_):
+    def on_save(self, args, state, control, model=None, **_):
         written = Path(args.output_dir, f"checkpoint-{state.global_step}")
         args.output_dir, folder = self.folder, Path(self.folder)
+        if hasattr(model, "peft_config"):
+            rename_for_peft(model, written)
         ownership.record_all(written)
         for path in [*written.iterdir(), written]:
             ownership.sync(path)
@@ -151,6 +154,8 @@ def place(model, folder, tokenizer=None):
     ownership.refuse_foreign(old, "output_dir", folder)
     with ownership.temporary_folder(folder) as saved:
         model.save_pretrained(saved)
+        if hasattr(model, "peft_config"):
+            rename_for_peft(model, saved)
         if tokenizer is not None:
             tokenizer.save_pretrained(saved)
         ownership.publish(saved, folder, "output_dir", replace=True, old=old)

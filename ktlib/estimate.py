@@ -12,6 +12,7 @@ import torch
 
 from .components import component
 from .experts import is_experts
+from .model_class import meta_model
 from .streaming import BLOCK_VALUES, GROUP_BYTES
 from .weight_stream import PIECE, PIECES, THERE
 
@@ -162,10 +163,10 @@ def estimate(
         raise ValueError(f"finetuning: got {finetuning!r}, needs 'lora' or 'full'")
     model = model if isinstance(model, torch.nn.Module) else meta_model(model)
     config = model.config.get_text_config()
-    weights, lora = _count(model, rank, targets)
+    weights, chosen, lora = _count(model, rank, targets)
     trained = "adapters, gradients, moments" if finetuning == "lora" else "gradients, moments"
     if finetuning == "full":  # nothing beside the weights but their gradient and two moments, all bf16
-        rank, lora, lora_bytes = 0, {part: weights[part] for part in targets if part in weights}, 2
+        rank, lora, lora_bytes = 0, chosen, 2
     top_k = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 0)
     experts = [module for module in model.modules() if is_experts(module)]
     moe_layers = len(experts)
@@ -272,21 +273,18 @@ def staging_bytes(tokens, top_k, hidden):
     return sum(1 << (part - 1).bit_length() for part in parts if part)
 
 
-def meta_model(config):
-    """The model of a config without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def _count(model, rank, targets):
-    """Numbers of parameters, and of LoRA parameters of ``rank`` on ``targets``, by component."""
-    weights, lora = {}, {}
+    """By component, the numbers of all parameters, of those of ``targets`` in the language model, and of LoRA
+    parameters of ``rank`` on these."""
+    from .lora_targets import language_modules
+
+    weights, chosen, lora, language = {}, {}, {}, language_modules(model)
     for name, parameter in model.named_parameters():
         part = component(name)
         weights[part] = weights.get(part, 0) + parameter.numel()
-        if part in targets and parameter.dim() > 1:
-            count = parameter.shape[0] if parameter.dim() == 3 else 1
-            lora[part] = lora.get(part, 0) + count * rank * sum(parameter.shape[-2:])
-    return weights, lora
+        if part in targets and name.rpartition(".")[0] in language:
+            chosen[part] = chosen.get(part, 0) + parameter.numel()
+            if parameter.dim() > 1:
+                count = parameter.shape[0] if parameter.dim() == 3 else 1
+                lora[part] = lora.get(part, 0) + count * rank * sum(parameter.shape[-2:])
+    return weights, chosen, lora

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from . import ownership, stored
-from .estimate import meta_model
-from .layouts import FUSED, ExpertLayout
+from .layouts import ExpertLayout, Part
+from .model_class import meta_model
 
 NOTE = "fused_from.json"
 LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
@@ -49,8 +49,11 @@ def fuse_checkpoint(source, out, progress=True):
         raise ValueError(f"source: {source} is quantised, needs weights in bf16, fp16 or fp32")
     files = stored.weight_files(source)
     found = stored.read(*files)
-    tensors = fused_tensors(found, ExpertLayout(config.model_type))
-    _check(tensors, config, source)
+    model = meta_model(config)
+    layout = ExpertLayout(model)
+    layout.require_per_expert()
+    tensors = fused_tensors(found, layout)
+    _check(tensors, model, source)
 
     about = {
         "files": [file.name for file in files],  # their order is that of the shards
@@ -70,12 +73,12 @@ def fused_tensors(tensors, layout):
     """
     result, experts = {}, {}
     for name, tensor in tensors.items():
-        if part := layout.part(name):
-            experts.setdefault(part.parameter, {})[part.part, part.expert] = tensor
+        if isinstance(place := layout.located(name), Part):
+            experts.setdefault(place.parameter, {})[place.part, place.expert] = tensor
         else:
-            result[layout.fused_name(name)] = tensor
+            result[place] = tensor
     for parameter, found in experts.items():
-        parts = FUSED[parameter.rpartition(".")[2]]
+        parts = layout.parts(parameter)
         count = 1 + max(expert for _, expert in found)
         if missing := [f"{part} of expert {e}" for part in parts for e in range(count) if (part, e) not in found]:
             raise ValueError(f"{parameter}: missing {len(missing)}: {', '.join(missing[:8])}")
@@ -84,20 +87,21 @@ def fused_tensors(tensors, layout):
             raise ValueError(f"{parameter}: its experts differ in shape or dtype: {sorted(map(str, kinds))}")
         ((rows, columns), dtype) = kinds.pop()
 
-        def load(found=found, parts=parts, count=count, rows=rows, columns=columns, dtype=dtype):
+        shape = (count, len(parts) * rows, columns)[0 if parameter in layout.experts else 1 :]
+
+        def load(found=found, parts=parts, count=count, rows=rows, columns=columns, dtype=dtype, shape=shape):
             fused = torch.empty(count, len(parts), rows, columns, dtype=dtype)
             for (part, expert), tensor in found.items():
                 fused[expert, parts.index(part)] = tensor.load()
-            return fused.flatten(1, 2)
+            return fused.view(shape)
 
-        result[parameter] = stored.Stored((count, len(parts) * rows, columns), dtype, load)
+        result[parameter] = stored.Stored(shape, dtype, load)
     return result
 
 
-def _check(tensors, config, source):
-    """ValueError with the list if the tensors are not those of a model of this config."""
-    model = meta_model(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+def _check(tensors, model, source):
+    """ValueError with the list if the tensors are not those of the model."""
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [

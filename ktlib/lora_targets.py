@@ -7,6 +7,7 @@ chosen module by module, and written down as ends that nothing else in the model
 """
 
 import difflib
+import functools
 import re
 
 import torch
@@ -65,12 +66,13 @@ def unambiguous_ends(chosen, names, from_layer=False):
     Raises ValueError if the whole name of one is the end of another.
     """
     chosen, named, found = set(chosen), by_end(names), set()
+    is_own = functools.cache(lambda end: chosen.issuperset(named[end]))  # many experts share an end
     for name in chosen:
         parts = name.split(".")
         last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
         starts = range(last_number + 1 if from_layer else len(parts) - 1, -1, -1)
         candidates = (".".join(parts[start:]) for start in starts if start == 0 or not parts[start].isdigit())
-        end = next((end for end in candidates if chosen.issuperset(named[end])), None)
+        end = next(filter(is_own, candidates), None)
         if end is None:
             other = next(other for other in named[name] if other not in chosen)
             raise ValueError(f"{name}: PEFT cannot adapt it without {other}, whose name ends the same")

@@ -16,13 +16,13 @@ import torch
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
 
+from ktlib.adapter_files import rename_for_peft
 from ktlib.callback import ShowProgress, StopOnNonFinite
 from ktlib.chat import prompt_ids
 from ktlib.checkpoints import (
@@ -41,6 +41,7 @@ from ktlib.environment import device, without_cuda
 from ktlib.experts import IMPLEMENTATION, is_experts
 from ktlib.keeping import CHECKPOINTING
 from ktlib.lora import adapter_dtype_kept
+from ktlib.model_class import model_class
 from ktlib.output_dir import refuse_foreign
 from ktlib.ownership import temporary_folder
 from ktlib.placement import pin_experts
@@ -53,6 +54,7 @@ from ktlib.sft_parameters import (
     folder_of,
     load_tokenizer,
     positions,
+    read_config,
 )
 from ktlib.tasks import collator, encode, load_data, tokenise
 from ktlib.threads import default_threads, stock_threads
@@ -64,13 +66,14 @@ from ktlib.trace import NonFinite
 def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=None):
     """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
 
+    The model is of the class that the checkpoint's config names, a multimodal one if it is that: an adapter then loads
+    on what is published. :func:`prepare` trains its language model alone.
     Where there is a GPU, the experts of the operator are pinned to the CPU, with ``stream_rows``, so that ``.to`` and a
     Trainer move all but them. Raises ValueError if the tokenizer has no token that ends a response.
     """
     tokenizer = load_tokenizer(model)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation
-    )
+    kind = model_class(read_config(model))
+    loaded = kind.from_pretrained(folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation)
     served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
     if served and torch.cuda.is_available():
         pin_experts(loaded, stream_rows=stream_rows)
@@ -85,11 +88,13 @@ def prepare(model, finetuning="lora", targets="all", **lora):
 def add_lora(model, targets="all", rank=16, alpha=32.0, lora_dtype="fp32", lora_dropout=0.0, seed=0):
     """A PeftModel with fresh adapters (A random from ``seed``, B zero) on the chosen parts, in ``lora_dtype``.
 
-    Routers are never adapted. Raises ValueError if the model has none of the layers that a part names.
+    Routers are never adapted. Raises ValueError if the model has none of the layers that a part names, or if PEFT
+    cannot read back what it saves of them.
     """
     config = adapter_config(model, targets, rank, alpha, lora_dropout)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config)
+    rename_for_peft(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(LORA_DTYPES[lora_dtype])

@@ -16,6 +16,7 @@ from ktlib.components import component
 from ktlib.cpu import cpu_info
 from ktlib.environment import device
 from ktlib.experts import is_experts, unsupported
+from ktlib.model_class import check_trainable, meta_model
 from ktlib.output_dir import check_output_dir
 from ktlib.stored import read_json, weight_files
 from ktlib.tasks import TASKS, load_data, tokenise
@@ -203,6 +204,7 @@ def check_model(parameters):
             "of the model"
         )
     empty = meta_model_of(model, config)
+    check_trainable(empty)
     name = type(empty).__name__
     experts = [module for module in empty.modules() if is_experts(module)]
     if not experts:
@@ -229,11 +231,13 @@ def check_model(parameters):
     if parameters["finetuning"] == "lora":
         from peft import get_peft_model
 
+        from ktlib.adapter_files import rename_for_peft
+
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT asks by an old name
             warnings.filterwarnings("ignore", message=".*checkpointing", category=FutureWarning)
             lora = {name: parameters[name] for name in ("rank", "alpha", "lora_dropout")}
-            get_peft_model(empty, adapter_config(empty, parameters["targets"], **lora))
+            rename_for_peft(get_peft_model(empty, adapter_config(empty, parameters["targets"], **lora)))
     check_weights(model)
 
 
@@ -251,8 +255,6 @@ def read_config(model):
 
 def meta_model_of(model, config):
     """The model of a config without memory for its weights; ValueError in one sentence if there is none."""
-    from ktlib.estimate import meta_model
-
     try:
         return meta_model(config)
     except Exception as error:  # sizes that do not fit one another end in exceptions of many kinds
@@ -320,9 +322,14 @@ def check_data(dataset, model, sequence_length, seed=0):
 
 
 def chosen_modules(model, targets):
-    """``{part: names of its linear layers or experts modules}`` for the parts that ``targets`` names."""
-    found = {part: [] for part in PARTS}
+    """``{part: names of its linear layers or experts modules}`` for the parts that ``targets`` names, in the language
+    model."""
+    from ktlib.lora_targets import language_modules
+
+    found, language = {part: [] for part in PARTS}, language_modules(model)
     for name, module in model.named_modules():
+        if name not in language:
+            continue
         part = TARGETS.get(component(name))
         if isinstance(module, torch.nn.Linear) and part:
             found[part].append(name)

@@ -316,8 +316,8 @@ def test_conversions_keep_the_value(tmp_path):
     model.save_pretrained(tmp_path / "fused")
     config = model.get_base_model().config
     ktlib.export_adapter(tmp_path / "fused", tmp_path / "apart", config)
-    settings = json.loads((tmp_path / "apart" / "adapter_config.json").read_text())
-    assert settings["lora_dropout"] == P and "ktlib_lora_dropout" not in settings
     ktlib.import_adapter(tmp_path / "apart", tmp_path / "again", config)
-    settings = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-    assert settings["lora_dropout"] == 0.0 and settings["ktlib_lora_dropout"] == P
+    for folder in ("apart", "again"):  # stock PEFT makes parameters of a file with modules per expert
+        settings = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert settings["lora_dropout"] == 0.0 and settings["ktlib_lora_dropout"] == P
+        PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / folder)

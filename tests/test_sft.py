@@ -55,7 +55,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_before_the_weights_are_read
     settings.pop("eos_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
-    monkeypatch.setattr(sft, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(sft, "model_class", None)
     with pytest.raises(ValueError, match="model: the tokenizer in .*model has no eos_token, needs one"):
         sft.load_model(folder)
 
