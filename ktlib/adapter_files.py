@@ -117,11 +117,13 @@ def names_for_peft(adapted, keys, spelling):
 
 
 def rename_for_peft(adapted, folder=None):
-    """Rename the tensors of the adapter in ``folder``, which ``adapted.save_pretrained`` wrote, as PEFT finds them.
+    """Rename the tensors of the adapter in ``folder``, as PEFT finds them. ``adapted.save_pretrained`` has just written
+    it there, and the folder has not got its final name.
 
-    Without a folder only look whether it can find them. Raises ValueError if it cannot.
+    Without a folder only look whether PEFT can find them. Raises ValueError if it cannot.
     """
     from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
 
     base = adapted.get_base_model()
     keys = list(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -133,8 +135,9 @@ def rename_for_peft(adapted, folder=None):
             "these"
         )
     if names and folder is not None:
-        tensors = stored.read(folder / WEIGHTS)
-        stored.write(folder / WEIGHTS, {names.get(key, key): tensor for key, tensor in tensors.items()})
+        # copies, because tensors that were read may be views of the file
+        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _dropout(settings):
