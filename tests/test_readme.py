@@ -31,7 +31,6 @@ OWN = {"LAYOUT": "per_expert"}
 NOT_HERE = {
     "ktlib sft": "the built-in model: `make sft`, as CI runs it",
     "ktlib fuse": "the command's name alone, run with its arguments under the other",
-    "ktlib sft": "nbval runs its notebook with these parameters, and `make sft` the command with others",
     "ktlib sft PARAMS.yaml": "`ktlib sft mine.yaml` is run",
     "ktlib sweep GRID.yaml": "the one of the repository is checked",
     "ktlib sft --repeat RUN.ipynb": "CI runs it after `make sft`, on another number of threads",
