@@ -242,10 +242,10 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
             ``lora_dropout`` is for all adapters, those of routed experts included, which stock PEFT cannot do: the
             saved configuration calls it ``ktlib_lora_dropout``, see :func:`load_lora_config`.
 
-    The targets come out spelled as PEFT needs them, as ends of names that nothing else in the model has: it takes ``gate_proj``, ``up_proj`` and ``down_proj`` in
-    ``target_modules`` of most MoE models for names of the routed experts, even for ``shared_experts.gate_proj``, and
-    leaves the shared experts alone. Such layers are listed in ``target_parameters`` by their weight, which stock PEFT
-    adapts and stores the same way.
+    The targets come out spelled as PEFT needs them: as ends of names that nothing else in the model has, and not as
+    PEFT would take for names of routed experts. In most MoE models it does so with ``gate_proj``, ``up_proj`` and
+    ``down_proj`` in ``target_modules``, even with ``shared_experts.gate_proj``, and leaves the shared experts alone.
+    Such layers are listed in ``target_parameters`` by their weight, which stock PEFT adapts and stores the same way.
 
     Warns:
         UserWarning: transformers' own implementation will compute the experts although ktlib's was asked for, and why.
