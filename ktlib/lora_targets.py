@@ -46,7 +46,8 @@ def language_modules(model):
     model = modules.get("", model)
     if not isinstance(model, PreTrainedModel):
         return set(modules)
-    text, decoder = type(model.config.get_text_config(decoder=True)), model.get_decoder()
+    text = type(model.config.get_text_config(decoder=True))
+    decoder = model if model.config.is_encoder_decoder else model.get_decoder()
     innermost, in_decoder, names = {}, set(), set()
     for name, module in modules.items():
         parent = name.rpartition(".")[0]

@@ -21,7 +21,7 @@ _SIZES = {
     r"adapter_input_size|projection_hidden_dim": HIDDEN,
     r"moe_intermediate_size": INTERMEDIATE,
     r"(.*_)?intermediate_size|(.*_)?ffn_hidden_size|(encoder_ffn|mlp)_dim": 2 * INTERMEDIATE,
-    r"num_hidden_layers|depth|(encoder_|num_|n_)layers": 2,
+    r"num_hidden_layers|depth|(encoder_|decoder_|num_|num_decoder_|n_)layers": 2,
     r"(.*_)?num_(key_value|kv|key)_heads|.*kv_heads": 2,
     r"(.*_)?(num|n)(_attention|_value)?_heads|encoder_attention_heads": _HEADS,
     r"(.*_)?(kv|o)_lora_rank|hc_lowrank": 32,
@@ -78,9 +78,11 @@ _SETTINGS = {
     "LongcatFlashConfig": {"zero_expert_num": 2, "qk_head_dim": _HEAD_DIM + _ROPE_DIM},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "MuseSparkAudioConfig": {"patch_sizes": [16, 6], "hidden_sizes": [HIDDEN] * 2, "depths": [1, 1]},
+    "NllbMoeConfig": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": INTERMEDIATE},
     "Qwen4ExpTextConfig": {"indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_kv_heads": 1},
+    "SwitchTransformersConfig": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 
@@ -120,10 +122,10 @@ def tiny_config(cls):
         settings[name] = kinds + kinds[-1:] * (settings["num_hidden_layers"] - len(kinds))
     for name in cls.sub_configs:
         inner = type(getattr(default, name, None))
-        if inner is type(None):  # optional, as Gemma-4's towers
-            inner = getattr(transformers, f"{cls.__name__.removesuffix('Config')}{name.title().replace('_', '')}", None)
-        if inner is not None:
-            settings[name] = tiny_config(inner)
+        if inner is type(None):  # optional: the towers of Gemma-4, which DiffusionGemma has too
+            inner = getattr(transformers, f"Gemma4{name.title().replace('_', '')}")
+        # oldest transformers: this class takes no configs but dicts
+        settings[name] = tiny_config(inner).to_dict() if "Talker" in cls.__name__ else tiny_config(inner)
     return cls(**settings | _SETTINGS.get(cls.__name__, {}))
 
 
