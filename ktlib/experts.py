@@ -110,10 +110,8 @@ def unserved(experts, hidden_states):
         return reason
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed over processes"
-    parametrized = getattr(experts, "parametrizations", {})
     for name in WEIGHTS:
-        # an attribute access would compute W + BA while stock PEFT parametrizes the weight
-        weight = parametrized[name].original if name in parametrized else getattr(experts, name)
+        weight = _stored(experts, name)
         if weight.dtype != torch.bfloat16:
             return (
                 f"{name} is {weight.dtype}, the operator takes torch.bfloat16: load the model with dtype='bfloat16' "
@@ -128,9 +126,22 @@ def unserved(experts, hidden_states):
             return f"{name} is {getattr(experts, name).dtype}, the operator takes torch.bfloat16 or torch.float32"
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):
         return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
-    if parametrized:
+    if (reason := unsupported(experts)) is not None:
+        return reason
+    if hasattr(experts, "parametrizations"):
         return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
-    return unsupported(experts)
+    return None
+
+
+def _stored(experts, name):
+    """A weight as it is stored: an attribute access computes W + BA while stock PEFT parametrizes it."""
+    parametrized = getattr(experts, "parametrizations", {})
+    return parametrized[name].original if name in parametrized else getattr(experts, name)
+
+
+def _own_class(experts):
+    """The class of an experts module. torch makes a new subclass of it whenever it parametrizes the module."""
+    return type(experts).__base__ if hasattr(experts, "parametrizations") else type(experts)
 
 
 def stock_forward(experts):
@@ -193,7 +204,7 @@ def _gate_key(experts):
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) or (callable(value) and not name.endswith("forward"))
     ]
-    return type(experts), type(experts)._apply_gate, *map(type, children), *settings
+    return _own_class(experts), type(experts)._apply_gate, *map(type, children), *settings
 
 
 @torch.no_grad()
@@ -207,7 +218,7 @@ def _probe_gate(experts):
     powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
     values = torch.cat([values, powers, -powers])
     gate, up = values.repeat(3), torch.cat([values.roll(1), values.flip(0), values])
-    width = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    width = _stored(experts, "down_proj").shape[1 if experts.is_transposed else 2]
     rows = torch.arange(-(-gate.numel() // width) * width, device="cpu").reshape(-1, width) % gate.numel()
     gate, up = gate[rows], up[rows]
     alternate = layout(experts)["interleaved"]
@@ -228,9 +239,7 @@ def warn_once(experts, message):
     It goes to the logger "ktlib", by default as one line on stderr. Python's ``warnings`` would show it once per
     process, however many models follow, and not where a script ignores warnings.
     """
-    # torch makes a new subclass of a module's class whenever it parametrizes the module
-    own_class = type(experts).__base__ if hasattr(experts, "parametrizations") else type(experts)
-    _log_once(experts.config, f"{own_class.__name__}: {message}")
+    _log_once(experts.config, f"{_own_class(experts).__name__}: {message}")
 
 
 def _log_once(config, message):
