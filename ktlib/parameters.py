@@ -21,6 +21,13 @@ def whole(least, most=None, **given):
         need(good, f"a whole number {limits}", **{name: value})
 
 
+def multiple_of(unit, why, **given):
+    """Each of ``given`` is a whole number that ``unit`` divides, and at least that; ``why`` says for whose sake."""
+    whole(unit, **given)
+    for name, value in given.items():
+        need(value % unit == 0, f"a multiple of {unit}, {why}", **{name: value})
+
+
 def positive(most=None, **given):
     """Each of ``given`` is a finite number above 0 and, if there is a ``most``, at most that."""
     limits = "a finite number > 0" if most is None else f"a number > 0 and <= {most:g}"

@@ -134,6 +134,7 @@ NOT_IN_CI = {
     "make refs": "rewrites the stored outputs that `make test` compares with",
     "conda env": "downloads an environment; that its pins are those CI installs is tested above",
     "make test-oldest": "several gigabytes of old packages; run by hand for the table of compatibility",
+    "make test-notebooks": "an hour; its result is recorded",
     "python -m ktlib.bench": "half an hour; its kernels are timed in notebook 03",
 }
 # Those that it runs in other words: where, and what of them must stand there.

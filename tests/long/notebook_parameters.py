@@ -101,8 +101,8 @@ def failure_museum(choose, folder):
 def hybrid_training(choose, folder):
     length = choose.randint(2, 64)
     return {
-        "layers": choose.randint(2, 5), "hidden": choose.randint(1, 300), "experts": choose.randint(6, 24),
-        "intermediate": choose.randint(1, 200), "tokens": length * choose.randint(1, 6), "length": length,
+        "layers": choose.randint(2, 5), "hidden": 8 * choose.randint(1, 37), "experts": choose.randint(6, 24),
+        "intermediate": 8 * choose.randint(1, 25), "tokens": length * choose.randint(1, 6), "length": length,
         "response": choose.randint(1, length - 1), "rank": choose.randint(1, 24), "steps": choose.randint(1, 4),
         "learning_rate": log_uniform(choose, -5, 0), "device": choose.choice(["auto", "cpu"]),
         "seed": choose.randrange(2**32),
