@@ -102,6 +102,7 @@ REFUSED = [
     ("07", {"rank": 0}, "rank: got 0, needs a whole number >= 1"),
     ("08", {"layers": 1}, "layers: got 1, needs a whole number >= 2"),
     ("08", {"experts": 2}, "experts: got 2, needs a whole number >= "),
+    ("08", {"hidden": 202}, "hidden: got 202, needs a multiple of 8, for stock grouped_mm"),
     ("08", {"tokens": 500}, "tokens: got 500, needs whole rows of 64"),
     ("08", {"length": 5000}, "length: got 5000, needs a whole number from 2 to 4096"),
     ("08", {"response": 64}, "response: got 64, needs fewer than a row has, 64"),
