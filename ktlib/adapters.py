@@ -59,7 +59,9 @@ def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, a
         source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or
             ``fused_expert_lora.safetensors``, or both. Another checkpoint or partial folder is refused.
         out: a folder that does not exist or is empty.
-        base: the base model's checkpoint folder, its transformers config, or the model: weights are not looked at.
+        base: the base model's checkpoint folder, its transformers config, or the model: weights are not looked at. Its
+            ``architectures`` name the class, multimodal or not, that the adapter is for. A file made for the text class
+            of a multimodal model, or the other way round, gets the names of the class of ``base``.
         lora_b_order: "rank_major" or "grouped_by_expert", the order of lora_B's columns in a file with routed experts
             in the first layout. Default: as the file records it, else PEFT's, rank-major. It is needed for a file by
             Unsloth that does not record it; before 2026.9.6 Unsloth grouped by expert, for most models.
@@ -93,11 +95,17 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
     Args:
         source: a folder with ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's layout.
         out, base, allow_nonfinite: as in :func:`import_adapter`.
-        layout: "per_expert" (vLLM, SGLang, PEFT on transformers 4), "ktransformers", or "peft" (checks and copies).
+        layout: "per_expert" (vLLM, SGLang, PEFT from 0.17 on with transformers 4; PEFT with transformers 5 converts
+            it), "ktransformers", or "peft" (checks and copies; what vLLM takes for models whose checkpoints have the
+            experts stacked, such as Qwen3-VL-MoE).
 
     Raises:
         ValueError: besides the errors of :func:`import_adapter`, an unknown layout, or what it cannot represent:
-            KTransformers has one rank and scaling for all experts and adapts gate, up and down together.
+            KTransformers has one rank and scaling for all experts and adapts gate, up and down together; a family whose
+            checkpoints have no module per expert, or a weight in another form, has no names for the first layout.
+
+    Warns:
+        UserWarning: parts of the adapter have different scalings, which vLLM up to 0.30 does not know.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")

@@ -48,7 +48,6 @@ def read_by_stock(family, folder):
     return logits(model), [str(one.message) for one in caught if "adapter keys" in str(one.message)]
 
 
-@pytest.mark.compatible("per-expert adapters in stock PEFT on transformers 5")
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "qwen3_moe", "mixtral", "glm4_moe"])
 @pytest.mark.parametrize("parts", ["everything", "experts and attention", "experts alone"])
 def test_stock_peft_reads_what_was_trained(family, parts, tmp_path):
