@@ -16,6 +16,8 @@ PEFT gives gate and up one A. Two separate adapters of rank r, ``s B_g A_g`` and
 If A_g equals A_u in every expert of a layer, it is ``A = A_g, B = [B_g; B_u]`` of rank r. The other way, any adapter
 of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form above, with twice the rank of down_proj's
 adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
+
+Files of the first layout by PEFT before 0.19.1 or by Unsloth hold other factors: see :mod:`ktlib.factor_layouts`.
 """
 
 import copy

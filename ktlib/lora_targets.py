@@ -150,7 +150,7 @@ def chosen_layers(model, modules, language, targets):
 
     Names of old are those that transformers 4 had for layers of routed experts; PEFT knows them for these families.
     """
-    linears = _linear_layers(model, modules)
+    linears = linear_layers(model, modules)
     of_language = [name for name in linears if name in language]
     if targets is None:
         return [name for name in of_language if component(name) in DEFAULT_COMPONENTS], []
@@ -171,7 +171,7 @@ def chosen_layers(model, modules, language, targets):
     return list(chosen), old
 
 
-def _linear_layers(model, modules):
+def linear_layers(model, modules):
     """The linear layers that LoRA can sensibly adapt: all but the output head and the routers."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {

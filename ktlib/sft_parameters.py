@@ -345,14 +345,17 @@ def chosen_modules(model, targets):
 def adapter_config(model, targets="all", rank=16, alpha=32.0, lora_dropout=0.0):
     """The LoraConfig that adapts the chosen parts of a model. Raises ValueError if the model lacks one."""
     from ktlib.lora import lora_config
+    from ktlib.lora_targets import linear_layers
 
-    chosen = chosen_modules(model, targets)
+    chosen, linears = chosen_modules(model, targets), linear_layers(model, dict(model.named_modules()))
     return lora_config(
         model,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=lora_dropout,
-        target_modules=[name for part, names in chosen.items() if part != "experts" for name in names],
+        target_modules=[
+            name for part, names in chosen.items() if part != "experts" for name in names if name in linears
+        ],
         target_parameters=None if chosen.get("experts") else [],
     )
 

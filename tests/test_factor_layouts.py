@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ktlib
 from ktlib.adapters import export_adapter, import_adapter
+from ktlib.factor_layouts import Base, layouts_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RANK, ALPHA = 3, 6
@@ -146,6 +147,15 @@ def test_what_no_version_decides_is_refused_until_the_user_says_it(tmp_path):
     assert written.imported(lora_a_features="in") > 0.1
     written.rewrite(settings | {"peft_version": "0.18.1"})
     assert written.imported(lora_a_features="in") > 0.1, "what the user says is more than what a version says"
+
+
+def test_parameters_that_transformers_4_may_have_stored_the_other_way_are_not_guessed():
+    """Such as Qwen3-VL-MoE's, (E, in, out) in transformers 4 and (E, out, in) in 5: PEFT 0.18 followed either."""
+    shapes, settings = {"experts.down_proj": ((24, 64), (64, 24))}, {"r": 3, "peft_version": "0.18.1"}
+    known = Base({"experts.down_proj": (8, 64, 64)}, transposed=False, were_modules=True)
+    assert layouts_of(settings, shapes, "x", known) == ({"experts.down_proj": "rank_major"}, "out")
+    with pytest.raises(ValueError, match="x was written by PEFT 0.18.1, .* say which with lora_a_features"):
+        layouts_of(settings, shapes, "x", known._replace(were_modules=False))
 
 
 @pytest.mark.parametrize("family, version", [("qwen3_moe", "0.19.1"), ("qwen3_moe", "0.21.2"), ("gpt_oss", "0.18.1")])

@@ -305,7 +305,7 @@ def test_full_finetuning_trains_the_weights_of_its_targets(targets, tmp_path):
     parts = {PARTS[part] for part in target_parts(targets)}
     wanted = {name for name, p in before.items() if component(name) in parts and p.dim() > 1}
     assert moved == wanted and {model.get_parameter(name).dtype for name in wanted} == {torch.bfloat16}
-    file = next((sft.BASE).glob("*.safetensors"))
+    file = next(BASE.glob("*.safetensors"))
     assert file.stat().st_mtime < (tmp_path).stat().st_mtime, "training wrote into the mapped checkpoint"
 
 
