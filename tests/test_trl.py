@@ -10,6 +10,7 @@ from models import relative_error
 from peft import LoraConfig
 
 from ktlib import sft
+from ktlib.base_model import BASE
 from ktlib.lora import ParamWrapper, factor_adapters, lora_config
 from ktlib.tasks import dates
 
@@ -86,7 +87,7 @@ def test_a_model_given_by_its_path_with_the_options_of_the_readme(tmp_path, logg
     settings = arguments(trl.SFTConfig, tmp_path, model_init_kwargs=ast.literal_eval(options))
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     trainer = trl.SFTTrainer(
-        str(sft.BASE), settings, train_dataset=conversations(), processing_class=sft.load_model("base")[1],
+        str(BASE), settings, train_dataset=conversations(), processing_class=sft.load_model("base")[1],
         peft_config=LoraConfig(r=4, target_modules=[], target_parameters=targets),
     )  # fmt: skip
     assert factor_adapters(trainer.model) == 2 * 3
