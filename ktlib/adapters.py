@@ -39,7 +39,7 @@ from .adapter_files import (
     write_apart,
     write_peft,
 )
-from .adapter_settings import MATRIX, matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
+from .adapter_settings import MATRIX, PREFIX, matches, rank_and_alpha, read_settings, refuse_unsupported, weight_of
 from .experts import is_experts
 from .factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from .layouts import FUSED, ExpertLayout, Part
@@ -185,7 +185,8 @@ def fit(settings, tensors, config, where, decide, other_classes=True):
         settings, tensors: as :func:`ktlib.adapter_settings.read_settings` and :func:`ktlib.stored.read` return them.
         where: what errors call the settings.
         decide: :func:`ktlib.factor_layouts.layouts_of`, or ``refuse_other_layouts``.
-        other_classes: take the names of the text class for those of the multimodal class around it, and back.
+        other_classes: take the names of the text class for those of the multimodal class around it, and back; and do
+            without the beginning that PEFT gives to names in files. PEFT itself would not find such tensors.
 
     Returns:
         ``{weight in transformers 5: Pair}``, experts fused, from any layout; ``{name: Stored}`` of what is no matrix of
@@ -198,6 +199,8 @@ def fit(settings, tensors, config, where, decide, other_classes=True):
     for key, tensor in tensors.items():
         if match := MATRIX.fullmatch(key):
             weight, letter = weight_of(match[1], settings), match[2].lower()
+            if not other_classes and not key.startswith(PREFIX):
+                problems.append(f"extra: {key} does not begin with {PREFIX}")
             if isinstance(place := layout.located(weight, other_classes), Part):
                 matrices = parts.setdefault((place.parameter, place.part), {}).setdefault(place.expert, {})
             else:

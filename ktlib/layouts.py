@@ -85,15 +85,15 @@ class ExpertLayout:
         """What a weight's name in a file stands for in the model: a :class:`Part`, or a name.
 
         The name may be in old or new spelling, with ``other_classes`` also that of the text class alone in a file for
-        a multimodal one, and the other way round. A name that stands for nothing in the model comes out as the part
-        or the name that it would be.
+        a multimodal one, and the other way round, or that of the model without its head. A name that stands for
+        nothing in the model comes out as the part or the name that it would be.
         """
         variants = [name, *(self._of_other_class(name) if other_classes else [])]
         if there := next((one for one in variants if one in self.names), None):
             return there
         renamed = [self._fused_name(one) for one in variants]
-        for one in list(renamed):
-            renamed += [f"{self.prefix}.{one}", *(self._of_other_class(one) if other_classes else [])]
+        for one in list(renamed) if other_classes else ():
+            renamed += [f"{self.prefix}.{one}", *self._of_other_class(one)]
         parts = [part for one in renamed if (part := self._part(one))]
         if part := next((one for one in parts if one.parameter in self.names), None):
             return part

@@ -138,7 +138,9 @@ def narrowed(tensors):
     [
         (renamed(lambda name: name.replace("model.layers", "model.language_model.layers")), {}, 8),
         (renamed(lambda name: name.replace("model.model.", "model.model.model.")), {}, 8),
+        (renamed(lambda name: name.replace("model.model.", "model.")), {}, 8),
         (renamed(lambda name: f"module.{name}"), {}, 8),
+        (renamed(lambda name: name.removeprefix("base_model.model.")), {}, 4),
         (renamed(lambda name: name.replace("layers.1.", "layers.28.")), {}, 6),
         (narrowed, {}, 1),
         (dict, {"hidden_size": 24}, 4),

@@ -171,7 +171,7 @@ def test_audit_with_base_model_and_figure(tmp_path, capsys):
     arguments = ["audit", str(tmp_path), "--figure", str(tmp_path / "map.png")]
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "--base", str(tmp_path / "base")]) == 1
-    assert "self_attn: missing (1), as both matrices of model.layers.0.self_attn.o_proj" in capsys.readouterr().out
+    assert "self_attn: missing (2), as both matrices of model.layers.0.self_attn.o_proj" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert cli.main([*arguments, "--base", str(tmp_path / "nowhere")]) == 2
 
