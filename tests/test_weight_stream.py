@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -171,7 +172,7 @@ def test_a_consumer_that_stops_leaves_no_work_behind(after):
     assert received(weights(), GROUPS) == GROUPS
 
 
-def test_an_interruption_waits_for_the_sender_too(monkeypatch):
+def test_an_interruption_waits_for_the_sender_too(monkeypatch, request):
     """Ctrl-C, and again: the buffers are given back when nothing can be written to them any more."""
     sending, waiting, release, order = threading.Event(), threading.Event(), threading.Event(), []
     wait = weight_stream.wait
@@ -196,6 +197,8 @@ def test_an_interruption_waits_for_the_sender_too(monkeypatch):
             time.sleep(0.05)
         release.set()
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background processes
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with monkeypatch.context() as patch:
         patch.setattr(weight_stream.torch.cuda, "current_stream", lambda device: Compute())
         patch.setattr(weight_stream, "_kernels", SimpleNamespace(copy=copy))
