@@ -160,7 +160,8 @@ def audit(source, config=None, trained=None):
             cell.add(tensor)
             report.flagged[layer, part] += cell.nan + cell.inf + cell.empty - before
             lora[part] += pairing.letter(name) is not None
-            duplicates.setdefault(_place(name), []).append(name)
+            place, modules = _place(name)
+            duplicates.setdefault(place, []).append((name, modules))
             partner = pairing.partner(name)
             if partner in tensors:
                 if pairing.letter(name) == "a":
@@ -177,7 +178,7 @@ def audit(source, config=None, trained=None):
             count = getattr(row, kind)
             if count:
                 report.problems.append(f"{row.component}: {count} of {row.tensors} tensors {_KINDS[kind]}")
-    _add_duplicates(report, [names for names in duplicates.values() if len(names) > 1])
+    _add_duplicates(report, [names for places in duplicates.values() if (names := _of_one_tensor(places))])
     for pairs in judges:
         pairs.judge(report, trained)
     if file is not None and config is not None:
@@ -262,14 +263,31 @@ def layer_of(name):
 
 
 def _place(name):
-    """What a name means: the stack and layer it is in, and its end from the component on. Wrappers do not matter."""
+    """Where a tensor is: ``((stack and layer, the name's end from the component on), the modules between the two)``."""
     dotted = f".{name}"
     layer = re.search(r"\.(?:layers?|blocks?|h)\.\d+\.", dotted)
     pattern = dict(COMPONENTS)[component(name)]
     part = re.search(pattern, f"{dotted}.") if pattern else None
     if not layer or not part or part.start() < layer.end() - 1:
-        return name
-    return dotted[: layer.end()], dotted[part.start() :]
+        return name, []
+    return (dotted[: layer.end()], dotted[part.start() :]), re.findall(r"[^.]+", dotted[layer.end() : part.start()])
+
+
+def _of_one_tensor(places):
+    """Those names in ``[(name, modules between layer and component)]`` that differ from another by wrappers alone.
+
+    A wrapper adds modules to the way, as in ``mlp.original_moe.shared_experts`` beside ``mlp.shared_experts``. Modules
+    of equal structure lie beside each other: ``text_moe.experts`` and ``vision_moe.experts``.
+    """
+
+    def leads_through(modules, others):
+        rest = iter(others)
+        return all(module in rest for module in modules)
+
+    def wrapped(one, other):
+        return one is not other and (leads_through(one[1], other[1]) or leads_through(other[1], one[1]))
+
+    return [place[0] for place in places if any(wrapped(place, other) for other in places)]
 
 
 def _add_duplicates(report, groups):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import family_models
 import pytest
 import torch
 from models import tiny_config, tiny_model
@@ -203,6 +204,29 @@ def test_a_module_under_two_names_is_a_problem(tmp_path):
     (named,) = audit(tmp_path, plain).problems[1:]
     assert named.startswith("shared_experts: extra (3), as model.layers.1.mlp.original_moe.shared_experts.")
     assert audit(get_peft_model(plain, lora_config(plain))).clean
+
+
+@pytest.mark.parametrize(
+    "family, name, alike",
+    [
+        ("axk2", "AXK2ForCausalLM", "_layernorm.mlp."),
+        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", "_moe.experts."),
+        ("muse_spark", "MuseSparkForConditionalGeneration", "_residual_gate."),
+    ],
+)
+def test_modules_of_equal_structure_in_a_layer_are_not_one_under_two_names(family, name, alike):
+    model = family_models.tiny_model(family, name)
+    assert sum(alike in key for key, _ in model.named_parameters()) >= 4
+    assert audit(model).clean
+
+
+def test_a_wrapper_around_one_of_two_such_modules_is_one_under_two_names(tmp_path):
+    ways = ("text_moe", "vision_moe", "original_moe.text_moe")
+    names = [f"model.layers.1.mlp.{way}.experts.lora_A.weight" for way in ways]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "x.safetensors")
+    problem = next(text for text in audit(tmp_path).problems if "two names" in text)
+    first, second = sorted((names[0], names[2]))
+    assert problem == f"routed_experts: 1 tensors are stored under two names, as {first} and {second}"
 
 
 def test_empty_tensors_are_problems(tmp_path):
