@@ -1,6 +1,9 @@
 """Writing the layouts of :mod:`ktlib.adapters`: files and the ``adapter_config.json`` that goes with them."""
 
+import copy
 import json
+import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -73,14 +76,72 @@ def _peft_config(settings, pairs, config):
     made.inference_mode = True
     adapted = get_peft_model(model, made, low_cpu_mem_usage=True)
     shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    slots = {weight: keys for weight, (_, keys) in _slots(adapted).items()}
+    names, _ = names_for_peft(adapted, list(shapes), spelling)
+    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}, names
+
+
+def _slots(adapted):
+    """``{weight: (its LoRA layer, (key of lora_A, key of lora_B))}`` of a model with adapters."""
     slots = {}
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             bare = name.removeprefix(PREFIX).replace(".base_layer", "")
             weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
-            slots[weight] = tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
-    names, _ = names_for_peft(adapted, list(shapes), spelling)
-    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}, names
+            slots[weight] = module, tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
+    return slots
+
+
+def _refuse_what_peft_misreads(config, settings, modules):
+    """ValueError if PEFT, loading these ``{module in files: (weight, Pair)}``, has other adapters afterwards.
+
+    PEFT has no way to convert the experts of some families: those without a gate, or of a multimodal model. It drops
+    their tensors with a warning.
+    """
+    import peft
+    import transformers
+
+    model = meta_model(config)
+    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
+    given = {name: settings[name] for name in fields if settings.get(name) is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of patterns for readers that know experts by other names
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**copy.deepcopy(given)), low_cpu_mem_usage=True)
+    tensors = {
+        f"{PREFIX}{name}.lora_{x.upper()}.weight": torch.empty(getattr(pair, x).shape, device="meta")
+        for name, (_, pair) in modules.items()
+        for x in "ab"
+    }
+    read, slots = _as_peft_reads(adapted, tensors), _slots(adapted)
+    weights = dict(modules.values())
+    lost = [
+        weight for weight, pair in weights.items() if not _is_read(pair, read, settings, *slots.get(weight, (None, ())))
+    ]
+    if lost:
+        raise ValueError(
+            f"layout: got 'per_expert', but PEFT {peft.__version__} on transformers {transformers.__version__} cannot "
+            f"read {len(lost)} of the {len(weights)} adapted weights of {type(model).__name__} from such a file, such "
+            f"as {lost[0]}; needs layout 'peft', which it reads"
+        )
+
+
+def _is_read(pair, read, settings, layer, keys):
+    """Whether a LoRA layer, None if there is none, gets both of its matrices from a file, and the pair's scaling."""
+    if not keys or any(key not in read for key in keys):
+        return False
+    sizes = [getattr(layer, f"lora_{letter}")["default"].weight.shape for letter in "AB"]
+    scaling = pair.alpha / (pair.rank**0.5 if settings.get("use_rslora") else pair.rank)
+    return [read[key].shape for key in keys] == sizes and math.isclose(layer.scaling["default"], scaling)
+
+
+def _as_peft_reads(adapted, tensors):
+    """``{key: tensor}`` that PEFT makes of ``{name in a file: tensor}`` as it loads an adapter."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return tensors
+    adapter = adapted.active_adapter
+    return convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[adapter], tensors, adapter)
 
 
 def read_by_peft(adapted, names):
@@ -89,14 +150,8 @@ def read_by_peft(adapted, names):
     PEFT applies transformers' renames of checkpoints to adapters, to those with names of transformers 5 too, and some
     families' renames change such names: ``mlp.experts`` to ``mlp.mlp.experts``.
     """
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-    except ImportError:
-        return {name: name for name in names}
     numbered = {name: torch.tensor(i, device="cpu") for i, name in enumerate(names)}
-    adapter = adapted.active_adapter
-    found = convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[adapter], numbered, adapter)
-    keys = {int(number): key for key, number in found.items()}
+    keys = {int(number): key for key, number in _as_peft_reads(adapted, numbered).items()}
     return {name: keys.get(i) for i, name in enumerate(names)}
 
 
@@ -221,19 +276,20 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
             for part, pair in parts.items():
                 stacks |= {f"layers.{layer}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
         stored.write(folder / FUSED_FILE, stacks)
-    tensors = {}
-    for name, (_, pair) in modules.items():
-        tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
-    if tensors or saved:
-        stored.write(folder / WEIGHTS, tensors | saved)
     dropout = _dropout(settings)
     settings.pop(SAVED_DROPOUT, None)
     if layout == "ktransformers":
         settings |= targets_in_files(model, spelling, modules, settings) | {"lora_dropout": dropout}
     else:
         settings |= targets_in_files(model, spelling, modules, settings, made)
+        _refuse_what_peft_misreads(config, settings, modules)
         settings |= {"lora_dropout": 0.0, SAVED_DROPOUT: dropout} if made.target_parameters and dropout else {}
         warn_of_one_scaling(modules, settings)
+    tensors = {}
+    for name, (_, pair) in modules.items():
+        tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
+    if tensors or saved:
+        stored.write(folder / WEIGHTS, tensors | saved)
     stored.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
 
 

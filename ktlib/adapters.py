@@ -104,7 +104,9 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
     Raises:
         ValueError: besides the errors of :func:`import_adapter`, an unknown layout, or what it cannot represent:
             KTransformers has one rank and scaling for all experts and adapts gate, up and down together; a family whose
-            checkpoints have no module per expert, or a weight in another form, has no names for the first layout.
+            checkpoints have no module per expert, or a weight in another form, has no names for the first layout; PEFT
+            with transformers 5 cannot convert the experts of some families, among them those without a gate and those
+            of some multimodal models, and would load the adapter without them.
 
     Warns:
         UserWarning: parts of the adapter have different scalings, which vLLM up to 0.30 does not know.
