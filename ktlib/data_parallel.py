@@ -1,7 +1,8 @@
 """What training on several GPUs, or in several processes, does to a model with pinned experts.
 
 torch's DataParallel (one process, several GPUs) and DistributedDataParallel (a process per GPU) want all of a model on
-GPUs. Pinned experts stay on the CPU, so that one process trains on one GPU, and several processes train on CPUs.
+GPUs, and FSDP and DeepSpeed move all of it there. Pinned experts stay on the CPU, so that one process trains on one
+GPU, and several processes train on CPUs.
 """
 
 import functools
@@ -43,26 +44,38 @@ def use_one_gpu(arguments, reason="a model with pinned experts does not train on
         arguments._n_gpu = 1  # as Trainer does for a model that lies on several devices
 
 
-@functools.cache
-def keep_trainers_on_one_gpu(is_pinned):
-    """From now on transformers' Trainer calls :func:`use_one_gpu` for models that ``is_pinned(model)`` says True of.
+def refuse_sharding(trainer):
+    """RuntimeError if a Trainer would hand its model to FSDP or DeepSpeed on a GPU, experts included."""
+    used = [
+        name
+        for name, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled))
+        if is_used
+    ]
+    if used and trainer.args.device.type != "cpu":
+        raise RuntimeError(
+            f"{type(trainer.model).__name__}: {used[0]} with pinned experts needs the whole model on the CPU, got "
+            f"{trainer.args.device} to train on; start the script with python and without {used[0]} instead, and it "
+            "trains on one GPU"
+        )
 
-    Trainer counts the visible GPUs, whatever the model, for its batch size and for DataParallel, before it calls back.
-    So two of its public methods, which see the model earlier, ask: one if Trainer is given a model, the other if it
-    makes one with ``model_init``. All other models are trained as ever.
+
+@functools.cache
+def check_trainers(is_pinned):
+    """From now on transformers' Trainer calls :func:`refuse_sharding` and :func:`use_one_gpu` if its model is pinned.
+
+    Trainer counts the visible GPUs, whatever the model, for its batch size and for DataParallel. Before that it calls
+    one public method in which it has its model, given or made with ``model_init``: ``add_callback``. All other models
+    are trained as ever. ``is_pinned(model)`` says which is which.
     """
     from transformers import Trainer  # here, because it takes a second to import
 
-    def checked(method):
-        @functools.wraps(method)
-        def and_check(self, *args, **kwargs):
-            result = method(self, *args, **kwargs)
-            model = self.model if result is None else result
-            if model is not None and is_pinned(model):
-                use_one_gpu(self.args)
-            return result
+    add_callback = Trainer.add_callback
 
-        return and_check
+    @functools.wraps(add_callback)
+    def check_and_add(self, *args, **kwargs):
+        if is_pinned(self.model):
+            refuse_sharding(self)
+            use_one_gpu(self.args)
+        return add_callback(self, *args, **kwargs)
 
-    Trainer.create_accelerator_and_postprocess = checked(Trainer.create_accelerator_and_postprocess)
-    Trainer.call_model_init = checked(Trainer.call_model_init)
+    Trainer.add_callback = check_and_add

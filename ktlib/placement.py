@@ -12,7 +12,7 @@ import torch
 
 from .checks import check_stream_rows
 from .components import component
-from .data_parallel import DdpIgnores, keep_trainers_on_one_gpu
+from .data_parallel import DdpIgnores, check_trainers
 from .experts import IMPLEMENTATION, is_experts, unserved
 
 CPU = torch.device("cpu")
@@ -26,8 +26,10 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     the dtype reach them. Pin before or after adapters are added, before or after moving (experts on a GPU come back).
     Pinning again with another ``lora_device`` moves the adapters, with another ``stream_rows`` changes that.
 
-    Where several GPUs are visible, ``transformers.Trainer`` trains the model on the first and says so. In processes of
-    ``torchrun`` or ``accelerate launch``, DistributedDataParallel takes it on the CPU only, see :func:`share_experts`.
+    A ``transformers.Trainer`` with a pinned model, given or made by its ``model_init``, trains on the first visible GPU
+    and says so if there are more. It refuses FSDP and DeepSpeed on GPUs. So pin before the Trainer is made. In
+    processes of ``torchrun`` or ``accelerate launch``, DistributedDataParallel takes the model on the CPU only, see
+    :func:`share_experts`.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
@@ -58,8 +60,8 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
             _move(owner._modules[slot], _identity, lora_device)
             _bare(owner._modules[slot]).ktlib_stream_rows = stream_rows
     vars(model).setdefault("_ddp_params_and_buffers_to_ignore", DdpIgnores(model))
-    if torch.cuda.device_count() > 1:
-        keep_trainers_on_one_gpu(is_pinned)
+    if torch.cuda.device_count() > 0:
+        check_trainers(is_pinned)
     return model
 
 

@@ -1,6 +1,7 @@
 """Several GPUs and several processes, as far as a machine without a GPU can tell (tests/gpu/test_several_gpus.py)."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import ktlib
-from ktlib import sft
+from ktlib import data_parallel, sft
 from ktlib.tasks import dates
 
 SIM = register()
@@ -21,9 +22,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def two_gpus(monkeypatch):
+def new_process(monkeypatch):
+    """Nothing was pinned before: transformers' Trainer is as it is imported, and is so again after the test."""
+    monkeypatch.setattr(Trainer, "add_callback", inspect.unwrap(Trainer.add_callback))
+    data_parallel.check_trainers.cache_clear()
+    yield
+    data_parallel.check_trainers.cache_clear()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, new_process):
     """torch says that it sees two GPUs; Trainer then wraps a model in DataParallel and doubles its batch."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch, new_process):
+    """torch says that it sees a GPU, and Trainer that it trains on it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: self._setup_devices and SIM))
+
+
+def sharding(field):
+    """A Trainer as if it was launched with FSDP or DeepSpeed, which this machine cannot: they want GPUs."""
+
+    class Launched(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, field, True)
+
+    return Launched
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +94,11 @@ def test_a_trainer_uses_one_of_two_gpus_and_says_so(two_gpus, tmp_path):
 
 
 def test_a_trainer_that_makes_the_model_itself_too(two_gpus, tmp_path):
-    adapted()  # whatever was pinned before
+    """Also if nothing in the process was pinned before."""
     with pytest.warns(UserWarning, match="one of 2 visible GPUs"):
         trainer = train(model_init=lambda: adapted(), args=arguments(tmp_path))
-    assert trainer.model_wrapped is trainer.model and trainer.state.train_batch_size == 2
+    assert trainer.model_wrapped is trainer.model
+    assert trainer.state.train_batch_size == 2 and trainer.state.epoch == 0.5
 
 
 def test_a_trainer_without_arguments_too(two_gpus, tmp_path, monkeypatch):
@@ -99,6 +128,24 @@ def test_fine_tuning_uses_one_of_two_gpus(experts, two_gpus, tmp_path, monkeypat
             sequence_length=64, progress=False,
         )  # fmt: skip
     assert seen == [2, 2]
+
+
+@pytest.mark.parametrize("field, name", [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+@pytest.mark.parametrize("given", ["model", "model_init"])
+def test_sharding_on_gpus_is_refused_as_the_trainer_is_made(given, field, name, one_gpu, tmp_path):
+    words = (
+        f"{name} with pinned experts needs the whole model on the CPU, got sim:0 to train on; start .* without {name}"
+    )
+    options = {"model": adapted()} if given == "model" else {"model_init": lambda: adapted()}
+    with pytest.raises(RuntimeError, match=words):
+        sharding(field)(args=arguments(tmp_path), **options)
+    assert sharding(field)(adapted(pin=False), arguments(tmp_path)).args.device == SIM
+
+
+@pytest.mark.parametrize("field", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharding_on_cpus_is_not_refused(field, one_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: self._setup_devices))
+    assert sharding(field)(adapted(), arguments(tmp_path)).args.device.type == "cpu"
 
 
 @pytest.mark.parametrize("share", [False, True])
