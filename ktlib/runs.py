@@ -1,6 +1,7 @@
 """Run a notebook with other parameters, record its results by name, and read them back from a folder of runs."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -158,6 +159,7 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
     from papermill.exceptions import PapermillExecutionError
 
     _teach_papermill_unions()
+    _register_engine()
     folder.mkdir(parents=True, exist_ok=True)
     error = None
     with ownership.temporary_folder(folder) as made:
@@ -167,6 +169,7 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
                 notebook,
                 partial,
                 parameters,
+                engine_name="ktlib",
                 kernel_name="python3",
                 progress_bar=sys.stderr.isatty() if progress is None else progress,
                 stdout_file=None if quiet else sys.stdout,
@@ -207,6 +210,38 @@ def _teach_papermill_unions():
         PARAMETER_PATTERN = re.compile(PythonTranslator.PARAMETER_PATTERN.pattern.replace(r"\],\s]", r"\],\s|]"))
 
     papermill_translators.register("python", WithUnions)
+
+
+def _register_engine():
+    """Make papermill's own engine known as "ktlib", with one change: the kernel is idle before it is shut down.
+
+    papermill asks the kernel for its language last, and shuts it down as soon as it has the reply. jupyter_client
+    begins a shutdown with an interrupt. It would reach the kernel before that has left the handler that replied, and
+    ipykernel would print an error.
+    """
+    from queue import Empty
+
+    from jupyter_core.utils import run_sync
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine, papermill_engines
+    from papermill.log import logger
+
+    class Client(PapermillNotebookClient):
+        def wait_for_reply(self, msg_id, cell=None):
+            reply, status = super().wait_for_reply(msg_id, cell), {}
+            with contextlib.suppress(Empty):
+                while status.get("execution_state") != "idle":
+                    message = run_sync(self.kc.get_iopub_msg)(timeout=self.iopub_timeout)
+                    status = message["content"] if message["parent_header"].get("msg_id") == msg_id else {}
+            return reply
+
+    class UntilIdle(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, *, stdout_file, start_timeout, config, **_):
+            options = {"startup_timeout": start_timeout, "stdout_file": stdout_file, "config": config, "log": logger}
+            Client(nb_man, kernel_name=kernel_name, **options).execute()
+
+    papermill_engines.register("ktlib", UntilIdle)
 
 
 def _encrypted():

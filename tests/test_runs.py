@@ -93,6 +93,31 @@ def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
     assert row["here"], "relative paths must mean what they mean to the caller"
 
 
+SLOW = """\
+import time
+
+handlers = get_ipython().kernel.shell_handlers
+reply = handlers["kernel_info_request"]
+
+
+async def reply_slowly(*arguments):
+    await reply(*arguments)
+    time.sleep(1)
+
+
+handlers["kernel_info_request"] = reply_slowly
+"""
+
+
+def test_a_kernel_is_not_interrupted_as_it_is_shut_down(notebook, tmp_path, capfd):
+    """What papermill asks it last may take it a little longer than the reply."""
+    small = nbformat.read(notebook, as_version=4)
+    small.cells.append(nbformat.v4.new_code_cell(SLOW))
+    nbformat.write(small, notebook)
+    assert runs.run(notebook, tmp_path / "out", quiet=True)["error"] is None
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
+
+
 def test_an_interrupted_run_keeps_what_there_is(notebook, tmp_path, monkeypatch):
     def interrupted(source, target, *arguments, **options):
         shutil.copy(source, target)
