@@ -146,9 +146,19 @@ def _parameters_of_experts(model, modules, language):
 
 
 def chosen_layers(model, modules, language, targets):
-    """``(names of layers, names of old)`` that ``target_modules`` of :func:`ktlib.lora_config` means.
+    """The layers that ``target_modules`` of :func:`ktlib.lora_config` asks for.
 
-    Names of old are those that transformers 4 had for layers of routed experts; PEFT knows them for these families.
+    Args:
+        model, modules: the base model, and all its modules as ``{name: module}``.
+        language: the names in ``modules`` that belong to the language model.
+        targets: ``target_modules``: None, "all-linear", a regular expression, or a list of names or ends of names.
+
+    Returns:
+        The full names of layers to adapt; and those of a list's targets that stand for routed experts instead, since
+        transformers 4 had a layer of that name in each expert. PEFT converts these to names of expert parameters.
+
+    Raises:
+        ValueError: a target is not in the model, or PEFT cannot adapt it.
     """
     linears = linear_layers(model, modules)
     of_language = [name for name in linears if name in language]
@@ -158,17 +168,17 @@ def chosen_layers(model, modules, language, targets):
         return of_language, []
     if isinstance(targets, str):
         return _matching(targets, modules, linears), []
-    chosen, old, named = {}, [], by_end(modules)
+    chosen, of_experts, named = {}, [], by_end(modules)
     for target in targets:
         found = [name for name in named.get(target, []) if name in language]
         if not found and _of_routed_experts(target) and taken_by_peft(model, [target]):
-            old.append(target)
+            of_experts.append(target)
             continue
         found = found or named.get(target, [])
         if not found:
             raise ValueError(_unknown("target_modules", target, modules))
         chosen |= dict.fromkeys(_adaptable(target, found, modules, linears))
-    return list(chosen), old
+    return list(chosen), of_experts
 
 
 def linear_layers(model, modules):
