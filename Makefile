@@ -49,7 +49,7 @@ test: setup ## ruff, pytest, notebook structure, and every notebook re-run and c
 # For machines with a GPU or AMX, which may have Python packages of their own and no network: no .venv, nothing downloaded.
 test-gpu: ## build for $(PYTHON) as it is, then the tests that need a GPU, and the kernels on this processor
 	$(timed) "$(PYTHON)" -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(timed) "$(PYTHON)" -m pytest tests/gpu tests/test_kernels.py
+	$(timed) "$(PYTHON)" -m pytest tests/gpu tests/csrc/test_kernels.py
 
 # An environment of its own beside .venv: the list of environment.yml with tests/oldest.txt in place of the newest pins.
 # (torch of that age comes from PyPI with its GPU libraries, several gigabytes.)
@@ -75,7 +75,7 @@ test-notebooks: setup ## every notebook with random valid parameters, an hour; g
 compatibility: setup .venv-oldest/.ktlib ## rewrite the README's compatibility table from tests on newest and oldest
 	$(timed) $(PY) -m pytest tests -m compatible --compatibility build/newest.json
 	$(timed) $(OLDEST) -m pytest tests -m compatible --compatibility build/oldest.json
-	$(PY) tests/compatibility.py build/newest.json build/oldest.json
+	$(PY) tests/support/compatibility.py build/newest.json build/oldest.json
 
 # The compiler's sanitizer runtimes must be in the process before Python is. ThreadSanitizer looks at our code alone (the
 # interpreter and torch are not built for it), and cannot map its shadow memory where addresses are randomised widely.
@@ -94,23 +94,24 @@ TSAN = $(call EXTENSION,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_P
 FORBIDDEN = $(call EXTENSION,pages) KTLIB_TEST_PAGES=1
 sanitized = $(timed) $(PY) -m cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
 	-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
-PIECES = $(addprefix tests/test_streaming.py::, \
+OPERATOR_TESTS = $(addprefix tests/operator/, test_moe_experts.py test_ops.py test_dropout.py)
+PIECES = $(addprefix tests/operator/test_streaming.py::, \
 	test_copies test_copies_through_a_ring test_copies_end_with_what_is_raised_meanwhile test_masks_of_rows)
 FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
 	$(timed) $(PY) -m cmake --build build/sanitize
-	$(timed) $(ASAN) $(PY) -m pytest tests/test_kernels.py tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py \
+	$(timed) $(ASAN) $(PY) -m pytest tests/csrc/test_kernels.py $(OPERATOR_TESTS) \
 		$(PIECES)
 	$(timed) $(ASAN) $(FUZZ)
 	$(call sanitized,tsan,thread)
 	$(timed) $(PY) -m cmake --build build/tsan
-	$(timed) $(TSAN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py $(PIECES) \
+	$(timed) $(TSAN) $(PY) -m pytest $(OPERATOR_TESTS) $(PIECES) \
 		-k "test_copies or test_masks_of_rows or test_ops or any_number_of_threads or expert_weights or routings or long_batches or threads_parts"
 	$(timed) $(TSAN) $(FUZZ)
 	$(call sanitized,pages,pages,Release)
 	$(timed) $(PY) -m cmake --build build/pages
-	$(timed) $(FORBIDDEN) $(PY) -m pytest tests/test_moe_experts.py tests/test_ops.py tests/test_dropout.py
+	$(timed) $(FORBIDDEN) $(PY) -m pytest $(OPERATOR_TESTS)
 	$(timed) $(FORBIDDEN) $(FUZZ)
 
 lint: setup ## ruff only

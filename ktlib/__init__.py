@@ -6,29 +6,31 @@ that need PEFT or transformers are loaded on first use, so that the import itsel
 
 import importlib
 
-from ktlib import environment as _environment  # noqa: F401  first: it says what is wrong here
-from ktlib import experts as _experts  # noqa: F401  registers "ktlib" with transformers
+from ktlib.system import environment as _environment  # noqa: F401  first: it says what is wrong here
+
+# isort: split
 from ktlib import reference
-from ktlib.audit import audit
-from ktlib.cpu import cpu_info
-from ktlib.ops import moe_experts
+from ktlib.diagnosis.audit import audit
+from ktlib.integrations import transformers_experts as _experts  # noqa: F401  registers "ktlib" with transformers
+from ktlib.operator.moe_experts import moe_experts
+from ktlib.system.cpu import cpu_info
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "export_adapter": "ktlib.adapters",
-    "factor_adapters": "ktlib.lora",
-    "fuse_checkpoint": "ktlib.fused_checkpoints",
-    "import_adapter": "ktlib.adapters",
-    "load_lora_config": "ktlib.lora",
-    "load_runs": "ktlib.runs",
-    "lora_config": "ktlib.lora",
-    "pin_experts": "ktlib.placement",
-    "place_experts": "ktlib.numa",
-    "record": "ktlib.runs",
-    "share_experts": "ktlib.placement",
-    "trace_nonfinite": "ktlib.trace",
-    "StopOnNonFinite": "ktlib.callback",
+    "export_adapter": "ktlib.conversion.adapters",
+    "factor_adapters": "ktlib.integrations.peft_lora",
+    "fuse_checkpoint": "ktlib.conversion.fuse",
+    "import_adapter": "ktlib.conversion.adapters",
+    "load_lora_config": "ktlib.integrations.peft_lora",
+    "load_runs": "ktlib.runs.notebooks",
+    "lora_config": "ktlib.integrations.peft_lora",
+    "pin_experts": "ktlib.placement.pin",
+    "place_experts": "ktlib.placement.numa",
+    "record": "ktlib.runs.notebooks",
+    "share_experts": "ktlib.placement.pin",
+    "trace_nonfinite": "ktlib.diagnosis.trace",
+    "StopOnNonFinite": "ktlib.diagnosis.trainer_guard",
 }
 
 __all__ = ["audit", "cpu_info", "moe_experts", "reference", *_LAZY]

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ktlib import runs
+from ktlib.runs import notebooks
 
 
 def main(argv=None):
@@ -47,7 +47,7 @@ def parser():
         "--repeat", type=Path, metavar="RUN.ipynb", help="do again what this executed notebook did, and compare"
     )
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
-    command.add_argument("--notebook", type=Path, default=runs.SFT, help=argparse.SUPPRESS)
+    command.add_argument("--notebook", type=Path, default=notebooks.SFT, help=argparse.SUPPRESS)
     command.set_defaults(run=sft)
 
     command = commands.add_parser("sweep", help="run a notebook over a grid of parameters, going on where it stopped")
@@ -88,7 +88,7 @@ def parser():
 
 def info(arguments):
     """Print what ``ktlib.cpu_info()`` says: the processor, and each instruction set with what it lacks here."""
-    from ktlib.cpu import cpu_info
+    from ktlib.system.cpu import cpu_info
 
     facts = cpu_info()
     isas = facts.pop("isas")
@@ -101,8 +101,8 @@ def info(arguments):
 
 def audit(arguments):
     """Print the audit table of a saved adapter."""
-    from ktlib.audit import audit
-    from ktlib.ownership import new_file, refuse_foreign
+    from ktlib.diagnosis.audit import audit
+    from ktlib.files.ownership import new_file, refuse_foreign
 
     if arguments.figure:
         refuse_foreign([arguments.figure], "--figure", arguments.figure)
@@ -127,25 +127,25 @@ def sft(arguments):
     notebook = arguments.notebook
     if not notebook.is_file():
         raise ValueError(f"{notebook.name} not found: the SFT notebook is run from a clone of the repository")
-    known = runs.notebook_parameters(notebook)
+    known = notebooks.notebook_parameters(notebook)
     if arguments.repeat:
         return repeat(arguments, read_pairs(arguments.param, known))
     parameters = (read_yaml(arguments.params) if arguments.params else {}) | read_pairs(arguments.param, known)
     folder = arguments.out / (arguments.name or (arguments.params.stem if arguments.params else "sft"))
-    parameters = runs.with_output_dir(notebook, parameters, folder)
+    parameters = notebooks.with_output_dir(notebook, parameters, folder)
 
-    result = runs.run(notebook, folder, parameters)
+    result = notebooks.run(notebook, folder, parameters)
     if result["error"]:
         print(f"\nFAILED in {result['error']}", file=sys.stderr)
     print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
-    if saved := runs.records(runs.read(result["notebook"])).get("saved"):
+    if saved := notebooks.records(notebooks.read(result["notebook"])).get("saved"):
         print(f"{saved:<9} {parameters['output_dir']}")
     return 1 if result["error"] else 0
 
 
 def repeat(arguments, changes):
     """Repeat the run of an executed notebook and say what differs."""
-    from ktlib.repeat import repeat
+    from ktlib.runs.repeat import repeat
 
     if arguments.params:
         raise ValueError(f"--repeat takes its parameters from {arguments.repeat}, got {arguments.params} as well")
@@ -164,7 +164,7 @@ def repeat(arguments, changes):
 
 def sweep(arguments):
     """Run what is missing of a sweep; exit code 1 if a run failed."""
-    from ktlib import sweep as sweeps
+    from ktlib.runs import sweep as sweeps
 
     given = read_yaml(arguments.grid)
     if unknown := sorted(set(given) - {"notebook", "fixed", "grid"}):

@@ -6,15 +6,15 @@ other programs), for which :meth:`Estimate.check` keeps a margin.
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
 
 import torch
 
-from .components import component
-from .experts import is_experts
-from .model_class import meta_model
-from .streaming import BLOCK_VALUES, GROUP_BYTES
-from .weight_stream import PIECE, PIECES, THERE
+from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.transformers_experts import is_experts
+from ktlib.names import component
+from ktlib.operator.gpu.streamed_experts import BLOCK_VALUES, GROUP_BYTES
+from ktlib.operator.gpu.weight_source import PIECE, PIECES, THERE
+from ktlib.system.memory import available_memory
 
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
 HOST_OVERHEAD = 1.5e9  # Python, torch
@@ -77,31 +77,6 @@ class Estimate:
                 f"here one has {self.rows:.0f} on average"
             )
         return "\n".join(lines)
-
-
-def available_memory(mount="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """Bytes that this process can still get: what the machine has available, or up to the limits of its control groups.
-
-    Files in memory, such as mapped experts, count as available, as the machine's do: they make room. ``mount`` and
-    ``membership`` say where the kernel shows control groups (version 2) and of which of them this process is a member.
-    """
-    import psutil
-
-    available = psutil.virtual_memory().available
-    try:
-        lines = Path(membership).read_text().splitlines()
-    except OSError:  # a kernel without control groups
-        lines = []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for group in map(str, (PurePath(own), *PurePath(own).parents)):  # each may have a limit; a container sees its own
-        try:
-            files = {name: Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")}
-            counts = dict(line.split() for line in files["stat"].splitlines())
-            cached = int(counts["inactive_file"]) + int(counts["active_file"])
-            available = min(available, int(files["max"]) - int(files["current"]) + cached)
-        except (OSError, ValueError, KeyError):  # no such group here, or no limit ("max")
-            pass
-    return available
 
 
 def estimate(
@@ -210,16 +185,17 @@ def estimate(
 
     if not timing:
         return Estimate(host, device, tokens=tokens)
-    from . import _kernels, measure
+    from ktlib import _kernels
+    from ktlib.system import speed
 
     if cpu_rate is None or bandwidth is None:
-        cpu_rate = cpu_rate or measure.matmul_rate()
+        cpu_rate = cpu_rate or speed.matmul_rate()
         bandwidth = bandwidth or _kernels.read_rate(torch.get_num_threads(), 2**28)
     active = moe_layers * top_k * (3 * hidden * inner + 2 * rank * (3 * hidden + 4 * inner))
     passes = 4 + (2 if checkpointing else 0)
     embedding = config.vocab_size * config.hidden_size
     on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth)
-    bus = bus or (measure.bus_rates()["h2d"] if gpu and torch.cuda.is_available() else PCIE)
+    bus = bus or (speed.bus_rates()["h2d"] if gpu and torch.cuda.is_available() else PCIE)
     on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / stream_rate(bus, bandwidth))
     on_gpu += 2 * moe_layers * QUEUEING
     rest_flops = passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits
@@ -276,7 +252,7 @@ def staging_bytes(tokens, top_k, hidden):
 def _count(model, rank, targets):
     """By component, the numbers of all parameters, of those of ``targets`` in the language model, and of LoRA
     parameters of ``rank`` on these."""
-    from .lora_targets import language_modules
+    from ktlib.integrations.lora_targets import language_modules
 
     weights, chosen, lora, language = {}, {}, {}, language_modules(model)
     for name, parameter in model.named_parameters():

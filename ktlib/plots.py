@@ -57,7 +57,7 @@ def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
 
 
 def audit_map(report, ax=None):
-    """Layer by component map of an :class:`ktlib.audit.Audit`; a cell's number counts its findings. Returns the axes.
+    """Layer by component map of an :class:`ktlib.diagnosis.audit.Audit`: a cell counts its findings. Returns the axes.
 
     White: not there. Green: clean. Light to red: findings per tensor; NaN and a second name are two findings.
     """
@@ -89,7 +89,7 @@ def audit_map(report, ax=None):
 
 
 def placement_map(table, ax=None):
-    """Bytes by component, a bar per component and a colour per device, of :func:`ktlib.placement.placement`'s table.
+    """Bytes of :func:`ktlib.placement.pin.placement`'s table: a bar per component, a colour per device.
 
     ``table``: ``{(component, device, dtype): bytes}``. Adapters are drawn beside what they adapt. Returns the axes.
     """
@@ -117,7 +117,7 @@ def placement_map(table, ax=None):
 
 
 def step_timeline(line, ax=None, window=None):
-    """Who worked when in one step: tracks of :func:`ktlib.hybrid.timeline`, ``window`` seconds of it. Returns the axes.
+    """Who worked when in one step: ``window`` seconds of :func:`ktlib.lab.hybrid.timeline`. Returns the axes.
 
     Tracks without a span in the window are left out, and none is drawn thinner than can be seen.
     """

@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import extension  # noqa: F401  before anything imports ktlib
+from support import extension  # noqa: F401  before anything imports ktlib
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ class _Compatibility:
                     self.rows[what][report.outcome] += 1
 
     def pytest_sessionfinish(self):
-        from ktlib.stamp import facts
+        from ktlib.runs.versions import facts
 
         with open(self.file, "w", encoding="utf-8") as file:
             json.dump({"versions": facts(), "rows": self.rows}, file, indent=1)

@@ -23,8 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def child(arguments):
     """Make the calls of this job, one line before and one after each."""
-    import extension  # noqa: F401  before ktlib is imported
-    import fuzz
+    from support import (
+        extension,  # noqa: F401  before ktlib is imported
+        fuzz,
+    )
 
     for seed in range(arguments.first, arguments.seed + arguments.calls, arguments.jobs):
         if time.monotonic() > arguments.until:
@@ -74,9 +76,9 @@ def main():
     if arguments.child:
         return child(arguments)
     if arguments.json:
-        import extension  # before ktlib is imported
+        from support import extension  # before ktlib is imported
 
-        from ktlib import ownership
+        from ktlib.files import ownership
 
         ownership.refuse_foreign([arguments.json], "--json", arguments.json)
 
@@ -126,9 +128,11 @@ def main():
                 key.data.process.kill()
                 finish(key.data, "hang")
 
-    import extension  # noqa: F401
-    import fuzz
     import torch
+    from support import (
+        extension,  # noqa: F401
+        fuzz,
+    )
 
     result = {
         "command": f"python tests/fuzz_long.py --calls {arguments.calls} --seed {arguments.seed}",

@@ -7,12 +7,12 @@ import sys
 import nbformat
 import pytest
 import torch
-from models import random_adapter, tiny_model
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import random_adapter, tiny_model
 
 from ktlib import cli
-from ktlib.lora import lora_config
+from ktlib.integrations.peft_lora import lora_config
 
 PARAMETERS = """\
 learning_rate: float = 1.0e-3
@@ -23,7 +23,7 @@ tag: str | None = "x"
 output_dir: str | None = None
 """
 BODY = """\
-from ktlib.runs import record
+from ktlib.runs.notebooks import record
 assert dataset != "bad"
 print(f"{learning_rate:g} {dataset} {rank} {output_dir} {parts} {tag}")
 record(saved="adapter")

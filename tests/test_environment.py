@@ -3,17 +3,18 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import compatibility
 import pytest
 import test_readme
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support import compatibility
 
 from ktlib import cli
 
@@ -135,12 +136,12 @@ NOT_IN_CI = {
     "conda env": "downloads an environment; that its pins are those CI installs is tested above",
     "make test-oldest": "several gigabytes of old packages; run by hand for the table of compatibility",
     "make test-notebooks": "an hour; its result is recorded",
-    "python -m ktlib.bench": "half an hour; its kernels are timed in notebook 03",
+    "python -m ktlib.lab.bench": "half an hour; its kernels are timed in notebook 03",
 }
 # Those that it runs in other words: where, and what of them must stand there.
 ELSEWHERE = {
     "pip install": ("Makefile", "--no-build-isolation --editable ."),
-    "python -m ktlib.base_model": ("tests/test_base_model.py", "base_model.make("),
+    "python -m ktlib.lab.base_model": ("tests/lab/test_base_model.py", "base_model.make("),
 }
 
 
@@ -230,7 +231,7 @@ def test_readme_says_the_memory_that_the_parameter_files_say():
 def test_the_compatibility_table_is_that_of_the_tests():
     """Every row has tests that carry its name, every such test has its row, and no row claims what did not pass."""
     marked = set()
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         marked |= set(re.findall(r'^@pytest\.mark\.compatible\("(.*)"\)$', path.read_text(), re.MULTILINE))
     rows = compatibility.rows_of(README)
     assert set(rows) == marked, "run `make compatibility`"
@@ -246,8 +247,8 @@ def test_the_compatibility_table_is_made_from_results(tmp_path):
         "@pytest.mark.compatible('a')\n@pytest.mark.parametrize('x', [1, 2, 3])\ndef test_a(x): assert x < 3\n"
         "@pytest.mark.compatible('b')\ndef test_b(): pytest.skip('no')\n"
     )
-    for name in ("conftest.py", "extension.py"):
-        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    shutil.copytree(ROOT / "tests/support", tmp_path / "support")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "compatible", str(tmp_path)]
     subprocess.run([*command, "--compatibility", str(file)], cwd=tmp_path, capture_output=True)
     results = json.loads(file.read_text())

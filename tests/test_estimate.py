@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from ktlib.estimate import available_memory
+from ktlib.system.memory import available_memory
 
 FREE = 100e9
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import random_adapter, tiny_checkpoint
 from peft import get_peft_model
+from support.models import random_adapter, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import ktlib
-from ktlib import cli, sft
-from ktlib.base_model import BASE
-from ktlib.tasks import dates
+from ktlib import cli
+from ktlib.assets import BASE
+from ktlib.training import sft
+from ktlib.training.tasks import dates
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

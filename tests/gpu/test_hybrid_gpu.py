@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from models import random_adapter, relative_error, tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from support.models import random_adapter, relative_error, tiny_model, tokens
 from transformers import Trainer, TrainingArguments
 
 import ktlib
-from ktlib import hybrid, sft
-from ktlib.placement import placement
-from ktlib.tasks import dates
-from ktlib.transfer import to_device, to_host
+from ktlib.lab import hybrid
+from ktlib.operator.host_copies import to_device, to_host
+from ktlib.placement.pin import placement
+from ktlib.training import sft
+from ktlib.training.tasks import dates
 
 NOISE = 0.03  # bf16 attention on another device
 SAME = 0.03  # two devices, two threads of the engine: gradients are added, in bf16, in the order in which they come

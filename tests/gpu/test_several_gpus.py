@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from models import tiny_model
+from support.models import tiny_model
 
 import ktlib
 

@@ -1,4 +1,4 @@
-"""tests/test_streaming.py with a real GPU, and what only that has: pinned memory, streams, Trainer, interruption."""
+"""tests/operator/test_streaming.py on a GPU, and what only that has: pinned memory, streams, Trainer, interruption."""
 
 import contextlib
 import gc
@@ -12,8 +12,9 @@ from test_moe_experts import layers
 from test_streaming import *  # noqa: F403  its tests
 
 import ktlib
-from ktlib import hybrid, weight_stream
-from ktlib.validation import QUANTITIES, evaluate
+from ktlib.lab import hybrid
+from ktlib.lab.validation import QUANTITIES, evaluate
+from ktlib.operator.gpu import weight_source
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_pinned_weights_give_the_same_bits(layer):
 @pytest.mark.parametrize("group_bytes", [1, 100_000])
 def test_pieces_and_groups(layer, piece, group_bytes, monkeypatch):
     want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
-    monkeypatch.setattr(weight_stream, "PIECE", piece)
+    monkeypatch.setattr(weight_source, "PIECE", piece)
     monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", group_bytes)
     got = evaluate(ktlib.moe_experts, layer, stream_rows=1)
     # the sums over experts are taken group by group
@@ -111,8 +112,8 @@ def test_a_call_that_fails_halfway_leaves_nothing_behind(layer, failing, where, 
 
     with monkeypatch.context() as patch:
         if where == "copy":
-            kernels = test_weight_stream.failing(weight_stream._kernels.copy, 5, failing("halfway"))
-            patch.setattr(weight_stream, "_kernels", kernels)
+            kernels = test_weight_stream.failing(weight_source._kernels.copy, 5, failing("halfway"))
+            patch.setattr(weight_source, "_kernels", kernels)
         else:
             patch.setattr(test_streaming.streaming, "_product", fail)
         with pytest.raises(failing, match="halfway"):

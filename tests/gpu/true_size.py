@@ -38,12 +38,17 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import ktlib
-from ktlib import _kernels, hybrid, measure, ownership, stamp, synthetic
-from ktlib.audit import audit
-from ktlib.estimate import available_memory, estimate
-from ktlib.experts import is_experts
-from ktlib.placement import placement
-from ktlib.weight_stream import weights_on
+from ktlib import _kernels
+from ktlib.diagnosis.audit import audit
+from ktlib.estimate import estimate
+from ktlib.files import ownership
+from ktlib.integrations.transformers_experts import is_experts
+from ktlib.lab import hybrid, synthetic
+from ktlib.operator.gpu.weight_source import weights_on
+from ktlib.placement.pin import placement
+from ktlib.runs import versions
+from ktlib.system import speed
+from ktlib.system.memory import available_memory
 
 
 def main():
@@ -119,12 +124,12 @@ def config_of(options, layers=None):
 
 
 def machine(options):
-    facts = stamp.facts() | {"isas": ktlib.cpu_info()["isas"], "threads": torch.get_num_threads()}
+    facts = versions.facts() | {"isas": ktlib.cpu_info()["isas"], "threads": torch.get_num_threads()}
     facts |= {"memory_available": available_memory(), "cuda": torch.version.cuda}
-    facts |= {"bf16_rate": measure.matmul_rate(), "bandwidth": _kernels.read_rate(torch.get_num_threads(), 2**30)}
+    facts |= {"bf16_rate": speed.matmul_rate(), "bandwidth": _kernels.read_rate(torch.get_num_threads(), 2**30)}
     if options.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
-        facts |= {f"{name}_bytes_per_second": rate for name, rate in measure.bus_rates().items()}
+        facts |= {f"{name}_bytes_per_second": rate for name, rate in speed.bus_rates().items()}
     print(json.dumps(facts, indent=1), flush=True)
     return facts
 
@@ -302,7 +307,7 @@ def shared_experts_seconds(model, tokens):
         modules[0](x).sum().backward()
         torch.cuda.synchronize()
 
-    seconds = measure.best_seconds(step)
+    seconds = speed.best_seconds(step)
     model.zero_grad(set_to_none=True)
     return seconds * len(modules)
 
@@ -332,7 +337,7 @@ def streamed_timeline(state):
 
 
 def profiled_step(state):
-    """The :func:`ktlib.hybrid.timeline` of one step, after one to warm up, and the shares of its tracks."""
+    """The :func:`ktlib.lab.hybrid.timeline` of one step, after one to warm up, and the shares of its tracks."""
     model, device = state["model"], state["device"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=state["options"].learning_rate, fused=True)
@@ -353,7 +358,7 @@ def layer_seconds(model, *stream_rows):
             torch.autograd.grad(ktlib.moe_experts(*inputs, stream_rows=stream_rows).sum(), inputs[0])
             torch.cuda.synchronize()
 
-        table.append([tokens, *(measure.best_seconds(functools.partial(step, rows)) for rows in stream_rows)])
+        table.append([tokens, *(speed.best_seconds(functools.partial(step, rows)) for rows in stream_rows)])
     return table
 
 
@@ -368,7 +373,7 @@ def arrival_rate(model):
             collections.deque(arriving, maxlen=0)
         torch.cuda.synchronize()
 
-    return sum(w.nbytes for w in weights) / measure.best_seconds(send)
+    return sum(w.nbytes for w in weights) / speed.best_seconds(send)
 
 
 def all_logits(state):

@@ -1,7 +1,7 @@
 """Kill a fine-tuning run at seeded moments, start the same command again each time, and compare the adapter's bits.
 
     python tests/long/interrupted.py            ten kills of `ktlib sft` and of making a base model: 15 minutes
-    python tests/long/interrupted.py --small    four kills of a very short run (tests/test_interrupted.py)
+    python tests/long/interrupted.py --small    four kills of a very short run (tests/training/test_interrupted.py)
 
 Prints one JSON object; exit code 1 if any adapter differs from that of the run that was left alone.
 """
@@ -20,12 +20,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from ktlib import base_model, sft
-from ktlib.checkpoints import CHECKPOINTS, complete_checkpoint
-from ktlib.ownership import TEMPORARY
-from ktlib.repeat import digest
-from ktlib.stamp import facts
-from ktlib.tasks import dates
+from ktlib.files.ownership import TEMPORARY
+from ktlib.lab import base_model
+from ktlib.runs.repeat import digest
+from ktlib.runs.versions import facts
+from ktlib.training import sft
+from ktlib.training.resume import CHECKPOINTS, complete_checkpoint
+from ktlib.training.tasks import dates
 
 KERNEL = "the kernel alone"
 MADE = f"{TEMPORARY}*/made"
@@ -175,7 +176,7 @@ def main():
             left_alone, cut = run("whole"), run("cut")
 
             def make(out):
-                return command("ktlib.base_model", str(out), "--steps", "3")
+                return command("ktlib.lab.base_model", str(out), "--steps", "3")
 
             counts = {"any moment": 3, KERNEL: 2, "a checkpoint": 2, "the adapter": 2}
         seconds = whole(left_alone)

@@ -17,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from ktlib import ownership, runs
-from ktlib.inits import INITS
-from ktlib.stamp import facts
-from ktlib.tasks import dates
+from ktlib.files import ownership
+from ktlib.lab.inits import INITS
+from ktlib.runs import notebooks
+from ktlib.runs.versions import facts
+from ktlib.training.tasks import dates
 
 OUT = Path("build/notebook_parameters.json")
 
@@ -116,7 +117,7 @@ def compare_runs(choose, folder):
 
 DRAWS = (environment, kernel_validation, kernel_performance, lora_init_sensitivity, full_sft, adapter_audit,
          failure_museum, hybrid_training, compare_runs)  # fmt: skip
-NOTEBOOKS = {notebook: draw for draw in DRAWS for notebook in runs.NOTEBOOKS.glob(f"*_{draw.__name__}.ipynb")}
+NOTEBOOKS = {notebook: draw for draw in DRAWS for notebook in notebooks.NOTEBOOKS.glob(f"*_{draw.__name__}.ipynb")}
 REFUSED = re.compile(r"cell \d+: ValueError: poison_expert: got \d+, needs an expert of layer")  # nobody knows before
 
 
@@ -136,10 +137,10 @@ def sweep(numbers, sets, seconds, seed, out):
             continue
         with tempfile.TemporaryDirectory() as folder:
             drawn = NOTEBOOKS[notebook](random.Random(f"{seed} {notebook.stem} {number}"), folder)
-            parameters = runs.with_output_dir(notebook, drawn, folder)
+            parameters = notebooks.with_output_dir(notebook, drawn, folder)
             began = time.monotonic()
             try:
-                error = runs.run(notebook, Path(folder) / "run", parameters, progress=False, quiet=True)["error"]
+                error = notebooks.run(notebook, Path(folder) / "run", parameters, progress=False, quiet=True)["error"]
             except (ValueError, MemoryError) as refusal:  # before a kernel was started
                 error = str(refusal)
         run = {"notebook": notebook.stem, "set": number, "seed": seed, "outcome": outcome(error), "parameters": drawn}

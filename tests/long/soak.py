@@ -2,7 +2,7 @@
 
     python tests/long/soak.py                      1,000 steps of the embedded model, a checkpoint every 50: 10 minutes
     python tests/long/soak.py --operator 10000     10,000 steps of the operator alone: a minute
-    python tests/long/soak.py --steps 20 --every 5, or --operator 2000 --seconds 10: the shares of tests/test_soak.py
+    python tests/long/soak.py --steps 20 --every 5, or --operator 2000 --seconds 10: as in tests/operator/test_soak.py
 
 Prints one JSON object; exit code 1 if a loss is not finite, a gradient wrong, or memory grows.
 """
@@ -21,10 +21,10 @@ import torch
 from transformers import TrainerCallback
 
 import ktlib
-from ktlib import sft
-from ktlib.stamp import facts
-from ktlib.tasks import dates
-from ktlib.validation import random_layer
+from ktlib.lab.validation import random_layer
+from ktlib.runs.versions import facts
+from ktlib.training import sft
+from ktlib.training.tasks import dates
 
 MIB = 2**20
 

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
-#include "bf16.h"
-#include "moe.h"
+#include "kernels/bf16.h"
+#include "layer/moe.h"
 
 using namespace ktlib;
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "parallel.h"
+#include "system/threads.h"
 
 int main(int, char** arguments) {
   const bool shared = !std::strcmp(arguments[1], "shared");

@@ -1,0 +1,192 @@
+// Forward pass. Weights are the row operand, as they lie in memory; the tokens of an expert are packed once into
+// panels and meet every weight row there. A result tile is [feature][token], so two features of h interleave straight
+// into the panel of the down projection: there is no transpose between the two products.
+#include <cstring>
+
+#include "layer/bias.h"
+#include "layer/combine.h"
+#include "layer/dropout.h"
+#include "layer/forward_packed.h"
+#include "layer/gate_limit.h"
+#include "layer/lora.h"
+#include "layer/moe.h"
+#include "system/threads.h"
+#include "layer/routing.h"
+#include "weights/weight.h"
+
+namespace ktlib {
+namespace {
+
+constexpr int kFeatures = 32;  // gate rows (and as many up rows) of one task
+constexpr int kOutputs = 128;  // down rows of one task
+
+// The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
+template <class Body>
+void for_panels(const Kernels& k, const Plan& plan, const Task& task, const Body& body) {
+  const int64_t offset = task.row - plan.begin[task.expert];
+  for (int i = 0; i < task.rows && !interrupted(k); i += k.panel_width) {
+    const int tokens = std::min(k.panel_width, task.rows - i);
+    body(task.row + i, tokens, int(round_up(tokens, kColumns)), plan.column[task.expert] + offset + i);
+  }
+}
+
+// t = scaling * lora_A . panel, as the panel that continues the product with the weights: [depth][width], high then low.
+// The panel's tokens are the rows from `row` on. kept: scratch (layer/dropout.h).
+void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask, int expert, const bf16* panel, int width,
+                  int64_t row, int tokens, bf16* t_panel, float* c, bf16* kept, bf16* saved, int64_t saved_ld) {
+  const int64_t size = int64_t(lora.rank) * width;
+  if (mask)
+    multiply_kept(k, mask, c, lora, expert, panel, width, row, tokens, kept);
+  else
+    k.multiply(c, width, lora.a(expert), lora.in_depth, panel, width, lora.rank, int(lora.in_depth), false);
+  for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
+  low_part(c + size, c, width, lora.rank, width);
+  std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
+  k.interleave(t_panel, lora.depth, width, c, width, lora.depth);
+  if (saved)
+    for (int r = 0; r < 2 * lora.rank; r++) k.round(saved + r * saved_ld, c + int64_t(r) * width, 1.0f, tokens);
+}
+
+// One part of the batch. saved_ld: slots of the whole batch.
+void forward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
+                  const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
+  const Plan plan(shape, in);
+  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const int64_t rows = plan.rows(), columns = plan.column[shape.experts];
+  const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
+  if (saved.gate_up) populate(threads, saved.gate_up, rows * 2 * inter * int64_t(sizeof(bf16)));
+
+  const Buffer<bf16> x_panels(columns * hidden_depth, threads);       // [column][hidden_depth] by panels
+  const Buffer<bf16> h_panels(columns * inter_depth, threads);        // [column][inter_depth] by panels
+  const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
+  const Buffer<bf16> down_t(columns * down_lora.depth);
+  const int range = output_range(rows, hidden);
+  const Buffer<float> y(output ? rows * range : 0, threads);                       // [row][range]: each expert's output
+  const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
+                                      down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
+  const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
+  const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
+  const ThreadBuffer<bf16> kept_scratch(threads, x_mask || h_mask ? kKeptScratch : 0);
+  const int64_t padded_features = padded_size(k, kFeatures, hidden);
+  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
+
+  // 1. tokens -> panels; t of gate_up
+  const std::vector<Task> panels = row_tasks(plan, k.panel_width);
+  parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
+    for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+      bf16* panel = x_panels + column * hidden_depth;
+      k.pack_rows(panel, width, in.hidden_states, hidden, plan.token_of_row.data() + row, tokens, hidden);
+      if (gate_up_lora)
+        lora_project(k, gate_up_lora, x_mask, panels[index].expert, panel, width, row, tokens,
+                     gate_up_t + column * gate_up_lora.depth, c_scratch[thread], kept_scratch[thread],
+                     saved.t_gate_up ? saved.t_gate_up + row : nullptr, saved_ld);
+    });
+  });
+
+  // 2. gate, up, h = act(gate) * up
+  const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
+  const auto part_of_features = [&](int64_t index) { return int(int64_t(features[index].first) * in.parts / inter); };
+  parallel_tasks(k, threads, int64_t(features.size()), in.parts, part_of_features, [&](int64_t index, int thread) {
+    const Task& task = features[index];
+    const GateUp block(in, inter, task.first, task.count);
+    const int64_t first_row = int64_t(task.expert) * 2 * inter;
+    Rows w[2];
+    for (int p = 0; p < block.size; p++)
+      w[p] = padded_rows(k, in.gate_up_proj + (first_row + block.ranges[p].first) * hidden, hidden,
+                         block.ranges[p].count, hidden, w_scratch[thread] + p * padded_features);
+    const bool last = task.first + task.count == inter;
+    for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+      const bf16* panel = x_panels + column * hidden_depth;
+      float* gate = c_scratch[thread];                 // [count][width], or with up [2 * count][width] alternating
+      float* up = gate + kFeatures * width;            // [count][width]
+      float* h = up + kFeatures * width;
+      float* const parts[2] = {gate, up};
+      for (int p = 0; p < block.size; p++)
+        k.multiply(parts[p], width, w[p].data, w[p].ld, panel, width, block.ranges[p].count, int(hidden_depth), false);
+      for (int p = 0; p < block.size; p++) {
+        const GateUp::Range range = block.ranges[p];
+        if (gate_up_lora)
+          k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
+                     gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, width, range.count,
+                     gate_up_lora.depth, true);
+        if (in.gate_up_bias)
+          add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
+      }
+      const int run = in.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
+      for (int64_t i = 0; i < int64_t(task.count) * width; i += run) {
+        float* gates = in.interleaved ? gate + 2 * i : gate;
+        float* ups = in.interleaved ? gates + width : up;
+        k.activate(in.gate, h + i, gates, ups, 1, run);
+        if (saved.gate_up && in.gate.has_limit()) keep_sides(in.gate, gates, ups, 1, run);
+      }
+      for (int p = 0; saved.gate_up && p < block.size; p++)
+        k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, parts[p], width,
+                          block.ranges[p].count, tokens);
+      k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
+      for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
+        const int64_t filled = round_up(inter, 2);
+        std::memset(h_panels + (column + i) * inter_depth + filled * kColumns, 0,
+                    size_t((inter_depth - filled) * kColumns) * sizeof(bf16));
+      }
+    });
+  });
+
+  // 3. t of down
+  if (down_lora)
+    parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
+      for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+        lora_project(k, down_lora, h_mask, panels[index].expert, h_panels + column * inter_depth, width, row, tokens,
+                     down_t + column * down_lora.depth, c_scratch[thread], kept_scratch[thread],
+                     saved.t_down ? saved.t_down + row : nullptr, saved_ld);
+      });
+    });
+
+  for (int first = 0; output && first < hidden; first += range) {
+    const int count = std::min(range, hidden - first);
+
+    // 4. y = down . h
+    const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
+    const auto part_of_outputs = [&](int64_t index) {
+      return int(int64_t(first + outputs[index].first) * in.parts / hidden);
+    };
+    parallel_tasks(k, threads, int64_t(outputs.size()), in.parts, part_of_outputs, [&](int64_t index, int thread) {
+      const Task& task = outputs[index];
+      const int64_t feature = first + task.first;
+      const Rows w = padded_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
+                                 inter, w_scratch[thread]);
+      for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+        float* c = c_scratch[thread];  // [count][width]
+        k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
+        if (down_lora)
+          k.multiply(c, width, down_lora.b(task.expert) + feature * down_lora.depth, down_lora.depth,
+                     down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
+        if (in.down_bias)
+          add_bias_to_rows(c, width, in.down_bias, task.expert * shape.hidden + feature, task.count, width);
+        k.store_rows_f32(y + row * range + task.first, range, c, width, task.count, tokens);
+      });
+    });
+
+    // 5. output[t] = sum over slots, in slot order
+    combine_tokens(k, threads, plan, shape, y, range, in.top_k_weights, output, first, count);
+  }
+}
+
+}  // namespace
+
+void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
+             const Saved& saved, bool whole) {
+  const std::vector<int32_t> used = used_experts(shape, in);
+  threads = useful_threads(shape, threads);
+  const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
+  if (output) populate(threads, output.data, shape.tokens * shape.hidden * output.element_size());
+  for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
+    Shape part = shape;
+    part.tokens = tokens;
+    const auto run = in.transposed ? forward_part_transposed : forward_part;
+    run(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora, output.from(first * shape.hidden),
+        saved.from_slot(shape, first * shape.topk), shape.slots());
+  });
+}
+
+}  // namespace ktlib

@@ -1,0 +1,14 @@
+// The forward pass of one part of the batch, for weights that are stored as [in][out].
+#pragma once
+
+#include "layer/lora.h"
+#include "layer/moe.h"
+
+namespace ktlib {
+
+// As forward_part (layer/forward_in_place.cpp). saved_ld: slots of the whole batch.
+void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, const Inputs& in,
+                             const LoraForm& gate_up_lora, const LoraForm& down_lora, const Matrix& output,
+                             const Saved& saved, int64_t saved_ld);
+
+}  // namespace ktlib

@@ -1,0 +1,131 @@
+// The layer of routed experts as two pure functions of the tensors of one call.
+//
+//     output[t] = sum_j top_k_weights[t, j] * down(act(gate(x[t])) * up(x[t]))     with expert top_k_index[t, j]
+//
+// Names: tokens, hidden, inter(mediate), experts, topk; a *slot* is one (token, j); a *row* is a slot's place after
+// sorting by expert (layer/routing.h). All matrices are row-major and contiguous.
+//
+// The 2 * inter outputs of gate_up (rows of the weight, its bias, lora_B, saved values and gradients alike) are gates
+// first, then ups, or alternate ("interleaved"); they keep their order throughout (GateUp).
+//
+// Where a value is rounded to bf16 (everything else, sums included, is fp32), the same in every instruction set:
+//   1. on entry (by the caller): hidden_states, grad_output; LoRA matrices given as fp32
+//   2. h = act(gate) * up, the input of the down projection
+//   3. gate and up, where saved for backward (not across the gate's limit: layer/gate_limit.h)
+//   4. backward: d(gate), d(up), the input of the product with the gate and up weights
+//   5. on exit, where the result is bf16: output, gradients
+// The inner values of LoRA products are kept to 16 bits of mantissa (layer/lora.h).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace ktlib {
+
+struct Shape {
+  int64_t tokens, hidden, inter, experts, topk;
+  int64_t slots() const { return tokens * topk; }
+};
+
+// A matrix of bf16 or fp32, as torch gives it; null where absent.
+struct Matrix {
+  void* data = nullptr;
+  bool fp32 = false;
+  explicit operator bool() const { return data != nullptr; }
+  int64_t element_size() const { return fp32 ? sizeof(float) : sizeof(bf16); }
+  float operator[](int64_t i) const {
+    return fp32 ? static_cast<const float*>(data)[i] : to_float(static_cast<const bf16*>(data)[i]);
+  }
+  Matrix from(int64_t offset) const {
+    if (!data) return *this;
+    return {static_cast<char*>(data) + offset * element_size(), fp32};
+  }
+};
+
+// PEFT's layout: A (experts * rank, in), expert-major; B (out, rank * experts), the expert fastest.
+struct Lora {
+  Matrix A, B;
+  int rank = 0;
+  float scaling = 1.0f;
+  explicit operator bool() const { return rank > 0; }
+};
+
+struct Inputs {
+  const bf16* hidden_states;   // [tokens][hidden]
+  const int64_t* top_k_index;  // [tokens][topk]
+  const float* top_k_weights;  // [tokens][topk]
+  const bf16* gate_up_proj;    // [experts][2 * inter][hidden]; transposed: [experts][hidden][2 * inter]
+  const bf16* down_proj;       // [experts][hidden][inter]; transposed: [experts][inter][hidden]
+  Matrix gate_up_bias;         // [experts][2 * inter], or null
+  Matrix down_bias;            // [experts][hidden], or null
+  Lora gate_up_lora;           // in = hidden, out = 2 * inter
+  Lora down_lora;              // in = inter, out = hidden
+  Gate gate;
+  bool transposed, interleaved;
+  int parts = 1;               // of the weights' rows, by NUMA node: a preference of threads for tasks (system/threads.h)
+  Dropout dropout;             // of the input of both LoRA pairs, by slot of the whole batch
+  const bool* elsewhere = nullptr;  // [experts], or null: those computed on another device; their slots are no rows here
+  int64_t first_slot = 0;      // of this part of the batch
+
+  Inputs from_token(const Shape& shape, int64_t token) const {
+    Inputs part = *this;
+    part.hidden_states += token * shape.hidden;
+    part.top_k_index += token * shape.topk;
+    part.top_k_weights += token * shape.topk;
+    part.first_slot += token * shape.topk;
+    return part;
+  }
+};
+
+// Where gates and ups of the features [first, first + count) lie among the 2 * inter outputs of gate_up.
+struct GateUp {
+  struct Range {
+    int first, count;
+  };
+  Range ranges[2];  // all of them: gates and ups apart, or one range where they alternate
+  int size;         // ranges in use
+  int gate, up;     // the first feature's gate and up
+  int step;         // from one gate to the next
+
+  GateUp(const Inputs& in, int inter, int first, int count)
+      : ranges{{in.interleaved ? 2 * first : first, in.interleaved ? 2 * count : count}, {inter + first, count}},
+        size(in.interleaved ? 1 : 2),
+        gate(ranges[0].first),
+        up(in.interleaved ? gate + 1 : inter + first),
+        step(in.interleaved ? 2 : 1) {}
+  const Range* begin() const { return ranges; }
+  const Range* end() const { return ranges + size; }
+};
+
+// What forward leaves for backward, in sorted rows of each part of the batch (layer/routing.h, for_parts).
+struct Saved {
+  bf16* gate_up = nullptr;     // [slots][2 * inter]: gate and up, bias included, before clamp and activation
+  bf16* t_gate_up = nullptr;   // [2 * rank][slots]: scaling * lora_A x, high and low part (layer/lora.h)
+  bf16* t_down = nullptr;      // [2 * rank][slots]: scaling * lora_A h, likewise
+
+  Saved from_slot(const Shape& shape, int64_t slot) const {
+    return {gate_up ? gate_up + slot * 2 * shape.inter : nullptr, t_gate_up ? t_gate_up + slot : nullptr,
+            t_down ? t_down + slot : nullptr};
+  }
+};
+
+// Gradients to compute; null members are not wanted. With those of expert weights or biases the batch is one part.
+struct Grads {
+  Matrix hidden_states;
+  float* top_k_weights = nullptr;
+  Matrix gate_up_A, gate_up_B, down_A, down_B;
+  bf16* gate_up_proj = nullptr;
+  bf16* down_proj = nullptr;
+  Matrix gate_up_bias, down_bias;
+};
+
+// Throws std::invalid_argument, with nothing written, if an expert id is out of range. whole: the batch is one part, as
+// backward needs it for gradients of expert weights and biases; the same in both. Without an output, forward computes
+// only what it saves.
+void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
+             const Saved& saved, bool whole);
+void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
+              const bf16* grad_output, const Grads& grads, bool whole);
+
+}  // namespace ktlib

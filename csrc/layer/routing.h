@@ -1,0 +1,69 @@
+// Routing: slots sorted by expert (a counting sort, in token order within an expert), and how the rows are cut.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "layer/moe.h"
+#include "system/threads.h"
+
+namespace ktlib {
+
+struct Plan {
+  std::vector<int64_t> begin;          // [experts + 1]: rows of expert e are begin[e] .. begin[e + 1]
+  std::vector<int64_t> column;         // [experts + 1]: the same with each expert's count rounded up to kColumns
+  std::vector<int64_t> depth;          // [experts + 1]: the same, rounded up to kDepth, for products over tokens
+  std::vector<int32_t> token_of_row;   // [rows]
+  std::vector<int32_t> slot_of_row;    // [rows]
+  std::vector<int32_t> row_of_slot;    // [slots]; -1: its expert is computed elsewhere
+  std::vector<int32_t> active;         // experts that received tokens, most tokens first
+
+  static constexpr int kDepth = 32;
+
+  // Ids must have been checked (used_experts).
+  Plan(const Shape& shape, const Inputs& in);
+  int64_t rows() const { return begin.back(); }
+  int count(int expert) const { return int(begin[expert + 1] - begin[expert]); }
+};
+
+// Experts that received tokens to be computed here, ascending. Throws std::invalid_argument naming token and slot if an id
+// is out of range.
+std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in);
+
+// Long batches go through the layer in parts of this many slots (unless `whole`), so that scratch does not grow with
+// them. Saved rows are sorted within each part.
+constexpr int64_t kPartSlots = 24576;
+
+// Calls body(first token, number of tokens) for each part.
+template <class Body>
+void for_parts(const Shape& shape, bool whole, const Body& body) {
+  if (whole) return body(0, shape.tokens);  // also without tokens: gradients of the weights are zero then
+  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
+  for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
+}
+
+// Threads worth waking for this much work: a parallel region costs some microseconds, far more where cores are shared.
+inline int useful_threads(const Shape& shape, int threads) {
+  constexpr double kWorthAThread = 8e6;  // multiply-adds, of which there may be more than an int64_t counts
+  const double worth = 1 + 3.0 * double(shape.slots()) * double(shape.hidden) * double(shape.inter) / kWorthAThread;
+  return int(std::min<double>(threads_here(threads), worth));
+}
+
+// One task: a block of something (features, rows, ...) of one expert.
+struct Task {
+  int expert;
+  int first, count;    // the block
+  int64_t row;         // first row of the block of rows (plan.begin[expert] where the task has all rows)
+  int rows;
+  int part;            // number of that block of rows over all experts: where its partial sums go
+};
+
+// All rows of each active expert x blocks of `size` of `total` features.
+std::vector<Task> feature_tasks(const Plan& plan, int total, int size);
+// Blocks of `size` rows of each active expert.
+std::vector<Task> row_tasks(const Plan& plan, int size);
+// Both, for products too large for one task; experts' row blocks are numbered in row_tasks' order.
+std::vector<Task> block_tasks(const Plan& plan, int rows, int total, int size);
+
+}  // namespace ktlib

@@ -1,0 +1,82 @@
+#include "layer/row_products.h"
+
+#include <cstring>
+
+namespace ktlib {
+namespace {
+
+constexpr int kDepthRun = 32;  // weight rows read side by side
+
+int panel_width(int columns, int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); }
+
+// c[rows][columns] (+)= one term, w packed into panels of kMaxWidth columns.
+void product(const Kernels& k, float* c, const Term& term, int rows, int columns, bool accumulate, bf16* panels) {
+  const int64_t ldw = term.ldw;
+  for (int d = 0; d < term.depth && !interrupted(k); d += kDepth) {
+    const int count = std::min(kDepth, term.depth - d);
+    const int64_t padded = round_up(count, k.depth_unit);
+    if (term.by_column)
+      for (int j = 0; j < columns; j += kMaxWidth)
+        k.pack_rows(panels + j * padded, panel_width(columns, j), term.w + j * ldw + d, ldw, nullptr,
+                    std::min(kMaxWidth, columns - j), count);
+    else
+      for (int run = 0; run < count; run += kDepthRun)  // long runs of each weight row, for the prefetcher
+        for (int j = 0; j < columns; j += kMaxWidth)
+          k.pack_pairs(panels + j * padded + run * kColumns, padded, panel_width(columns, j),
+                       term.w + (d + run) * ldw + j, ldw, nullptr, std::min(kDepthRun, count - run),
+                       std::min(kMaxWidth, columns - j));
+    for (int j = 0; j < columns; j += kMaxWidth)
+      k.multiply(c + j, kLdc, term.a + d, term.lda, panels + j * padded, panel_width(columns, j), rows, int(padded),
+                 accumulate || d > 0);
+  }
+}
+
+}  // namespace
+
+void sum_of_products(const Kernels& k, float* c, int rows, int columns, std::initializer_list<Term> terms,
+                     bf16* panels) {
+  bool accumulate = false;
+  for (bool by_column : {false, true}) {  // pack_pairs permutes columns, pack_rows does not
+    for (const Term& term : terms)
+      if (term.depth > 0 && term.by_column == by_column) {
+        product(k, c, term, rows, columns, accumulate, panels);
+        accumulate = true;
+      }
+    for (int j = 0; accumulate && !by_column && j < columns; j += kMaxWidth)
+      k.unpermute(c + j, kLdc, rows, panel_width(columns, j));
+  }
+}
+
+void lora_inner(const Kernels& k, const LoraForm& lora, const Term& product, int rows, const float* weights,
+                bf16* to_rows, bf16* by_rank, int64_t ld, bf16* panels, float* c) {
+  static_assert(kColumnsOut >= 2 * kMaxWidth, "the low part lies beside the high part");
+  float* low = c + kMaxWidth;
+  for (int r0 = 0; r0 < lora.rank; r0 += kMaxWidth) {
+    const int n = std::min(kMaxWidth, lora.rank - r0);
+    Term part = product;
+    part.w += part.by_column ? r0 * part.ldw : r0;
+    sum_of_products(k, c, rows, n, {part}, panels);
+    for (int i = 0; i < rows; i++)
+      for (int r = 0; r < n; r++) c[i * kLdc + r] *= lora.scaling;
+    low_part(low, c, kLdc, rows, n);
+    for (int i = 0; i < rows; i++) {
+      bf16* row = to_rows + i * lora.depth + r0;
+      k.round(row, c + i * kLdc, 1.0f, n);
+      k.round(row + lora.rank, low + i * kLdc, 1.0f, n);
+    }
+    if (!by_rank) continue;
+    if (weights) {
+      for (int i = 0; i < rows; i++)
+        for (int r = 0; r < n; r++) c[i * kLdc + r] *= weights[i];
+      low_part(low, c, kLdc, rows, n);
+    }
+    bf16* dst = by_rank + r0 * ld;
+    k.store_rows_bf16(dst, ld, c, kLdc, rows, n);
+    k.store_rows_bf16(dst + lora.rank * ld, ld, low, kLdc, rows, n);
+  }
+  const int padding = lora.depth - 2 * lora.rank;
+  for (int i = 0; i < rows; i++)
+    std::memset(to_rows + i * lora.depth + 2 * lora.rank, 0, size_t(padding) * sizeof(bf16));
+}
+
+}  // namespace ktlib

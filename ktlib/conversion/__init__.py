@@ -1,0 +1,1 @@
+"""Adapters and checkpoints in other layouts, in and out."""

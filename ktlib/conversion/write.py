@@ -1,0 +1,347 @@
+"""Writes the layouts of :mod:`ktlib.conversion.adapters`: tensors, and the ``adapter_config.json`` beside them."""
+
+import copy
+import json
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from ktlib.conversion.adapter_targets import targets_in_files, warn_of_one_scaling
+from ktlib.files import tensor_files
+from ktlib.files.tensor_files import Stored
+from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.peft_settings import CONFIG, PREFIX, SAVED_DROPOUT, WEIGHTS
+
+FUSED_FILE = "fused_expert_lora.safetensors"
+
+
+class Pair(NamedTuple):
+    """A LoRA pair with what makes it a number: its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with rslora."""
+
+    a: Stored
+    b: Stored
+    rank: int
+    alpha: float
+
+
+def listed(problems, what):
+    """One line for an error: how many problems of each kind there are, and the first of each."""
+    kinds = {}
+    for problem in problems:
+        kind, _, text = problem.partition(": ")
+        kinds.setdefault(kind, []).append(text)
+    lines = []
+    for kind, texts in kinds.items():
+        more = f" and {len(texts) - 6} more" if len(texts) > 6 else ""
+        lines.append(f"{kind} ({len(texts)}): {'; '.join(texts[:6])}{more}")
+    return "\n".join([what, *lines])
+
+
+# ---------------------------------------------------------------------------------------------------- PEFT's layout
+
+
+def _peft_config(settings, pairs, config):
+    """A stock LoraConfig with these targets, ranks and alphas, and PEFT's own list of the tensors that belong to it.
+
+    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape}, {key: name in a file})``, the last
+    where PEFT would not find the tensor under its key.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    from ktlib.integrations.peft_lora import lora_config
+    from ktlib.names import bare_modules
+
+    model = meta_model(config)
+    spelling = ExpertLayout(model)
+    linears = {name for name, module in bare_modules(model) if isinstance(module, torch.nn.Linear)}
+    names = {weight: weight.removesuffix(".weight") for weight in pairs}
+    modules = [name for name in names.values() if name in linears]
+    parameters = [weight for weight, name in names.items() if name not in linears]
+    options = {name: settings[name] for name in ("use_rslora", "modules_to_save", "task_type") if settings.get(name)}
+    made = lora_config(
+        model,
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=_dropout(settings),
+        target_modules=modules,
+        target_parameters=parameters,
+        rank_pattern=_pattern({name: pair.rank for name, pair in pairs.items()}, settings["r"], linears),
+        alpha_pattern=_pattern({name: pair.alpha for name, pair in pairs.items()}, settings["lora_alpha"], linears),
+        **options,
+    )
+    made.base_model_name_or_path, made.revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    made.inference_mode = True
+    adapted = get_peft_model(model, made, low_cpu_mem_usage=True)
+    shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    slots = {weight: keys for weight, (_, keys) in _slots(adapted).items()}
+    names, _ = names_for_peft(adapted, list(shapes), spelling)
+    return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}, names
+
+
+def _slots(adapted):
+    """``{weight: (its LoRA layer, (key of lora_A, key of lora_B))}`` of a model with adapters."""
+    slots = {}
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            bare = name.removeprefix(PREFIX).replace(".base_layer", "")
+            weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
+            slots[weight] = module, tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
+    return slots
+
+
+def _refuse_what_peft_misreads(config, settings, modules):
+    """ValueError if PEFT, loading these ``{module in files: (weight, Pair)}``, has other adapters afterwards.
+
+    PEFT has no way to convert the experts of some families: those without a gate, or of a multimodal model. It drops
+    their tensors with a warning.
+    """
+    import peft
+    import transformers
+
+    model = meta_model(config)
+    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
+    given = {name: settings[name] for name in fields if settings.get(name) is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of patterns for readers that know experts by other names
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**copy.deepcopy(given)), low_cpu_mem_usage=True)
+    tensors = {
+        f"{PREFIX}{name}.lora_{x.upper()}.weight": torch.empty(getattr(pair, x).shape, device="meta")
+        for name, (_, pair) in modules.items()
+        for x in "ab"
+    }
+    read, slots = _as_peft_reads(adapted, tensors), _slots(adapted)
+    weights = dict(modules.values())
+    lost = [
+        weight for weight, pair in weights.items() if not _is_read(pair, read, settings, *slots.get(weight, (None, ())))
+    ]
+    if lost:
+        raise ValueError(
+            f"layout: got 'per_expert', but PEFT {peft.__version__} on transformers {transformers.__version__} cannot "
+            f"read {len(lost)} of the {len(weights)} adapted weights of {type(model).__name__} from such a file, such "
+            f"as {lost[0]}; needs layout 'peft', which it reads"
+        )
+
+
+def _is_read(pair, read, settings, layer, keys):
+    """Whether a LoRA layer, None if there is none, gets both of its matrices from a file, and the pair's scaling."""
+    if not keys or any(key not in read for key in keys):
+        return False
+    sizes = [getattr(layer, f"lora_{letter}")["default"].weight.shape for letter in "AB"]
+    scaling = pair.alpha / (pair.rank**0.5 if settings.get("use_rslora") else pair.rank)
+    return [read[key].shape for key in keys] == sizes and math.isclose(layer.scaling["default"], scaling)
+
+
+def _as_peft_reads(adapted, tensors):
+    """``{key: tensor}`` that PEFT makes of ``{name in a file: tensor}`` as it loads an adapter."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return tensors
+    adapter = adapted.active_adapter
+    return convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config[adapter], tensors, adapter)
+
+
+def read_by_peft(adapted, names):
+    """``{name of a tensor in a file: the key that PEFT takes it for as it loads it}``.
+
+    PEFT applies transformers' renames of checkpoints to adapters, to those with names of transformers 5 too, and some
+    families' renames change such names: ``mlp.experts`` to ``mlp.mlp.experts``.
+    """
+    numbered = {name: torch.tensor(i, device="cpu") for i, name in enumerate(names)}
+    keys = {int(number): key for key, number in _as_peft_reads(adapted, numbered).items()}
+    return {name: keys.get(i) for i, name in enumerate(names)}
+
+
+def names_for_peft(adapted, keys, spelling):
+    """Where PEFT does not find a tensor under its own key, the name that checkpoints have for it may be one it finds.
+
+    Returns:
+        ``{key: name in a file}`` of such tensors, and the list of keys that it finds under neither name.
+    """
+    names = {}
+    for key, read in read_by_peft(adapted, keys).items():
+        if read != key:
+            module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
+            names[key] = f"{PREFIX}{spelling.name_in_files(module)}.lora_{rest}"
+    read = read_by_peft(adapted, [names.get(key, key) for key in keys]) if names else {}
+    lost = [key for key, name in names.items() if read[name] != key]
+    return {key: name for key, name in names.items() if key not in lost}, lost
+
+
+def rename_for_peft(adapted, folder=None):
+    """Rename the tensors of the adapter in ``folder``, as PEFT finds them. ``adapted.save_pretrained`` has just written
+    it there, and the folder has not got its final name.
+
+    Without a folder only look whether PEFT can find them. Raises ValueError if it cannot.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    base = adapted.get_base_model()
+    keys = list(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    names, lost = names_for_peft(adapted, keys, ExpertLayout(base))
+    if lost:
+        raise ValueError(
+            f"model: PEFT saves adapters of {type(base).__name__} under names that it takes for others when it loads "
+            f"them ({len(lost)} of {len(keys)} tensors, such as {lost[0]}), needs another model, or targets without "
+            "these"
+        )
+    if names and folder is not None:
+        # copies, because tensors that were read may be views of the file
+        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _dropout(settings):
+    """By either name: with modules per expert it is stock PEFT's own (see :mod:`ktlib.integrations.peft_lora`)."""
+    return settings.get(SAVED_DROPOUT) or settings.get("lora_dropout") or 0.0
+
+
+def _pattern(values, default, linears):
+    """PEFT's pattern table of what differs from the default: by kind for experts that all agree, else by name."""
+    kinds, table = {}, {}
+    for weight, value in values.items():
+        name = weight.removesuffix(".weight")
+        name = name if name in linears else weight
+        _, experts, kind = name.rpartition(".experts.")
+        kinds.setdefault(rf"experts\.{kind}" if experts else name, {})[name] = value
+    for kind, of in kinds.items():
+        of = {kind: next(iter(of.values()))} if len(set(of.values())) == 1 else of
+        table |= {name: value for name, value in of.items() if value != default}
+    return table
+
+
+def check_against_peft(settings, pairs, saved, config):
+    """The LoraConfig and ``{name in the file: Stored}`` of an adapter in PEFT's layout.
+
+    Raises:
+        ValueError: PEFT, asked for these targets, expects other tensors; they are listed.
+    """
+    made, slots, shapes, renamed = _peft_config(settings, pairs, config)
+    tensors = {key: matrix for name, pair in pairs.items() for key, matrix in zip(slots[name], pair[:2], strict=True)}
+    tensors |= saved
+    problems = [f"missing: {key}" for key in shapes if key not in tensors]
+    problems += [f"extra: {key}" for key in tensors if key not in shapes]
+    for key, shape in shapes.items():
+        if key in tensors and tensors[key].shape != shape:
+            problems.append(f"wrong shape: {key} is {tensors[key].shape}, needs {shape}")
+    if problems:
+        raise ValueError(listed(problems, "the adapter is not what PEFT expects"))
+    return made, {renamed.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def write_peft(folder, settings, pairs, saved, config):
+    """A stock PEFT adapter for transformers 5 in ``folder``."""
+    made, tensors = check_against_peft(settings, pairs, saved, config)
+    tensor_files.write(folder / WEIGHTS, tensors)
+    # PEFT keeps the targets in sets and saves them in the order of the set, which changes with Python's hash seed
+    made.target_modules, made.target_parameters = sorted(made.target_modules), sorted(made.target_parameters)
+    made.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------- the other layouts
+
+
+def write_apart(folder, settings, pairs, saved, config, layout, made):
+    """The adapter with one pair per projection: a tensor per expert, or KTransformers' stacks.
+
+    ``made`` is the LoraConfig of the same adapter in PEFT's layout.
+    """
+    model = meta_model(config)
+    spelling = ExpertLayout(model)
+    if layout == "ktransformers" or any(weight in spelling.experts for weight in pairs):
+        spelling.require_per_expert()
+    modules, ours = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {part: Pair of stacks}}
+    for weight, pair in pairs.items():
+        if not (parts := spelling.parts(weight)):
+            modules[spelling.old_name(weight).removesuffix(".weight")] = weight, pair
+            continue
+        apart = _apart(weight, pair, pairs, parts, settings.get("use_rslora"))
+        if weight in spelling.experts and layout == "ktransformers":
+            ours[weight] = apart
+            continue
+        for part, stack in apart.items():
+            for expert in range(stack.a.shape[0]):
+                name = spelling.part_name(Part(weight, part, expert)).removesuffix(".weight")
+                modules[name] = weight, stack._replace(a=_slice(stack.a, expert), b=_slice(stack.b, expert))
+    settings = settings | {"target_parameters": None, "exclude_modules": None, "inference_mode": True}
+    if layout == "ktransformers":
+        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, spelling)
+        stacks = {}
+        for weight, parts in ours.items():
+            layer = weight.partition(".layers.")[2].partition(".")[0]
+            for part, pair in parts.items():
+                stacks |= {f"layers.{layer}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
+        tensor_files.write(folder / FUSED_FILE, stacks)
+    dropout = _dropout(settings)
+    settings.pop(SAVED_DROPOUT, None)
+    if layout == "ktransformers":
+        settings |= targets_in_files(model, spelling, modules, settings) | {"lora_dropout": dropout}
+    else:
+        settings |= targets_in_files(model, spelling, modules, settings, made)
+        _refuse_what_peft_misreads(config, settings, modules)
+        settings |= {"lora_dropout": 0.0, SAVED_DROPOUT: dropout} if made.target_parameters and dropout else {}
+        warn_of_one_scaling(modules, settings)
+    tensors = {}
+    for name, (_, pair) in modules.items():
+        tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
+    if tensors or saved:
+        tensor_files.write(folder / WEIGHTS, tensors | saved)
+    tensor_files.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _slice(stack, expert):
+    return Stored(stack.shape[1:], stack.dtype, lambda: tensor_files.recent(stack)[expert])
+
+
+def _apart(weight, pair, pairs, parts, rslora):
+    """``{part: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout, E = 1 where there are no
+    experts."""
+    rank, alpha = pair.rank, pair.alpha
+    experts, inner = pair.a.shape[0] // rank, pair.a.shape[1]
+    out = pair.b.shape[0] // len(parts)
+
+    def b_of_experts():
+        return tensor_files.recent(pair.b).view(len(parts) * out, rank, experts).permute(2, 0, 1)
+
+    down = pairs.get(weight.replace("gate_up_proj", "down_proj"))
+    half = rank // 2
+    blocks = len(parts) == 2 and rank == 2 * half and (down is None or rank == 2 * down.rank)
+    if blocks:
+        b = b_of_experts()
+        blocks = not b[:, :out, half:].any() and not b[:, out:, :half].any()
+    width = half if blocks else rank
+    if blocks:  # undo what the import did, to the same integer
+        alpha = alpha / 2**0.5 if rslora else alpha / 2
+        alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+    result = {}
+    for i, part in enumerate(parts):
+        columns = slice(i * width, (i + 1) * width) if blocks else slice(None)
+        rows = slice(i * out, (i + 1) * out)
+
+        def load_a(columns=columns):
+            return tensor_files.recent(pair.a).view(experts, rank, inner)[:, columns]
+
+        def load_b(rows=rows, columns=columns):
+            return b_of_experts()[:, rows, columns]
+
+        a = Stored((experts, width, inner), pair.a.dtype, load_a)
+        result[part] = Pair(a, Stored((experts, out, width), pair.b.dtype, load_b), width, alpha)
+    return result
+
+
+def _one_rank_and_alpha(ours, settings, spelling):
+    """``(rank, alpha)`` of all experts; ValueError if KTransformers cannot have these adapters."""
+    lacking = [name for name in spelling.experts if name not in ours]
+    kinds = {(pair.rank, pair.alpha) for parts in ours.values() for pair in parts.values()}
+    if lacking:
+        more = " ..." if len(lacking) > 4 else ""
+        raise ValueError(f"layout: ktransformers adapts all experts, not adapted are {', '.join(lacking[:4])}{more}")
+    if len(kinds) > 1:
+        raise ValueError(f"layout: ktransformers has one rank and alpha for all experts, here are {sorted(kinds)}")
+    if settings.get("use_rslora"):
+        raise ValueError("layout: ktransformers has no rslora")
+    return kinds.pop()

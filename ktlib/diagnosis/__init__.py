@@ -1,0 +1,1 @@
+"""What is wrong with an adapter, a model or a run."""

@@ -1,0 +1,499 @@
+"""Find the first value that stops being finite, in forward or backward, and say where and why.
+
+>>> with trace_nonfinite(model):
+...     model(**batch).loss.backward()
+NonFinite: forward: model.layers.1.mlp.experts, stage gate, expert 5, token 17 (row 1, position 5) ...
+
+Every watched module's result is summed, and in backward the gradient that reaches every layer, which is cheap. Only if
+a sum is not finite is anything looked at more closely: the layer's backward is run again with a look at every module,
+and routed experts are computed again, stage by stage, from their own inputs (``ktlib.reference.stages``).
+"""
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ktlib.integrations.transformers_experts import is_experts, layout
+from ktlib.reference import stages
+
+MAX_NAMES = 1000  # of contaminated modules kept
+
+
+class NonFinite(FloatingPointError):
+    """Raised at the first non-finite value; ``finding`` says where."""
+
+    def __init__(self, finding):
+        super().__init__(str(finding))
+        self.finding = finding
+
+
+@dataclass
+class Finding:
+    """One place where finite values became non-finite. ``print`` it for a report; ``to_dict()`` for JSON."""
+
+    phase: str  # "forward", "backward", "gradient", "loss" or "parameter"
+    module: str
+    stage: str
+    reason: str
+    expert: int | None = None
+    token: int | None = None  # index into the flattened batch
+    position: tuple[int, int] | None = None  # (row, column) of the batch
+    token_id: int | None = None
+    tensors: list[dict] = field(default_factory=list)
+
+    def __str__(self):
+        where = f"{self.phase}: {self.module}, {self.stage}"
+        if self.expert is not None:
+            where += f", expert {self.expert}"
+        if self.token is not None:
+            where += f", token {self.token}"
+        if self.position is not None:
+            where += f" (row {self.position[0]}, position {self.position[1]}, id {self.token_id})"
+        rows = [("tensor", "dtype", "device", "shape", "NaN", "Inf", "finite values")]
+        for t in self.tensors:
+            span = "none" if t["min"] is None else f"{t['min']:.4g} .. {t['max']:.4g}"
+            shape = "x".join(map(str, t["shape"])) or "scalar"
+            rows.append((t["name"], t["dtype"], t["device"], shape, str(t["nan"]), str(t["inf"]), span))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([where, f"why: {self.reason}", *(table if self.tensors else [])])
+
+    def to_dict(self):
+        return asdict(self)
+
+
+@contextlib.contextmanager
+def trace_nonfinite(model, *, stop=True, backward=True):
+    """Watch every module of ``model`` for non-finite results while the block runs.
+
+    Args:
+        model: any transformers or PEFT model.
+        stop: raise :class:`NonFinite` at the first one. False: go on and keep notes in the :class:`Tracer` that the
+            block receives: ``causes``, where finite inputs gave a non-finite result, and ``contaminated``, the names
+            of modules whose inputs were already bad.
+        backward: also watch gradients.
+
+    Results and gradients are bit for bit those without it. Memory: the inputs of every layer are kept until its
+    backward, as gradient checkpointing does.
+    """
+    tracer = Tracer(model, stop, backward)
+    tracer.install()
+    try:
+        yield tracer
+    finally:
+        tracer.remove()
+
+
+class Tracer:
+    """What ``trace_nonfinite`` yields. ``first`` is the first finding or None."""
+
+    def __init__(self, model, stop=True, backward=True):
+        self.model, self.stop, self.backward = model, stop, backward
+        self.causes, self.contaminated = [], []
+        self._pending, self._handles, self._installed = [], [], True
+        self._input_ids, self._labels, self._callback_queued, self._last = None, None, False, None
+
+    @property
+    def first(self):
+        return self.causes[0] if self.causes else None
+
+    def report(self):
+        """All causes and, in the order they were hit, the modules that were only contaminated."""
+        if not self.causes:
+            return "all values were finite"
+        text = "\n\n".join(map(str, self.causes))
+        if self.contaminated:
+            shown = ", ".join(self.contaminated[:4]) + (" ..." if len(self.contaminated) > 4 else "")
+            text += f"\n\ncontaminated afterwards: {len(self.contaminated)} modules ({shown})"
+        return text
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
+
+    def install(self):
+        keep = self._handles.append
+        keep(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        blocks = _blocks(self.model)
+        inside = tuple(f"{name}." for name in blocks)
+        for name, module in watched(self.model):
+            fine = self.backward and not name.startswith(inside)
+            keep(module.register_forward_hook(self._after_forward(name, is_experts(module), fine), with_kwargs=True))
+        for name, block in blocks.items():
+            keep(block.register_forward_hook(self._after_block(name), with_kwargs=True))
+        keep(self.model.register_forward_hook(self._end))
+
+    def remove(self):
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._pending, self._installed = [], [], False
+
+    def _begin(self, module, args, kwargs):
+        self._last = None
+        self._pending, self._callback_queued = [], False
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.dim() == 2:
+            self._input_ids = ids
+        self._labels = kwargs.get("labels")
+
+    def _after_forward(self, name, experts, fine):
+        def hook(module, args, kwargs, output):
+            results = _floats(output)
+            for result in results:
+                self._watch(result, "forward", name, module, (args, kwargs))
+            if experts:
+                self.check()
+            if fine and results and results[0].grad_fn is not None:
+                self._watch_backward(name, module, results[0], args, (args, kwargs) if experts else None)
+
+        return hook
+
+    def _after_block(self, name):
+        def hook(block, args, kwargs, output):
+            self.check()
+            result = next((t for t in _floats(output) if t.grad_fn is not None), None)
+            if self.backward and result is not None:
+                given = _detached((args, kwargs))
+                result.register_hook(lambda gradient: self._arrives(name, block, given, gradient))
+
+        return hook
+
+    def _arrives(self, name, block, given, gradient):
+        """The cheap look of backward: one gradient per block. The bad one was made in the block looked at before."""
+        if not self._installed:
+            return
+        if _is_finite(gradient):
+            self._last = name, block, given, gradient
+        elif self.causes:
+            self._note(name)
+        else:
+            self._search_last()
+
+    def _search_last(self):
+        """Run the last block with a finite gradient once more, with a look at every module's gradients."""
+        if self._last is None:
+            self._add(Finding("backward", "the model", "loss", "its gradient is not finite"))
+            return
+        from transformers import Cache  # here, because it takes seconds to import
+
+        name, block, (args, kwargs), gradient = self._last
+        # The second run must not write into the cache. It is known by its type: its argument had several names.
+        args = [None if isinstance(value, Cache) else value for value in args]
+        kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+        hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point())
+        hidden.requires_grad_()
+        inner = Tracer(block, stop=False)
+        inner._input_ids, self._installed = self._input_ids, False
+        inner.install()
+        checkpointing = vars(block).get("gradient_checkpointing")
+        block.gradient_checkpointing = False
+        try:
+            with torch.enable_grad():
+                torch.autograd.grad(_floats(block(*args, **kwargs))[0], hidden, gradient)
+        finally:
+            inner.remove()
+            del block.gradient_checkpointing
+            if checkpointing is not None:
+                block.gradient_checkpointing = checkpointing
+            self._installed = True
+        finding = inner.first or Finding("backward", "", "gradient of input", "made between modules of this layer")
+        finding.module = short(f"{name}.{finding.module}".rstrip("."))
+        self._add(finding)
+
+    def _watch_backward(self, name, module, result, args, arguments):
+        """Look at the gradients that leave ``module``, on the edges of the graph: nothing is inserted into it."""
+        edges = _edges([t for t in args if isinstance(t, torch.Tensor) and t.requires_grad], result.grad_fn)
+        if not edges:
+            return
+        arguments = arguments and _detached(arguments)
+        came, left, number = [], [len(edges)], result.output_nr
+
+        def arrives(gradients):
+            came[:] = [gradients[number]] if self._installed and gradients[number] is not None else []
+
+        def leaves(index):
+            def hook(gradients, _):
+                if self._installed and gradients[index] is not None:
+                    self._watch(gradients[index], "backward", name, module, (tuple(came), arguments))
+                    if len(self._pending) >= 64:
+                        self.check()
+                left[0] -= 1
+                if not left[0]:
+                    came.clear()
+
+            return hook
+
+        result.grad_fn.register_prehook(arrives)
+        for node, index in edges:
+            node.register_hook(leaves(index))
+
+    def _end(self, module, args, output):
+        self.check()
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, torch.Tensor) and not _is_finite(loss):
+            self._found([loss], "loss", "the model", module, _floats(output.get("logits")))
+
+        result = next((t for t in _floats(output) if t.grad_fn is not None), None)
+        if self.backward and result is not None:
+            result.register_hook(self._at_the_end_of_backward)
+
+    def _watch(self, result, phase, name, module, given):
+        """Judge what lies on the CPU now; look at the rest later, all together, for each look waits for the device."""
+        total = _sum(result)
+        if not total.is_cpu:
+            self._pending.append((total, result, phase, name, module, given))
+        elif not math.isfinite(total) and not _is_finite(result):
+            self.check()
+            self._found([result], phase, name, module, given)
+
+    def _at_the_end_of_backward(self, _):
+        if self._installed and not self._callback_queued:
+            self._callback_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_whole_backward)
+
+    def _after_whole_backward(self):
+        """Gradients of parameters: bad ones that no module's gradients explain, the first in the order of backward."""
+        self._callback_queued = False
+        self.check()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        bad = bad_ones([(name, p.grad) for name, p in named])
+        if bad and not self.causes and self._last and all(name.startswith(f"{self._last[0]}.") for name, _ in bad):
+            self._search_last()  # the first block: no gradient leaves it
+        for name, gradient in reversed(bad):
+            self._found([gradient], "gradient", name, None, ())
+        self._last = None
+
+    def check(self):
+        """Look at what was only summed so far (on a GPU). Done at every layer's end; call it if you like."""
+        pending, self._pending = self._pending, []
+        by_device = {}
+        for total, *_ in pending:
+            by_device.setdefault(total.device, []).append(total.float())
+        if all(bool(torch.stack(totals).isfinite().all()) for totals in by_device.values()):
+            return
+        for _, result, *entry in pending:
+            if not _is_finite(result):
+                self._found([result], *entry)
+
+    # ---- after the detector fired -----------------------------------------------------------------------------------
+
+    def _found(self, results, phase, name, module, given):
+        name, inputs = short(name), _floats(given[0] if phase == "backward" else given)
+        came_in_bad = not all(map(_is_finite, inputs))
+        if self.causes and (came_in_bad or phase in ("loss", "gradient")):
+            self._note(name)
+            return
+        finding = Finding(phase, name, "", "")
+        if phase == "gradient":
+            finding.stage, finding.reason = "gradient of the parameter", "gradients that reached its module were finite"
+            finding.expert = self._expert_of(name, results[0])
+        elif phase == "loss":
+            finding.stage, finding.reason = "loss", "the logits are " + ("not finite" if came_in_bad else "finite")
+        elif is_experts(module):
+            self._search_experts(finding, module, given)
+        elif came_in_bad:
+            finding.stage = "input" if phase == "forward" else "gradient of output"
+            finding.reason = "came in like this from operations between modules; every module before it was finite"
+        else:
+            finding.stage = "output" if phase == "forward" else "gradient of input"
+            bad = [n for n, p in module.named_parameters() if not _is_finite(p)]
+            finding.reason = f"{', '.join(bad[:3])} of it not finite" if bad else "its input and parameters are finite"
+        self._locate_token(finding, inputs if finding.stage == "input" else results)
+        if not (is_experts(module) and finding.tensors and phase == "forward"):
+            finding.tensors += _describe_all("input" if phase != "backward" else "gradient of output", inputs)
+        finding.tensors += _describe_all("result" if phase != "backward" else "gradient of input", results)
+        if isinstance(module, torch.nn.Module) and not is_experts(module) and phase != "loss":
+            finding.tensors += [describe(short(n), p) for n, p in module.named_parameters()]
+        self._add(finding)
+
+    def _note(self, name):
+        if name not in self.contaminated and len(self.contaminated) < MAX_NAMES:
+            self.contaminated.append(name)
+
+    def _add(self, finding):
+        labels, batch = self._labels, self._input_ids
+        from_loss = not self.causes and finding.stage in ("loss", "gradient of output")
+        if from_loss and isinstance(labels, torch.Tensor) and not (labels != -100).any():
+            finding.module, finding.stage = "the batch", "no trained token: its labels are all -100"
+            finding.reason = "the loss is a mean over no tokens, 0 / 0"
+            if batch is not None:
+                starts = [row[:16].tolist() for row in batch[:4]]
+                finding.reason += f"; its {len(batch)} rows begin with the token ids {starts}"
+        self.causes.append(finding)
+        if self.stop:
+            raise NonFinite(finding)
+
+    def _search_experts(self, finding, module, given):
+        gradient = None
+        if finding.phase == "backward":
+            came, given = given
+            gradient = came[0].detach().to(module.down_proj.device).flatten(0, -2) if came else None
+        layer = experts_arguments(module, *given)
+        finding.stage = "output" if finding.phase == "forward" else "gradient of input"
+        if layer is None or finding.phase == "backward" and gradient is None:
+            finding.reason = "its experts are not of the layout that can be computed stage by stage"
+            return
+        place = stages.locate(layer, module._apply_gate, gradient)
+        finding.tensors += [describe(name, value) for name, value in _operands(layer)]
+        if place is None:
+            undropped = " without dropout" if given[1].get("lora_dropout") else ""  # its masks are not known here
+            finding.reason = (
+                "inputs, weights and adapters are finite, and so is the same layer computed again in plain torch"
+                f"{undropped}: look for memory (stale or overlapping buffers) in the experts implementation, not for "
+                "numerics" + (", unless values are near the end of their range" if undropped else "")
+            )
+            return
+        finding.stage, finding.expert, finding.token, finding.reason = (
+            place.stage, place.expert, place.token, place.reason,
+        )  # fmt: skip
+        finding.tensors.append(describe(f"{place.stage} of the token", place.values))
+
+    def _locate_token(self, finding, tensors):
+        batch = self._input_ids
+        if finding.token is None and batch is not None and finding.phase in ("forward", "backward"):
+            for tensor in tensors:
+                if tensor.dim() >= 2 and tensor.shape[:-1].numel() == batch.numel():
+                    rows = (~tensor.detach().flatten(0, -2).isfinite()).any(dim=-1).nonzero()
+                    finding.token = int(rows[0]) if len(rows) else None
+                    break
+        if finding.token is not None and batch is not None and finding.token < batch.numel():
+            finding.position = divmod(finding.token, batch.shape[1])
+            finding.token_id = int(batch.flatten()[finding.token])
+
+    def _expert_of(self, name, gradient):
+        """The first expert whose rows (lora_A) or columns (lora_B) of a stacked gradient are not finite."""
+        owner = next((m for n, m in self.model.named_modules() if name.startswith(f"{short(n)}.lora_") and n), None)
+        weight = owner.get_param() if hasattr(owner, "get_param") else None
+        if weight is None or weight.dim() != 3 or gradient.dim() != 2:
+            return None
+        row, column = (~gradient.isfinite()).nonzero()[0].tolist()
+        experts = weight.shape[0]
+        return column % experts if ".lora_B" in name else row // (gradient.shape[0] // experts)
+
+
+def watched(model):
+    """``(name, module)`` whose results are looked at: adapted layers, experts, and modules with weights of their own.
+
+    The inside of an adapted layer or of experts is not watched: it is searched when its result is bad.
+    """
+    done = ()
+    for name, module in model.named_modules():
+        if name.startswith(done):
+            continue
+        if ".lora_" in name:
+            continue
+        wraps_experts = hasattr(module, "get_base_layer") and is_experts(module.get_base_layer())
+        is_adapted = hasattr(module, "base_layer") and not wraps_experts
+        if is_experts(module) or is_adapted or next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+        if is_experts(module) or is_adapted:
+            done += (f"{name}.",)
+
+
+def _blocks(model):
+    """The repeated layers of a model by name: members of a ModuleList that is not itself inside one."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not name.startswith(tuple(f"{block}." for block in found)):
+            found |= {f"{name}.{child}": block for child, block in module.named_children()}
+    return found
+
+
+def experts_arguments(module, args, kwargs):
+    """Arguments of ``moe_experts`` (on the CPU) of one call of an experts module, without those that say what its gate
+    is; None if its experts have no gate, or a norm behind them."""
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or len(args) < 3:
+        return None
+    device = module.down_proj.device
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    layer = {name: value.detach().to(device) for name, value in zip(names, args, strict=False)}
+    layer["hidden_states"] = layer["hidden_states"].flatten(0, -2)
+    layer |= {"gate_up_proj": module.gate_up_proj.detach(), "down_proj": module.down_proj.detach()}
+    layer |= {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in layout(module).items()}
+    for name in ("gate_up_lora", "down_lora"):
+        lora = kwargs.get(name)
+        layer[name] = lora and (lora[0].detach().to(device), lora[1].detach().to(device), lora[2])
+    return layer
+
+
+def describe(name, tensor):
+    """Name, dtype, device, shape, counts of NaN and Inf, and the range of the finite values, as a dict."""
+    tensor = tensor.detach()
+    good = tensor[tensor.isfinite()]
+    return {
+        "name": name,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "device": str(tensor.device),
+        "shape": list(tensor.shape),
+        "nan": int(tensor.isnan().sum()),
+        "inf": int(tensor.isinf().sum()),
+        "min": good.min().item() if good.numel() else None,
+        "max": good.max().item() if good.numel() else None,
+    }
+
+
+def short(name):
+    """A module's or parameter's name as in the bare model, without PEFT's wrapping."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
+
+
+def _operands(layer):
+    for name in ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj"):
+        yield name, layer[name]
+    for name in ("gate_up_lora", "down_lora"):
+        if layer[name] is not None:
+            yield f"{name} A", layer[name][0]
+            yield f"{name} B", layer[name][1]
+    for name in ("gate_up_bias", "down_bias"):
+        if layer[name] is not None:
+            yield name, layer[name]
+
+
+def _describe_all(name, tensors):
+    return [describe(name, tensor) for tensor in tensors]
+
+
+def _edges(tensors, root):
+    """``(node, index)`` of the autograd graph from ``root`` down, where the gradients of ``tensors`` come out."""
+    targets = {(edge.node, edge.output_nr) for edge in map(torch.autograd.graph.get_gradient_edge, tensors)}
+    found, seen, stack = [], {root}, [root] if targets else []
+    while stack:
+        node = stack.pop()
+        for index, edge in enumerate(node.next_functions):
+            if edge in targets:
+                found.append((node, index))
+            elif edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+    return found
+
+
+def _floats(values):
+    leaves = [values] if isinstance(values, torch.Tensor) else tree_leaves(values)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+
+
+def _detached(values):
+    return torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, values)
+
+
+def _sum(tensor):
+    """Not finite if any element is not; the reverse (an overflow of the sum) is checked for before it counts."""
+    tensor = tensor.detach()
+    return tensor.sum(dtype=torch.float32) if tensor.dtype == torch.float16 else tensor.sum()
+
+
+def _is_finite(tensor):
+    return math.isfinite(_sum(tensor).item()) or bool(tensor.detach().isfinite().all())
+
+
+def bad_ones(named):
+    """Those of ``(name, tensor)`` that are not finite, after one look at the norms of all."""
+    by_device = {}
+    for _, tensor in named:
+        by_device.setdefault(tensor.device, []).append(tensor.detach())
+    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in by_device.values()]
+    if all(bool(one.isfinite().all()) for one in norms):
+        return []
+    return [(name, tensor) for name, tensor in named if not _is_finite(tensor)]

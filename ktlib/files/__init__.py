@@ -1,0 +1,1 @@
+"""Files larger than memory, and files that appear whole or not at all."""

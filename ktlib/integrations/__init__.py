@@ -1,0 +1,1 @@
+"""The seams into transformers and PEFT, one file for each."""

@@ -1,0 +1,287 @@
+"""The seam into transformers: ``experts_implementation="ktlib"``.
+
+transformers 5 keeps the routed experts of a layer as two 3-D parameters and dispatches their forward through
+``transformers.integrations.moe.ExpertsInterface``. Registering one function there is the whole integration: no module
+is replaced, wrapped or emptied, and the same function serves every model family whose experts hold
+
+    gate_up_proj (E, 2I, H) and down_proj (E, H, I) in bf16, or both transposed; biases or none;
+    gates and ups one after the other or alternating; a gate that the operator has (found by its values)
+
+Anything else runs a stock implementation, and one line of the log says so per model and reason.
+"""
+
+import functools
+import importlib.machinery
+import logging
+import math
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from ktlib import reference
+from ktlib.operator import checks
+from ktlib.operator.moe_experts import moe_experts
+
+IMPLEMENTATION = "ktlib"
+_INTERFACE = "transformers.integrations.moe"
+WEIGHTS = ("gate_up_proj", "down_proj")
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
+def is_experts(module):
+    """True for a module whose forward goes through transformers' experts interface, whatever the family."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def experts_forward(
+    self, hidden_states, top_k_index, top_k_weights, gate_up_lora=None, down_lora=None, lora_dropout=0.0
+):
+    """The registered function; ``self`` is the stock experts module.
+
+    Args:
+        hidden_states: (tokens, hidden), bf16 or fp32.
+        top_k_index: (tokens, k), integers.
+        top_k_weights: (tokens, k), floating point.
+        gate_up_lora, down_lora: ``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` in PEFT's layout, or None. They
+            come as keyword arguments from :class:`ktlib.integrations.peft_lora.ParamWrapper`, so nothing is left behind
+            on a module.
+        lora_dropout: on the inputs of both, as in :func:`ktlib.moe_experts`.
+
+    Returns:
+        (tokens, hidden) in hidden_states' dtype and on its device.
+
+    Raises:
+        RuntimeError: LoRA factors came with experts that the operator does not serve (they are never dropped).
+    """
+    reason = unserved(self, hidden_states)
+    if reason is not None:
+        if gate_up_lora is not None or down_lora is not None:
+            raise RuntimeError(f"LoRA factors given to {type(self).__name__}, which ktlib does not serve: {reason}")
+        name, forward = stock_forward(self)
+        warn_once(self, f"using transformers' {name} experts instead of ktlib: {reason}")
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+    if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
+        top_k_weights = top_k_weights.float()
+    return moe_experts(
+        hidden_states,
+        top_k_index.long(),
+        top_k_weights,
+        self.gate_up_proj,
+        self.down_proj,
+        gate_up_lora,
+        down_lora,
+        lora_dropout=lora_dropout,
+        **layout(self),
+        **gate_of(self),
+        parts=getattr(self, "ktlib_parts", 1),
+        stream_rows=getattr(self, "ktlib_stream_rows", None),
+    )
+
+
+def layout(experts):
+    """How a stock experts module stores its parameters, as keyword arguments of the operator: biases and flags."""
+    biases = [getattr(experts, name) if experts.has_bias else None for name in BIASES]
+    return {
+        "gate_up_bias": biases[0],
+        "down_bias": biases[1],
+        "transposed": experts.is_transposed,
+        "interleaved": not getattr(experts, "is_concatenated", True),
+    }
+
+
+def unsupported(experts):
+    """Why the operator cannot compute experts of this class and config, whatever their weights, in words; or None."""
+    if (reason := _other_form(experts)) is not None:
+        return reason
+    return f"its gate is none of {', '.join(checks.GATES)}" if gate_of(experts) is None else None
+
+
+def _other_form(experts):
+    if not experts.has_gate:
+        return "its experts have no gate"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "its experts end in a norm"
+    return None
+
+
+def unserved(experts, hidden_states):
+    """Why the operator cannot compute this call, in words; None if it can."""
+    if (reason := _other_form(experts)) is not None:
+        return reason
+    if getattr(experts, "_is_expert_parallel", False):
+        return "its experts are distributed over processes"
+    for name in WEIGHTS:
+        weight = _stored(experts, name)
+        if weight.dtype != torch.bfloat16:
+            return (
+                f"{name} is {weight.dtype}, the operator takes torch.bfloat16: load the model with dtype='bfloat16' "
+                "(for TRL to do it: model_init_kwargs={'dtype': 'bfloat16'})"
+            )
+        if weight.device.type != "cpu":
+            return f"{name} is on {weight.device}, the operator takes CPU weights"
+        if not weight.is_contiguous():
+            return f"{name} is not contiguous"
+    for name in BIASES if experts.has_bias else ():
+        if getattr(experts, name).dtype not in (torch.bfloat16, torch.float32):
+            return f"{name} is {getattr(experts, name).dtype}, the operator takes torch.bfloat16 or torch.float32"
+    if hidden_states.dtype not in (torch.bfloat16, torch.float32):
+        return f"hidden_states are {hidden_states.dtype}, the operator takes torch.bfloat16 or torch.float32"
+    if (reason := unsupported(experts)) is not None:
+        return reason
+    if hasattr(experts, "parametrizations"):
+        return "stock PEFT adapters build its dense W + BA; ktlib.factor_adapters(model) switches to the factored path"
+    return None
+
+
+def _stored(experts, name):
+    """A weight as it is stored: an attribute access computes W + BA while stock PEFT parametrizes it."""
+    parametrized = getattr(experts, "parametrizations", {})
+    return parametrized[name].original if name in parametrized else getattr(experts, name)
+
+
+def _own_class(experts):
+    """The class of an experts module. torch makes a new subclass of it whenever it parametrizes the module."""
+    return type(experts).__base__ if hasattr(experts, "parametrizations") else type(experts)
+
+
+def stock_forward(experts):
+    """``("grouped_mm" | "eager", function)``: the fastest stock implementation that can run these experts."""
+    # torch.nn.functional.grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
+    weights = [w for w in experts.parameters() if w.dim() == 3]
+    if all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:]):
+        return "grouped_mm", sys.modules[_INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return "eager", type(experts).forward.__wrapped__
+
+
+def gate_of(experts):
+    """What ``experts._apply_gate`` computes, found by calling it: keyword arguments of the operator, None if it has no
+    such gate.
+
+    The answer is kept per gate function, activation and their plain settings, so that replacing the activation of a
+    model is noticed at its next forward.
+    """
+    found = _known_gate(experts)
+    return None if found is None else dict(zip(("gate", "limit", "alpha"), found, strict=True))
+
+
+def _known_gate(experts):
+    key = _gate_key(experts)
+    if key not in _gates:
+        # The first call may come under torch.export, FakeTensorMode, torch.jit.trace, vmap or autocast. Each holds for
+        # the thread that entered it, so that in another thread the probe computes with real tensors, and is not traced.
+        with ThreadPoolExecutor(1) as thread:
+            _gates[key] = thread.submit(_probe_gate, experts).result()
+    return _gates[key]
+
+
+_gates = {}
+
+
+@functools.cache
+def _keep_out_of_graphs():
+    """In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one).
+    What is logged is logged while the graph is made.
+
+    Before 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another
+    begins after it. Either imports torch's compiler, which transformers does too, but ``import ktlib`` should not.
+    """
+    global _known_gate, _log_once
+    new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    keep_out = torch.compiler.assume_constant_result if new_torch else torch.compiler.disable
+    _known_gate, _log_once = keep_out(_known_gate), keep_out(_log_once)
+
+
+def _activations(experts):
+    return [module for name, module in experts.named_children() if name != "parametrizations"]
+
+
+def _gate_key(experts):
+    """What the gate can depend on: functions and plain settings of the experts module and of its activation."""
+    children = _activations(experts)
+    settings = [
+        (name, value)
+        for module in (experts, *children)
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) or (callable(value) and not name.endswith("forward"))
+    ]
+    return _own_class(experts), type(experts)._apply_gate, *map(type, children), *settings
+
+
+@torch.no_grad()
+def _probe_gate(experts):
+    """``(gate, limit, alpha)`` or None. Numbers that the module itself holds, such as its ``limit``, are tried as limit
+    and alpha: they are exact. A gate with tensors of its own is None, whatever they hold now: they may be trained.
+    """
+    if any(child.state_dict() for child in _activations(experts)):
+        return None
+    values = torch.linspace(-20, 20, 401, device="cpu", dtype=torch.float64)
+    powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
+    values = torch.cat([values, powers, -powers])
+    gate, up = values.repeat(3), torch.cat([values.roll(1), values.flip(0), values])
+    width = _stored(experts, "down_proj").shape[1 if experts.is_transposed else 2]
+    rows = torch.arange(-(-gate.numel() // width) * width, device="cpu").reshape(-1, width) % gate.numel()
+    gate, up = gate[rows], up[rows]
+    alternate = layout(experts)["interleaved"]
+    got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
+    numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
+    for name in checks.GATES:
+        for limit in (None, *numbers):
+            for alpha in (None, *numbers) if name == "swiglu_oai" else (None,):
+                want = reference.apply_gate(gate, up, name, limit, alpha)
+                if got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5):
+                    return name, limit, alpha
+    return None
+
+
+def warn_once(experts, message):
+    """Log a warning about an experts module, once for all such modules of a model.
+
+    It goes to the logger "ktlib", by default as one line on stderr. Python's ``warnings`` would show it once per
+    process, however many models follow, and not where a script ignores warnings.
+    """
+    _log_once(experts.config, f"{_own_class(experts).__name__}: {message}")
+
+
+def _log_once(config, message):
+    if (id(config), message) not in _logged:
+        _logged[id(config), message] = config
+        logging.getLogger("ktlib").warning("ktlib: %s", message)
+
+
+_logged = weakref.WeakValueDictionary()  # an entry goes with the model's config, after which another may have its id
+
+
+class _RegisterOnImport:
+    """Registers when transformers imports its experts interface, which costs 1.5 s that ``import ktlib`` saves."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _INTERFACE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register_with(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_with(interface):
+    interface.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+    _keep_out_of_graphs()
+
+
+def register():
+    """Make ``experts_implementation="ktlib"`` known to transformers, now or when its interface is first imported."""
+    if _INTERFACE in sys.modules:
+        _register_with(sys.modules[_INTERFACE])
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
+
+
+register()

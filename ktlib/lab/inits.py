@@ -1,0 +1,99 @@
+"""Initialisations of LoRA's A, and the experiment that compares them."""
+
+import math
+import statistics
+
+import torch
+
+from ktlib.names import component
+from ktlib.training import sft
+
+
+def kaiming(a, generator):
+    """PEFT's default for ``a (rank, in)``: uniform within 1/sqrt(in)."""
+    return _uniform(a, 1 / math.sqrt(a.shape[-1]), generator)
+
+
+def kaiming_3d(a, generator):
+    """The same function on a stack ``(experts, rank, in)``: torch takes rank * in for the fan-in."""
+    return _uniform(a, 1 / math.sqrt(a.shape[-2] * a.shape[-1]), generator)
+
+
+def hundredth(a, generator):
+    """randn / 100, as in the kernel test of the system that ktlib replaces."""
+    return torch.randn(a.shape, generator=generator) / 100
+
+
+def gaussian(a, generator):
+    """PEFT's "gaussian": standard deviation 1 / rank."""
+    return torch.randn(a.shape, generator=generator) / a.shape[-2]
+
+
+def orthogonal(a, generator):
+    """Rows of length 1, at right angles where there are no more rows than columns."""
+    square = torch.randn(*a.shape[:-2], *sorted(a.shape[-2:], reverse=True), generator=generator)
+    q = torch.linalg.qr(square).Q
+    return q if q.shape == a.shape else q.mT
+
+
+def _uniform(a, bound, generator):
+    return (2 * torch.rand(a.shape, generator=generator) - 1) * bound
+
+
+INITS = {
+    "kaiming": kaiming,
+    "kaiming, 3-D stack": kaiming_3d,
+    "randn/100": hundredth,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "kaiming x10": lambda a, generator: 10 * kaiming(a, generator),
+    "kaiming x1000": lambda a, generator: 1000 * kaiming(a, generator),
+}
+
+
+def initialise(model, init, rank, seed=0):
+    """Draw every LoRA A of a PEFT model anew from ``INITS[init]``, expert by expert in stacks, and set B to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            stack = parameter.data.view(-1, rank, parameter.shape[-1])
+            drawn = torch.stack([INITS[init](matrix, generator) for matrix in stack])
+            if init == "kaiming, 3-D stack" and component(name) != "routed_experts":
+                drawn = torch.stack([kaiming(matrix, generator) for matrix in stack])
+            stack.copy_(drawn)
+        elif "lora_B" in name:
+            parameter.data.zero_()
+    return model
+
+
+def prepare(rows, *, rank=8, targets="attention+experts+shared"):
+    """``(model, examples, collate)`` for :func:`train`: the embedded model with adapters, and tokenised rows."""
+    model, tokenizer = sft.load_model("base")
+    return sft.add_lora(model, targets, rank=rank), sft.encode(tokenizer, rows, 128), sft.collator(tokenizer)
+
+
+def train(prepared, init, learning_rate, seed, *, rank=8, steps=12, batch_size=8):
+    """Losses (list of float, nats per response token) of a short AdamW run from ``init``; ``seed`` draws A and data.
+
+    Examples come in a random order, and once more in the same if there are fewer than ``steps * batch_size``.
+    """
+    model, examples, collate = prepared
+    initialise(model, init, rank, seed)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order *= math.ceil(steps * batch_size / len(order))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []
+    for step in range(steps):
+        loss = model(**collate([examples[i] for i in order[step * batch_size : (step + 1) * batch_size]])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def summary(curves):
+    """``{key: (mean, standard deviation)}`` over seeds of the mean loss of the last quarter of each run's steps."""
+    ends = {key: [statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in of] for key, of in curves.items()}
+    return {key: (statistics.fmean(e), statistics.stdev(e) if len(e) > 1 else 0.0) for key, e in ends.items()}

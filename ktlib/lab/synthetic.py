@@ -1,0 +1,172 @@
+"""Checkpoints of true size without a download: real architectures with pseudo-random weights.
+
+For measuring memory and speed, and for rehearsing a run before the real weights are there. The values are windows of
+one pool of normal numbers, a different window for every 4M elements, because that is as fast as memory: a model of
+31 GB is made in seconds. The loss of such a model can be trained down; its text means nothing.
+"""
+
+import copy
+import functools
+import json
+import zlib
+from pathlib import Path
+
+import torch
+
+from ktlib.files import ownership, tensor_files
+
+POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
+CHUNK = 2**22
+
+
+def deepseek_v2_lite(**changes):
+    """Config of DeepSeek-V2-Lite: 15.7e9 parameters, 27 layers (the first dense), 64 experts of width 1408, top-6.
+
+    ``changes`` are entries of ``transformers.DeepseekV2Config``, such as ``num_hidden_layers=4``.
+    """
+    from transformers import DeepseekV2Config
+
+    return DeepseekV2Config(
+        **{
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.02,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 100000,
+            "eos_token_id": 100001,
+            "tie_word_embeddings": False,
+            **changes,
+        }
+    )
+
+
+def deepseek_v2_small(**changes):
+    """Config of the same architecture with 6e6 parameters: 3 layers, 16 experts of width 128, hidden size 256."""
+    return deepseek_v2_lite(
+        **{
+            "vocab_size": 4000,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 16,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+
+
+def published_config(name):
+    """Config of a published model by the name of its parameter file in ``notebooks/params``, such as "mixtral_8x7b"."""
+    import transformers
+
+    if name == "deepseek_v2_lite":
+        return deepseek_v2_lite()
+    made = {
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(),
+        "mixtral_8x7b": lambda: transformers.MixtralConfig(),
+        "olmoe": lambda: transformers.OlmoeConfig(intermediate_size=1024),
+        "qwen3_30b_a3b": lambda: transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128),
+    }
+    if name not in made:
+        raise ValueError(f"name: got {name!r}, needs one of {', '.join(['deepseek_v2_lite', *made])}")
+    return made[name]()
+
+
+def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="ktlib", progress=True):
+    """A model of this config on the CPU, its weights made in place: no file, no second copy."""
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # models keep it and change it
+    model.set_experts_implementation(experts_implementation)
+    pool = _pool(config, seed)
+    for name, parameter in tqdm(model.named_parameters(), desc="making weights", disable=not progress):
+        fill(parameter.data, name, pool, seed)
+    model.tie_weights()
+    return model.eval()
+
+
+def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True):
+    """Write the same weights as :func:`random_model` makes, as a sharded safetensors checkpoint; returns the folder.
+
+    Experts are fused as transformers holds them, so that ``from_pretrained`` maps the files into memory and copies
+    nothing (a checkpoint with one tensor per expert is stacked at load). At most one tensor is in memory. Each
+    shard appears whole under its name or not at all, and shards that are there already are kept: call it again after an
+    interruption.
+
+    Raises:
+        ValueError: ``folder`` holds shards of another config or seed, or another model or config.
+        OSError: too little space on the disk, said before anything is written.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    pool = functools.cache(lambda: _pool(config, seed))
+    made = {name: _made(name, tensor, pool, seed) for name, tensor in model.state_dict().items() if name not in tied}
+    about = {"seed": seed, "config": json.loads(config.to_json_string())}
+    model.config.architectures = [type(model).__name__]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with ownership.temporary_folder(folder) as saved:
+        model.config.save_pretrained(saved)
+        others = list(saved.iterdir())
+        return tensor_files.write_sharded(
+            folder, tensor_files.shards_of(made), about, "synthetic.json", others, progress
+        )
+
+
+@torch.no_grad()
+def fill(tensor, name, pool, seed=0):
+    """Set a contiguous weight in place to its pseudo-random values: windows of ``pool``, norms one, biases zero."""
+    if tensor.dim() < 2:
+        tensor.fill_(0 if "bias" in name else 1)
+        return
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    for piece in tensor.view(-1).split(CHUNK):
+        start = torch.randint(POOL - CHUNK, (), generator=generator).item()
+        piece.copy_(pool[start : start + len(piece)])
+
+
+def _made(name, tensor, pool, seed):
+    def make():
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fill(made, name, pool(), seed)
+        return made
+
+    return tensor_files.Stored(tuple(tensor.shape), tensor.dtype, make)
+
+
+def _pool(config, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (config.initializer_range * torch.randn(POOL, generator=generator)).bfloat16()

@@ -1,0 +1,244 @@
+"""Inputs for one layer of routed experts, all its outputs and gradients, and how far they are from the reference."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# How far rounding to bf16 changes a vector of ordinary numbers, relative to its L2 norm. A number m * 2**e, m from 1 to
+# 2, changes by at most 2**-8 * 2**e, evenly spread: in the root mean square by 2**-8 / sqrt(3) / m of the number. With
+# mantissas of density 1 / (m * log(2)), as in numbers of many sizes, the mean of 1 / m**2 is 3 / (8 * log(2)).
+ROUNDING = 2**-8 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))
+
+QUANTITIES = (
+    "output",
+    "hidden_states",
+    "top_k_weights",
+    "gate_up lora_A",
+    "gate_up lora_B",
+    "down lora_A",
+    "down lora_B",
+)
+
+
+def random_layer(
+    kind="log",
+    *,
+    tokens=48,
+    experts=64,
+    top_k=6,
+    hidden=2048,
+    intermediate=1408,
+    rank=8,
+    lora_dtype=torch.bfloat16,
+    seed=0,
+):
+    """Arguments of ``moe_experts`` as a dict.
+
+    ``"log"``: weights, LoRA A and inputs randn/100, LoRA B zero, experts drawn evenly; the kernel test of the system
+    that ktlib replaces. ``"trained"``: the scales of a trained model and adapter: inputs of unit size with a few large
+    channels, weights 1/sqrt(fan-in), A uniform as PEFT draws it, B not zero, and a router that prefers few experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "log":
+        hidden_states = normal(tokens, hidden) / 100
+        gate_up_proj, down_proj = (
+            normal(experts, 2 * intermediate, hidden) / 100,
+            normal(experts, hidden, intermediate) / 100,
+        )
+        gate_up_A, down_A = normal(experts * rank, hidden) / 100, normal(experts * rank, intermediate) / 100
+        gate_up_B, down_B = torch.zeros(2 * intermediate, rank * experts), torch.zeros(hidden, rank * experts)
+        logits = normal(tokens, experts)
+    elif kind == "trained":
+        hidden_states = normal(tokens, hidden) * (1 + 20 * (torch.rand(hidden, generator=generator) < 0.005))
+        gate_up_proj = normal(experts, 2 * intermediate, hidden) / math.sqrt(hidden)
+        down_proj = normal(experts, hidden, intermediate) / math.sqrt(intermediate)
+        gate_up_A = (2 * torch.rand(experts * rank, hidden, generator=generator) - 1) / math.sqrt(hidden)
+        down_A = (2 * torch.rand(experts * rank, intermediate, generator=generator) - 1) / math.sqrt(intermediate)
+        gate_up_B, down_B = normal(2 * intermediate, rank * experts) / 50, normal(hidden, rank * experts) / 50
+        logits = normal(tokens, experts) - torch.arange(experts).add(1).log()
+    else:
+        raise ValueError(f"kind: got {kind!r}, need 'log' or 'trained'")
+
+    top_k_weights, top_k_index = logits.softmax(-1).topk(top_k)
+    scaling = 2.0
+    return {
+        "hidden_states": hidden_states.bfloat16(),
+        "top_k_index": top_k_index,
+        "top_k_weights": top_k_weights,
+        "gate_up_proj": gate_up_proj.bfloat16(),
+        "down_proj": down_proj.bfloat16(),
+        "gate_up_lora": (gate_up_A.to(lora_dtype), gate_up_B.to(lora_dtype), scaling),
+        "down_lora": (down_A.to(lora_dtype), down_B.to(lora_dtype), scaling),
+    }
+
+
+def in_float64(layer):
+    """``layer`` with every matrix in float64."""
+    wide = {
+        name: layer[name] if name == "top_k_index" else layer[name].double() for name in layer if "lora" not in name
+    }
+    return wide | {name: (*(m.double() for m in layer[name][:2]), layer[name][2]) for name in layer if "lora" in name}
+
+
+def layers_of(model, input_ids):
+    """One dict of ``moe_experts`` arguments (without LoRA) per MoE layer of ``model``, taken from a real forward."""
+    layers, handles = [], []
+
+    def keep(module, arguments):
+        hidden_states, top_k_index, top_k_weights = (tensor.detach().clone() for tensor in arguments)
+        layers.append(
+            {
+                "hidden_states": hidden_states.reshape(-1, hidden_states.shape[-1]).bfloat16(),
+                "top_k_index": top_k_index,
+                "top_k_weights": top_k_weights,
+                "gate_up_proj": module.gate_up_proj.detach().bfloat16(),
+                "down_proj": module.down_proj.detach().bfloat16(),
+            }
+        )
+
+    for module in model.modules():
+        if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            handles.append(module.register_forward_pre_hook(keep))
+    try:
+        with torch.no_grad():
+            model(input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers
+
+
+def with_lora(layer, rank=8, lora_dtype=torch.bfloat16, seed=0):
+    """``layer`` with random adapters on both projections, B not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    adapted = dict(layer)
+    for name in ("gate_up", "down"):
+        experts, out, inner = layer[f"{name}_proj"].shape
+        lora_A = (2 * torch.rand(experts * rank, inner, generator=generator) - 1) / math.sqrt(inner)
+        lora_B = torch.randn(out, rank * experts, generator=generator) / 50
+        adapted[f"{name}_lora"] = (lora_A.to(lora_dtype), lora_B.to(lora_dtype), 2.0)
+    return adapted
+
+
+def evaluate(function, layer, *, seed=1, **options):
+    """Output and gradients of ``function(**layer)`` as ``{quantity: float64 tensor}``, for a fixed random gradient."""
+    leaves = {name: layer[name].detach().clone().requires_grad_() for name in ("hidden_states", "top_k_weights")}
+    arguments = dict(layer) | leaves
+    for name in ("gate_up", "down"):
+        lora_A, lora_B, scaling = layer[f"{name}_lora"]
+        lora_A, lora_B = (tensor.detach().clone().requires_grad_() for tensor in (lora_A, lora_B))
+        leaves |= {f"{name} lora_A": lora_A, f"{name} lora_B": lora_B}
+        arguments[f"{name}_lora"] = (lora_A, lora_B, scaling)
+    output = function(**arguments, **options)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    output.backward(gradient.to(output))
+    results = {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+    return {name: results[name].double() for name in QUANTITIES}
+
+
+def relative_error(actual, expected, dim=None):
+    """``|actual - expected| / |expected|`` in the L2 norm, over everything or over ``dim``; 0 where both are zero."""
+    difference, size = ((tensor * tensor).sum(dim=dim).sqrt() for tensor in (actual - expected, expected))
+    return torch.where(difference == 0, 0.0, difference / size)
+
+
+def errors(actual, expected):
+    """``{quantity: relative L2 error}``."""
+    return {name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES}
+
+
+def with_roundings(layer, draws=None, seed=0):
+    """What roundings to bf16 make of output and gradients: a list of results of :func:`evaluate`, one per draw.
+
+    The definition in fp32, where every value that the operator rounds somewhere (csrc/layer/moe.h lists these places)
+    carries a relative error of a rounding's size, drawn anew each time: LoRA matrices given in fp32, gate and up, the
+    input of the down projection, the gradients of gate and up, and the results that are bf16. Gate and up carry it in
+    forward too, where the operator keeps them in fp32, so that the simulated errors are not smaller than the
+    operator's.
+
+    Args:
+        layer: arguments of ``moe_experts`` with LoRA on both projections.
+        draws: default: many where a layer is small, since errors of few numbers vary most, and cheap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rounded(values):
+        return values + (ROUNDING * torch.randn(values.shape, generator=generator) * values).detach()
+
+    experts, hidden, intermediate = layer["down_proj"].shape
+    if draws is None:
+        draws = max(8, min(64, 2**31 // (3 * hidden * intermediate * layer["top_k_index"].numel())))
+    narrow = layer["gate_up_lora"][0].dtype == torch.bfloat16
+    rounded_results = {"hidden_states", *(name for name in QUANTITIES if narrow and "lora" in name)}
+    matrices = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+    wide = layer | {name: layer[name].float() for name in matrices}
+    for name in ("gate_up_lora", "down_lora"):
+        wide[name] = *(matrix.float() for matrix in layer[name][:2]), layer[name][2]
+    results = []
+    for _ in range(draws):
+        result = evaluate(_experts_rounded_by, wide, rounded=rounded, lora_rounded=not narrow)
+        results.append({name: rounded(r) if name in rounded_results else r for name, r in result.items()})
+    return results
+
+
+def _experts_rounded_by(
+    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora, rounded, lora_rounded
+):
+    """The layer in fp32 with ``rounded`` applied to the values, and the gradients, that the operator rounds."""
+    experts = down_proj.shape[0]
+
+    def project(x, weight, lora, expert):
+        lora_A, lora_B, scaling = lora
+        a, b = lora_A.view(experts, -1, lora_A.shape[1])[expert], lora_B.view(lora_B.shape[0], -1, experts)[..., expert]
+        a, b = (rounded(a), rounded(b)) if lora_rounded else (a, b)
+        return F.linear(x, weight[expert]) + scaling * F.linear(F.linear(x, a), b)
+
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        token, slot = torch.where(top_k_index == expert)
+        gate_up = rounded(project(hidden_states[token], gate_up_proj, gate_up_lora, expert))
+        gate_up.register_hook(rounded)
+        gate, up = gate_up.chunk(2, dim=-1)
+        down = project(rounded(F.silu(gate) * up), down_proj, down_lora, expert)
+        output = output.index_add(0, token, down * top_k_weights[token, slot, None])
+    return rounded(output)
+
+
+def allowed(simulated, expected):
+    """``{quantity: (bound, chance)}`` for the relative error of a result, from draws of :func:`with_roundings`.
+
+    ``chance`` is eight standard deviations of the simulated errors: nearly nothing in a large layer, much where few
+    numbers make a norm and may cancel. ``bound`` is a quarter more than their mean, plus ``chance``.
+    """
+    found = {}
+    for name in QUANTITIES:
+        values = torch.tensor([relative_error(result[name], expected[name]).item() for result in simulated])
+        chance = 8 * values.std().item()
+        found[name] = 1.25 * values.mean().item() + chance, chance
+    return found
+
+
+def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
+    """What transformers' eager experts under stock PEFT compute: the weights W + scaling * B A in full."""
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
+
+    experts, hidden, intermediate = down_proj.shape
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": experts}
+    config = DeepseekV2Config(**sizes, num_attention_heads=1, num_key_value_heads=1)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        module = DeepseekV2Experts(config)
+
+    def merged(weight, lora):
+        lora_A, lora_B, scaling = lora
+        lora_A, lora_B = lora_A.reshape(experts, -1, lora_A.shape[-1]), lora_B.reshape(lora_B.shape[0], -1, experts)
+        return weight + (torch.einsum("ore,eri->eoi", lora_B, lora_A) * scaling).to(weight.dtype)
+
+    weights = {"gate_up_proj": merged(gate_up_proj, gate_up_lora), "down_proj": merged(down_proj, down_lora)}
+    return torch.func.functional_call(module, weights, (hidden_states, top_k_index, top_k_weights))

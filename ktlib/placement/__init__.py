@@ -1,0 +1,1 @@
+"""Where experts live: on the CPU, on which NUMA node, in which process."""

@@ -1,0 +1,1 @@
+"""Notebooks as runs: executed with parameters, swept, repeated, read back."""

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: parameters, data, training, evaluation, saving."""
