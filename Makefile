@@ -72,7 +72,7 @@ test-oldest: .venv-oldest/.ktlib ## pytest on the oldest torch, transformers, pe
 test-notebooks: setup ## every notebook with random valid parameters, an hour; goes on where it stopped
 	$(timed) $(PY) tests/long/notebook_parameters.py
 
-compatibility: setup .venv-oldest/.ktlib ## rewrite the README's compatibility table from tests on newest and oldest
+compatibility: setup .venv-oldest/.ktlib ## rewrite the compatibility table from tests on newest and oldest
 	$(timed) $(PY) -m pytest tests -m compatible --compatibility build/newest.json
 	$(timed) $(OLDEST) -m pytest tests -m compatible --compatibility build/oldest.json
 	$(PY) tests/support/compatibility.py build/newest.json build/oldest.json

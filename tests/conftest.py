@@ -1,7 +1,7 @@
 """Before torch is imported: OpenMP threads that wait sleep, so that the suite also runs well on a shared machine.
 
-Tests marked ``compatible("what")`` are the rows of the README's compatibility table. ``--compatibility FILE`` writes
-what came of them, with the versions they ran on, for ``make compatibility``.
+Tests marked ``compatible("what")`` are the rows of the compatibility table in ktlib/integrations/README.md.
+``--compatibility FILE`` writes what came of them, with the versions they ran on, for ``make compatibility``.
 """
 
 import json
@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "compatible(what): a test of this row of the README's compatibility table")
+    config.addinivalue_line("markers", "compatible(what): a test of this row of the compatibility table")
     if config.getoption("--compatibility"):
         config.pluginmanager.register(_Compatibility(config.getoption("--compatibility")))
 

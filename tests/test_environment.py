@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support import compatibility
+from support.pages import README, TEXT
 
 from ktlib import cli
 
@@ -22,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-README = (ROOT / "README.md").read_text()
 
 
 def by_name(lines):
@@ -87,7 +87,7 @@ def make_targets():
 
 
 def test_readme_commands_exist():
-    code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) + re.findall(r"`([^`\n]+)`", README))
+    code = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", TEXT, re.DOTALL) + re.findall(r"`([^`\n]+)`", TEXT))
     targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert {"sft", "test"} <= targets <= make_targets()
     commands = set(re.findall(r"\bktlib ([a-z]+)", code))
@@ -146,8 +146,8 @@ ELSEWHERE = {
 
 
 def test_the_commands_of_the_readme_are_those_that_ci_runs():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
-    commands = [line.split("#")[0].strip() for line in blocks] + re.findall(r"`([^`\n]+)`", README)
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
+    commands = [line.split("#")[0].strip() for line in blocks] + re.findall(r"`([^`\n]+)`", TEXT)
     commands = {c for c in commands if re.match(r"(make|ktlib|conda|pip|python -m) \w|python -m", c)}
     assert len(commands) >= 10
     ci = (ROOT / ".ci" / "run").read_text()
@@ -163,8 +163,8 @@ def test_the_commands_of_the_readme_are_those_that_ci_runs():
 
 
 def promises():
-    """Rows of the README's table of promises: (promise, the tests and records in its last column)."""
-    (table,) = re.findall(r"## What we promise.*?\n\n(\|.*?)\n\n", README, re.DOTALL)
+    """Rows of the table of promises in tests/README.md: (promise, the tests and records in its last column)."""
+    (table,) = re.findall(r"## What we promise.*?\n\n(\|.*?)\n\n", TEXT, re.DOTALL)
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
     return [(cells[0].strip(), re.findall(r"`([^`]+)`", cells[-1])) for cells in rows]
 
@@ -209,14 +209,14 @@ def test_readme_numbers_are_the_recorded_ones():
     for label, (table, name) in sources.items():
         rates = {row["tokens"]: str(round(row["tokens_per_s"])) for row in table if row["name"] == name}
         numbers = [rates.get(tokens, "not measured") for tokens in (512, 2048, 8192)]
-        assert f"| {label} | " + " | ".join(numbers) + " |" in README
+        assert f"| {label} | " + " | ".join(numbers) + " |" in TEXT
     names = ("ktlib amx_bf16", "kt-kernel amx")
     ours, theirs = ([row["tokens_per_s"] for row in rows if row["name"] == name] for name in names)
     few, many = (f"{ours[i] / theirs[i]:.2f}" for i in (0, 2))
-    assert f"{few} times as fast as kt-kernel at 512 tokens, {many} times at 8192" in README
+    assert f"{few} times as fast as kt-kernel at 512 tokens, {many} times at 8192" in " ".join(README.split())
     rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
     shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
-    assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in README
+    assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in TEXT
 
 
 def test_readme_says_the_memory_that_the_parameter_files_say():
@@ -233,7 +233,7 @@ def test_the_compatibility_table_is_that_of_the_tests():
     marked = set()
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         marked |= set(re.findall(r'^@pytest\.mark\.compatible\("(.*)"\)$', path.read_text(), re.MULTILINE))
-    rows = compatibility.rows_of(README)
+    rows = compatibility.rows_of(TEXT)
     assert set(rows) == marked, "run `make compatibility`"
     for what, cells in rows.items():
         passed, of = cells[0].split(" of ")

@@ -17,6 +17,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from support.models import random_adapter, tiny_checkpoint
+from support.pages import README, TEXT
 from transformers import AutoModelForCausalLM
 
 import ktlib
@@ -26,8 +27,7 @@ from ktlib.training import sft
 from ktlib.training.tasks import dates
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"`((?:ktlib|make sft) [^`]+)`", README)))
+COMMANDS = sorted(set(re.findall(r"`((?:ktlib|make sft) [^`]+)`", TEXT)))
 # words that stand for the reader's own, where they are not the names of what is in the folder below
 OWN = {"LAYOUT": "per_expert"}
 NOT_HERE = {

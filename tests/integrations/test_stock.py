@@ -1,4 +1,4 @@
-"""What the README says that stock transformers and PEFT do. Where one of these fails, that sentence is out of date."""
+"""What ktlib/integrations/README.md says of stock code. Where a test fails, a sentence there is out of date."""
 
 import json
 

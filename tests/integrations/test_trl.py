@@ -2,12 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from support.models import relative_error
+from support.pages import TEXT
 
 from ktlib.assets import BASE
 from ktlib.integrations.peft_lora import ParamWrapper, factor_adapters, lora_config
@@ -81,9 +81,8 @@ def test_sft_trainer(packing, tmp_path):
     assert relative_error(losses, stock) < 0.02
 
 
-def test_a_model_given_by_its_path_with_the_options_of_the_readme(tmp_path, logged):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (options,) = re.findall(r"SFTConfig\(model_init_kwargs=(\{.*?\})\)", readme)
+def test_a_model_given_by_its_path_with_the_options_that_the_page_names(tmp_path, logged):
+    (options,) = re.findall(r"SFTConfig\(model_init_kwargs=(\{.*?\})\)", TEXT)
     settings = arguments(trl.SFTConfig, tmp_path, model_init_kwargs=ast.literal_eval(options))
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     trainer = trl.SFTTrainer(

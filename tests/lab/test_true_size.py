@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.pages import README, TEXT
 
 from ktlib.estimate import estimate
 from ktlib.lab import synthetic
@@ -113,7 +114,7 @@ def test_compact_keeps_speeds_and_peaks_of_other_runs(script):
     assert small["others"] == [rates | {"run_main": run, "streamed": run | {"host_peak": 6}}]
 
 
-def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
+def test_the_numbers_of_the_hybrid_run_that_pages_say_are_the_recorded_ones():
     recorded = json.loads(RECORDED.read_text())
     parts, (slower,) = recorded["parts"], recorded["others"]
     main, streamed, stock, apart = (parts[name] for name in ("run_main", "streamed", "stock_experts", "reduced"))
@@ -153,6 +154,9 @@ def test_readme_numbers_of_the_hybrid_run_are_the_recorded_ones():
         f"At reduced depth the loss stays within {distance['hybrid, experts streamed to the GPU']:.3f} of stock in "
         f"fp32 for {steps} steps, that of stock in bf16 within {distance['stock, all on the GPU']:.3f}.",
     )
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    page = " ".join(TEXT.split())
     for line in lines:
-        assert line in readme, f"README should say: {line}"
+        assert line in page, f"the page should say: {line}"
+    label = f"streamed to the GPU, `stream_rows={streamed['stream_rows']}`"
+    for line in (row("on the CPU", main), row(label, streamed)):
+        assert line in README, f"README should say: {line}"

@@ -1,4 +1,4 @@
-"""Writes the README's compatibility table from results of the tests that are marked ``compatible``.
+"""Writes the table of ktlib/integrations/README.md from results of the tests that are marked ``compatible``.
 
     python tests/support/compatibility.py NEWEST.json OLDEST.json      (make compatibility)
 
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "ktlib/integrations/README.md"
 BEGIN, END = "<!-- compatibility: written by make compatibility -->", "<!-- end of compatibility -->"
 
 
@@ -34,7 +34,7 @@ def cell(outcomes):
 
 
 def rows_of(text):
-    """``{what: [cell, ...]}`` of the table in the README's text."""
+    """``{what: [cell, ...]}`` of the table in the page's text."""
     body = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     return {row[0]: row[1:] for row in ([one.strip() for one in line.strip("|").split("|")] for line in body[2:])}
 
@@ -42,4 +42,4 @@ def rows_of(text):
 if __name__ == "__main__":
     newest, oldest = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     new = "\n".join([BEGIN, *table(newest, oldest), END])
-    README.write_text(re.sub(rf"{BEGIN}.*{END}", lambda _: new, README.read_text(), flags=re.DOTALL))
+    PAGE.write_text(re.sub(rf"{BEGIN}.*{END}", lambda _: new, PAGE.read_text(), flags=re.DOTALL))

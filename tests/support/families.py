@@ -1,6 +1,6 @@
 """Every experts class behind transformers' experts interface, found in the installed transformers.
 
-``python tests/support/families.py`` prints the table of families for the README.
+``python tests/support/families.py`` prints the table of families for ktlib/integrations/README.md.
 """
 
 import importlib
@@ -93,7 +93,7 @@ def tiny_experts(family, name, implementation="eager", dtype=torch.float32, seed
 
 
 def describe(family, name):
-    """``(gate, weights)`` of a class that the operator serves, in the README's words; else ``(None, reason)``."""
+    """``(gate, weights)`` of a class that the operator serves, in the table's words; else ``(None, reason)``."""
     module = tiny_experts(family, name, "ktlib", torch.bfloat16)
     reason = transformers_experts.unserved(module, torch.zeros(1, HIDDEN))
     if reason is not None:
@@ -105,7 +105,7 @@ def describe(family, name):
 
 
 def table():
-    """The README's table: families by gate and weights, then those that run a stock implementation."""
+    """A table: families by gate and weights, then those that run a stock implementation."""
     rows = {}
     for family, name in discover():
         gate, words = describe(family, name)

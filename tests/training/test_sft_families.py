@@ -1,12 +1,12 @@
 """The README's example of one's own model and data, on tiny checkpoints of many families."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from peft import PeftModel
 from support.models import tiny_checkpoint
+from support.pages import README
 
 from ktlib import audit
 from ktlib.diagnosis import readback
@@ -14,7 +14,6 @@ from ktlib.names import component
 from ktlib.training import sft
 from ktlib.training.tasks import dates
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
 PARTS = {
     "mixtral": {"self_attn", "routed_experts"},
     "olmoe": {"self_attn", "routed_experts"},
