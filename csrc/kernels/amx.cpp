@@ -29,10 +29,13 @@ void pack_pairs_awake(bf16* panel, int64_t panel_depth, int width, const bf16* s
 const Kernels& kernels_amx() {
   using namespace avx512;
   static const Kernels table = {
-      "amx_bf16",      64,       16,         kDepthUnit,      HardwareTiles::configure,
-      HardwareTiles::release, pack_rows, pack_pairs_awake, ktlib::multiply<HardwareTiles>, unpermute, activate,
-      interleave, store_rows_bf16, store_rows_f32, round_to_bf16, widen, gate_backward,
-      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, ktlib::burn<HardwareTiles>,
+      .isa = "amx_bf16", .panel_width = 64, .row_unit = 16, .depth_unit = kDepthUnit,
+      .thread_begin = HardwareTiles::configure, .thread_end = HardwareTiles::release,
+      .pack_rows = pack_rows, .pack_pairs = pack_pairs_awake, .multiply = ktlib::multiply<HardwareTiles>,
+      .unpermute = unpermute, .activate = activate, .interleave = interleave,
+      .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
+      .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
+      .combine = combine, .keep_mask = keep_mask, .burn = ktlib::burn<HardwareTiles>,
   };
   return table;
 }

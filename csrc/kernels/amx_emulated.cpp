@@ -15,10 +15,12 @@ constexpr int kDepthUnit = 32;
 
 const Kernels& kernels_amx_emulated() {
   static const Kernels table = {
-      "amx_emulated",  64,       16,         kDepthUnit,      nullptr,       nullptr,
-      pack_rows,       pack_pairs, multiply<EmulatedTiles>, unpermute, activate, interleave, store_rows_bf16,
-      store_rows_f32,  round_to_bf16, widen, gate_backward,
-      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, nullptr,
+      .isa = "amx_emulated", .panel_width = 64, .row_unit = 16, .depth_unit = kDepthUnit,
+      .pack_rows = pack_rows, .pack_pairs = pack_pairs, .multiply = multiply<EmulatedTiles>,
+      .unpermute = unpermute, .activate = activate, .interleave = interleave,
+      .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
+      .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
+      .combine = combine, .keep_mask = keep_mask,
   };
   return table;
 }

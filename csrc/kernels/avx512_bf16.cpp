@@ -15,10 +15,12 @@ constexpr int kDepthUnit = 2;
 
 const Kernels& kernels_avx512_bf16() {
   static const Kernels table = {
-      "avx512_bf16",   48,       1,          kDepthUnit,      nullptr,       nullptr,
-      pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
-      store_rows_f32,  round_to_bf16, widen, gate_backward,
-      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, burn,
+      .isa = "avx512_bf16", .panel_width = 48, .row_unit = 1, .depth_unit = kDepthUnit,
+      .pack_rows = pack_rows, .pack_pairs = pack_pairs, .multiply = multiply,
+      .unpermute = unpermute, .activate = activate, .interleave = interleave,
+      .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
+      .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
+      .combine = combine, .keep_mask = keep_mask, .burn = burn,
   };
   return table;
 }

@@ -37,7 +37,7 @@ struct Gate {
 // Of the inputs of LoRA pairs: an element is zero where its random number is below the threshold (of 2^32), else divided
 // by the share of the others. The caller's scaling of the pair has that division in it. threshold 0: no dropout.
 struct Dropout {
-  uint64_t seed = 0;
+  int64_t seed = 0;
   uint32_t threshold = 0;
 };
 
@@ -51,8 +51,6 @@ static constexpr int64_t row_stride(int64_t columns) {
   return (lines | 1) * line;
 }
 
-class Interruption;
-
 struct Kernels {
   const char* isa;
 
@@ -63,8 +61,8 @@ struct Kernels {
 
   // Around the work of one thread in a parallel region, pack_pairs and multiply above all (AMX: tile configuration);
   // either may be null.
-  void (*thread_begin)();
-  void (*thread_end)();
+  void (*thread_begin)() = nullptr;
+  void (*thread_end)() = nullptr;
 
   // Column i, depth d of the panel = src[rows ? rows[i] : i][d], zero for i >= count and for d >= depth.
   void (*pack_rows)(bf16* panel, int width, const bf16* src, int64_t ld, const int32_t* rows, int count, int depth);
@@ -117,10 +115,7 @@ struct Kernels {
 
   // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
   // floating-point operations done. Null where there is no such ceiling to speak of.
-  int64_t (*burn)(int64_t iterations);
-
-  // Not of an instruction set but of one call: what may end it early (system/interrupt.h), or null.
-  Interruption* interruption = nullptr;
+  int64_t (*burn)(int64_t iterations) = nullptr;
 };
 
 const Kernels& kernels_portable();

@@ -42,10 +42,12 @@ void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* pan
 
 const Kernels& kernels_portable() {
   static const Kernels table = {
-      "portable",      32,       1,          kDepthUnit,      nullptr,       nullptr,
-      pack_rows,       pack_pairs, multiply, unpermute,       activate,       interleave,    store_rows_bf16,
-      store_rows_f32,  round_to_bf16, widen, gate_backward,
-      rank_grad<bf16>, rank_grad<float>, combine, keep_mask, nullptr,
+      .isa = "portable", .panel_width = 32, .row_unit = 1, .depth_unit = kDepthUnit,
+      .pack_rows = pack_rows, .pack_pairs = pack_pairs, .multiply = multiply,
+      .unpermute = unpermute, .activate = activate, .interleave = interleave,
+      .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
+      .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
+      .combine = combine, .keep_mask = keep_mask,
   };
   return table;
 }

@@ -16,6 +16,7 @@
 #include "layer/dropout.h"
 #include "layer/lora.h"
 #include "layer/moe.h"
+#include "system/pages.h"
 #include "system/threads.h"
 #include "layer/routing.h"
 #include "layer/row_products.h"
@@ -61,9 +62,9 @@ void inner_for_B(const LoraForm& lora, const Task& task, const bf16* t, int64_t 
 }
 
 // inner.rows and inner.for_A of one block of rows, from d_out [rows][out] (the block's first row at d_out).
-void inner_for_A(const Kernels& k, const LoraForm& lora, const Task& task, const bf16* d_out, int64_t ld,
+void inner_for_A(const Call& call, const LoraForm& lora, const Task& task, const bf16* d_out, int64_t ld,
                  const float* weights, const Inner& inner, bf16* panel, float* c) {
-  lora_inner(k, lora, {d_out, ld, lora.b(task.expert), lora.depth, int(lora.out), false}, task.rows, weights,
+  lora_inner(call, lora, {d_out, ld, lora.b(task.expert), lora.depth, int(lora.out), false}, task.rows, weights,
              inner.rows + task.row * lora.depth, inner.for_A + task.row, inner.ld, panel, c);
 }
 
@@ -74,203 +75,240 @@ Term lora_term(const LoraForm& lora, const Task& task, const Inner& inner, int64
           false};
 }
 
-// c[rows][columns] (ld kLdc) += what the mask [rows][kColumnsOut] keeps of the term. product: as much scratch as c.
-void add_kept_term(const Kernels& k, float* c, int rows, int columns, const Term& term, const bf16* mask,
-                   float* product, bf16* panel) {
-  sum_of_products(k, product, rows, columns, {term}, panel);
-  for (int i = 0; i < rows; i++) add_kept(c + i * kLdc, product + i * kLdc, mask + i * kColumnsOut, columns);
-}
+// One part of the batch. Members without a value here are what the part is made of; the others pass from phase to phase.
+struct BackwardPart {
+  const Call& call;
+  const Inputs& in;
+  const LoraForm &gate_up_lora, &down_lora;
+  const Saved saved;
+  const int64_t saved_ld;  // slots of the whole batch
+  const bf16* const grad_output;
+  const Grads grads;
+  LoraGrads &gate_up_grads, &down_grads;
 
-// One part of the batch. saved_ld: slots of the whole batch.
-void backward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
-                   const LoraForm& down_lora, const Saved& saved, int64_t saved_ld, const bf16* grad_output,
-                   const Grads& grads, LoraGrads& gate_up_grads, LoraGrads& down_grads) {
-  const Plan plan(shape, in);
-  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const Kernels& k = call.kernels;
+  const Settings& settings = in.settings;
+  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter);
+  const Plan plan{in};
   const int64_t rows = plan.rows();
   const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
-  const Inner gate_up_inner(k, gate_up_lora, rows), down_inner(k, down_lora, rows);
-  const std::vector<Task> blocks = row_tasks(plan, kRows);
-  gate_up_grads.reserve(int64_t(blocks.size()));
-  down_grads.reserve(int64_t(blocks.size()));
+  const Inner gate_up_inner{k, gate_up_lora, rows}, down_inner{k, down_lora, rows};
+  const std::vector<Task> blocks = row_tasks(plan, kRows), small_blocks = row_tasks(plan, kRowsSmall);
   const bool want_x = bool(grads.hidden_states);
-  const bool want_gate_up_inner = gate_up_lora && (want_x || gate_up_grads.A);
-  const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
-
-  const Buffer<bf16> dy((rows + k.row_unit) * hidden_stride, threads);      // [row][hidden]: grad_output, sorted
-  const Buffer<bf16> d_gate_up((rows + k.row_unit) * gate_up_stride, threads);  // [row][2 * inter]
-  const int range = output_range(rows, hidden);
-  const Buffer<float> dx(want_x ? rows * range : 0, threads);              // [row][range]
   const bool bias_matters = in.down_bias && grads.top_k_weights;
+  const int inter_blocks = (inter + kColumnsOut - 1) / kColumnsOut;
   const int partials = inter_blocks + (bias_matters ? 1 : 0);
-  const Buffer<float> d_weight(rows * partials);                           // [row][block]: partial <dh, h>; <dy, bias>
-  const Buffer<float> weight(rows);                                        // [row]
-  const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
-  const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
-  const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
+
+  const Buffer<bf16> dy{(rows + k.row_unit) * hidden_stride, call.threads};  // [row][hidden]: grad_output, sorted
+  const Buffer<bf16> d_gate_up{(rows + k.row_unit) * gate_up_stride, call.threads};  // [row][2 * inter]
+  const int range = output_range(rows, hidden);
+  const Buffer<float> dx{want_x ? rows * range : 0, call.threads};  // [row][range]
+  const Buffer<float> d_weight{rows * partials};                    // [row][block]: partial <dh, h>; <dy, bias>
+  const Buffer<float> weight{rows};                                 // [row]
+  const ThreadBuffer<float> c_scratch{call.threads, (kRows + k.row_unit) * kLdc};
+  const ThreadBuffer<bf16> panel_scratch{call.threads, kPanels};
+  const InputMask x_mask{k, in, gate_up_lora, plan, InputMask::gate_up};
+  const InputMask h_mask{k, in, down_lora, plan, InputMask::down};
   const bool masked = x_mask || h_mask;
-  const ThreadBuffer<bf16> mask_scratch(threads, masked ? int64_t(kRows) * kColumnsOut : 0);
-  const ThreadBuffer<float> term_scratch(threads, masked ? (kRows + k.row_unit) * kLdc : 0);
+  const ThreadBuffer<bf16> mask_scratch{call.threads, masked ? int64_t(kRows) * kColumnsOut : 0};
+  const ThreadBuffer<float> term_scratch{call.threads, masked ? (kRows + k.row_unit) * kLdc : 0};
 
-  // 1. sort grad_output and the routing weights; inner values of down
-  const std::vector<Task> row_blocks = row_tasks(plan, kRowsSmall);
-  parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
-    const Task& task = row_blocks[index];
-    for (int64_t row = task.row; row < task.row + task.rows; row++) {
-      weight[row] = in.top_k_weights[plan.slot_of_row[row]];
-      std::memcpy(dy + row * hidden_stride, grad_output + plan.token_of_row[row] * shape.hidden,
-                  size_t(hidden) * sizeof(bf16));
-      std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
-      std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0, size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
-      if (bias_matters)
-        d_weight[row * partials + inter_blocks] =
-            dot_bias(in.down_bias, task.expert * shape.hidden, dy + row * hidden_stride, hidden);
+  void compute() {
+    gate_up_grads.reserve(int64_t(blocks.size()));
+    down_grads.reserve(int64_t(blocks.size()));
+    sort_rows();
+    compute_d_gate_up();
+    if (gate_up_lora && (want_x || gate_up_grads.A)) compute_gate_up_inner();
+    for (int first = 0; first < hidden && (want_x || gate_up_grads.A || down_grads.B); first += range) {
+      const int count = std::min(range, hidden - first);
+      compute_dx(first, count);
+      if (want_x) combine_tokens(call, plan, in.shape, dx, range, nullptr, grads.hidden_states, first, count);
     }
-    if (gate_up_grads.B)
-      inner_for_B(gate_up_lora, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
-    if (down_grads.B) inner_for_B(down_lora, task, saved.t_down, saved_ld, weight + task.row, down_inner);
-    if (down_lora)
-      inner_for_A(k, down_lora, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
-                  panel_scratch[thread], c_scratch[thread]);
-  });
+    sum_d_weight();
+    gate_up_grads.add(call, blocks);
+    down_grads.add(call, blocks);
+    bias_grads(call, plan, in.shape, dy.get(), hidden_stride, weight.get(), d_gate_up.get(), gate_up_stride, grads);
+    weight_grads(call, plan, in, saved.gate_up, dy.get(), hidden_stride, weight.get(), d_gate_up.get(), gate_up_stride,
+                 grads);
+  }
 
-  // 2. dh, d(weight), dgate and dup; gradients of down's lora_A and gate_up's lora_B
-  const std::vector<Task> inter_tasks = block_tasks(plan, kRows, inter, kColumnsOut);
-  parallel_tasks(k, threads, int64_t(inter_tasks.size()), [&](int64_t index, int thread) {
-    const Task& task = inter_tasks[index];
-    bf16* panel = panel_scratch[thread];
-    float* dh = c_scratch[thread];  // [rows][kLdc]
+  // grad_output and the routing weights by rows; inner values of down.
+  void sort_rows() {
+    parallel_tasks(call, int64_t(small_blocks.size()), [&](int64_t index, int thread) {
+      const Task& task = small_blocks[index];
+      for (int64_t row = task.row; row < task.row + task.rows; row++) {
+        weight[row] = in.top_k_weights[plan.slot_of_row[row]];
+        std::memcpy(dy + row * hidden_stride, grad_output + plan.token_of_row[row] * in.shape.hidden,
+                    size_t(hidden) * sizeof(bf16));
+        std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
+        std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0,
+                    size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
+        if (bias_matters)
+          d_weight[row * partials + inter_blocks] =
+              dot_bias(in.down_bias, task.expert * in.shape.hidden, dy + row * hidden_stride, hidden);
+      }
+      if (gate_up_grads.B) inner_for_B(gate_up_lora, task, saved.t_gate_up, saved_ld, nullptr, gate_up_inner);
+      if (down_grads.B) inner_for_B(down_lora, task, saved.t_down, saved_ld, weight + task.row, down_inner);
+      if (down_lora)
+        inner_for_A(call, down_lora, task, dy + task.row * hidden_stride, hidden_stride, weight + task.row, down_inner,
+                    panel_scratch[thread], c_scratch[thread]);
+    });
+  }
+
+  // dh, from it dgate, dup and d(weight); gradients of down's lora_A and gate_up's lora_B.
+  void compute_d_gate_up() {
+    const std::vector<Task> tasks = block_tasks(plan, kRows, inter, kColumnsOut);
+    parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) {
+      const Task& task = tasks[index];
+      const GateUp block(settings.interleaved, inter, task.first, task.count);
+      d_h(task, thread);
+      gate_backward(task, block, thread);
+      if (down_grads.A) d_down_A(task, thread);
+      if (gate_up_grads.B) d_gate_up_B(task, block);
+    });
+  }
+
+  // c_scratch[rows][kLdc] = dh.
+  void d_h(const Task& task, int thread) {
     const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter;
-    const Term of_lora = lora_term(down_lora, task, down_inner, task.first);
-    sum_of_products(k, dh, task.rows, task.count,
-                    {term(dy + task.row * hidden_stride, hidden_stride, w, hidden, inter, task.first, in.transposed),
-                     h_mask ? Term{} : of_lora},
-                    panel);
-    const bf16* mask = mask_scratch[thread];
-    if (h_mask) {
-      h_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, task.first, task.count);
-      add_kept_term(k, dh, task.rows, task.count, of_lora, mask, term_scratch[thread], panel);
-    }
-    const GateUp block(in, inter, task.first, task.count);
+    if (h_mask) h_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, task.first, task.count);
+    input_gradient(task,
+                   term(dy + task.row * hidden_stride, hidden_stride, w, hidden, inter, task.first, settings.transposed),
+                   lora_term(down_lora, task, down_inner, task.first), bool(h_mask), thread);
+  }
+
+  // d_gate_up and d_weight of a task; c_scratch has dh, and h afterwards.
+  void gate_backward(const Task& task, const GateUp& block, int thread) {
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
       const bf16* gate_up = saved.gate_up + row * 2 * inter;
       bf16* d_row = d_gate_up + row * gate_up_stride;
-      for (const GateUp::Range& range : block) {  // short runs of far rows, which no hardware prefetcher foresees
-        prefetch<false>(gate_up + kRowsAhead * 2 * inter + range.first, range.count);
-        prefetch<true>(d_row + kRowsAhead * gate_up_stride + range.first, range.count);
+      for (const GateUp::Range& run : block) {  // short runs of far rows, which no hardware prefetcher foresees
+        prefetch<false>(gate_up + kRowsAhead * 2 * inter + run.first, run.count);
+        prefetch<true>(d_row + kRowsAhead * gate_up_stride + run.first, run.count);
       }
       float& partial = d_weight[row * partials + task.first / kColumnsOut];
-      partial = k.gate_backward(in.gate, dh + i * kLdc, gate_up + block.gate, gate_up + block.up, block.step,
-                                weight[row], d_row + block.gate, d_row + block.up, task.count);
+      partial = k.gate_backward(settings.gate, c_scratch[thread] + i * kLdc, gate_up + block.gate, gate_up + block.up,
+                                block.step, weight[row], d_row + block.gate, d_row + block.up, task.count);
       if (h_mask) partial += zero_times(term_scratch[thread] + i * kLdc, task.count);
     }
-    if (down_grads.A) {  // gate_backward left h in dh
-      for (int i = 0; h_mask && i < task.rows; i++) keep(dh + i * kLdc, mask + i * kColumnsOut, task.count);
-      k.rank_grad_f32(down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + task.row,
-                      down_inner.ld, dh, kLdc, nullptr, task.rows, task.count);
-    }
-    if (gate_up_grads.B)
-      for (const GateUp::Range& range : block)
-        k.rank_grad_bf16(gate_up_grads.bt(task.part) + range.first, 2 * inter, gate_up_lora.rank,
-                         gate_up_inner.for_B + task.row, gate_up_inner.ld,
-                         d_gate_up + task.row * gate_up_stride + range.first, gate_up_stride, nullptr, task.rows,
-                         range.count);
-  });
+  }
 
-  // 3. inner values of gate_up
-  if (want_gate_up_inner)
-    parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
-      const Task& task = row_blocks[index];
-      inner_for_A(k, gate_up_lora, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
+  void d_down_A(const Task& task, int thread) {
+    float* h = c_scratch[thread];
+    for (int i = 0; h_mask && i < task.rows; i++)
+      keep(h + i * kLdc, mask_scratch[thread] + i * kColumnsOut, task.count);
+    k.rank_grad_f32(down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + task.row,
+                    down_inner.ld, h, kLdc, nullptr, task.rows, task.count);
+  }
+
+  void d_gate_up_B(const Task& task, const GateUp& block) {
+    for (const GateUp::Range& run : block)
+      k.rank_grad_bf16(gate_up_grads.bt(task.part) + run.first, 2 * inter, gate_up_lora.rank,
+                       gate_up_inner.for_B + task.row, gate_up_inner.ld,
+                       d_gate_up + task.row * gate_up_stride + run.first, gate_up_stride, nullptr, task.rows, run.count);
+  }
+
+  void compute_gate_up_inner() {
+    parallel_tasks(call, int64_t(small_blocks.size()), [&](int64_t index, int thread) {
+      const Task& task = small_blocks[index];
+      inner_for_A(call, gate_up_lora, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
                   gate_up_inner, panel_scratch[thread], c_scratch[thread]);
     });
+  }
 
-  // 4. dx by rows; gradients of gate_up's lora_A and down's lora_B
-  for (int first = 0; first < hidden && (want_x || gate_up_grads.A || down_grads.B); first += range) {
-    const int count = std::min(range, hidden - first);
-    const std::vector<Task> hidden_tasks = block_tasks(plan, kRows, count, kColumnsOut);
-    parallel_tasks(k, threads, int64_t(hidden_tasks.size()), [&](int64_t index, int thread) {
-      const Task& task = hidden_tasks[index];
+  // Columns [first, first + count): dx by rows; gradients of gate_up's lora_A and down's lora_B.
+  void compute_dx(int first, int count) {
+    const std::vector<Task> tasks = block_tasks(plan, kRows, count, kColumnsOut);
+    parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) {
+      const Task& task = tasks[index];
       const int64_t feature = first + task.first;
-      bf16* panel = panel_scratch[thread];
-      bf16* mask = mask_scratch[thread];
       if (x_mask && (want_x || gate_up_grads.A))
-        x_mask.fill(mask, kColumnsOut, task.row, task.rows, int(feature), task.count);
-      if (want_x) {
-        float* c = c_scratch[thread];
-        const bf16* w = in.gate_up_proj + task.expert * 2 * shape.inter * hidden;
-        const Term of_lora = lora_term(gate_up_lora, task, gate_up_inner, feature);
-        sum_of_products(k, c, task.rows, task.count,
-                        {term(d_gate_up + task.row * gate_up_stride, gate_up_stride, w, 2 * inter, hidden, feature,
-                              in.transposed),
-                         x_mask ? Term{} : of_lora},
-                        panel);
-        if (x_mask) add_kept_term(k, c, task.rows, task.count, of_lora, mask, term_scratch[thread], panel);
-        for (int i = 0; i < task.rows; i++)
-          std::memcpy(dx + (task.row + i) * range + task.first, c + i * kLdc, size_t(task.count) * sizeof(float));
-      }
-      if (gate_up_grads.A) {
-        const bf16* x = in.hidden_states + feature;
-        const int32_t* tokens = plan.token_of_row.data() + task.row;
-        for (int i = 0; x_mask && i < task.rows; i++)
-          keep(mask + i * kColumnsOut, mask + i * kColumnsOut, x + tokens[i] * shape.hidden, task.count);
-        k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank,
-                         gate_up_inner.for_A + task.row, gate_up_inner.ld, x_mask ? mask : x,
-                         x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens, task.rows, task.count);
-      }
-      if (down_grads.B)
-        k.rank_grad_bf16(down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,
-                         down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows,
-                         task.count);
+        x_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, int(feature), task.count);
+      if (want_x) d_x(task, feature, thread);
+      if (gate_up_grads.A) d_gate_up_A(task, feature, thread);
+      if (down_grads.B) d_down_B(task, feature);
     });
-
-    // 5. sum over slots, in slot order
-    if (want_x) combine_tokens(k, threads, plan, shape, dx, range, nullptr, grads.hidden_states, first, count);
   }
 
-  // 6. sums over blocks, in order
-  const DefaultFloats floats;
-  for (int64_t slot = 0; grads.top_k_weights && slot < shape.slots(); slot++) {
-    const int64_t row = plan.row_of_slot[slot];
-    float sum = 0.0f;
-    for (int b = 0; row >= 0 && b < partials; b++) sum += d_weight[row * partials + b];
-    grads.top_k_weights[slot] = sum;
+  void d_x(const Task& task, int64_t feature, int thread) {
+    const bf16* w = in.gate_up_proj + task.expert * 2 * in.shape.inter * hidden;
+    input_gradient(task,
+                   term(d_gate_up + task.row * gate_up_stride, gate_up_stride, w, 2 * inter, hidden, feature,
+                        settings.transposed),
+                   lora_term(gate_up_lora, task, gate_up_inner, feature), bool(x_mask), thread);
+    for (int i = 0; i < task.rows; i++)
+      std::memcpy(dx + (task.row + i) * range + task.first, c_scratch[thread] + i * kLdc,
+                  size_t(task.count) * sizeof(float));
   }
-  gate_up_grads.add(k, threads, blocks);
-  down_grads.add(k, threads, blocks);
 
-  // 7. gradients of the biases and of the weights
-  bias_grads(k, threads, plan, shape, dy.get(), hidden_stride, weight.get(), d_gate_up.get(), gate_up_stride, grads);
-  weight_grads(k, threads, plan, shape, in, saved.gate_up, dy.get(), hidden_stride, weight.get(), d_gate_up.get(),
-               gate_up_stride, grads);
-}
+  // mask_scratch has the mask, and what it keeps of x afterwards.
+  void d_gate_up_A(const Task& task, int64_t feature, int thread) {
+    bf16* kept = mask_scratch[thread];
+    const bf16* x = in.hidden_states + feature;
+    const int32_t* tokens = plan.token_of_row.data() + task.row;
+    for (int i = 0; x_mask && i < task.rows; i++)
+      keep(kept + i * kColumnsOut, kept + i * kColumnsOut, x + tokens[i] * in.shape.hidden, task.count);
+    k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + task.row,
+                     gate_up_inner.ld, x_mask ? kept : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
+                     task.rows, task.count);
+  }
+
+  void d_down_B(const Task& task, int64_t feature) {
+    k.rank_grad_bf16(down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,
+                     down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows,
+                     task.count);
+  }
+
+  // The gradient of a projection's input, c_scratch[rows][kLdc]: what comes through the weights, and what comes through
+  // LoRA, of which mask_scratch[rows][kColumnsOut] keeps a part where masked; term_scratch then has all of it.
+  void input_gradient(const Task& task, const Term& of_weights, const Term& of_lora, bool masked, int thread) {
+    float* c = c_scratch[thread];
+    sum_of_products(call, c, task.rows, task.count, {of_weights, masked ? Term{} : of_lora}, panel_scratch[thread]);
+    if (!masked) return;
+    float* term = term_scratch[thread];
+    sum_of_products(call, term, task.rows, task.count, {of_lora}, panel_scratch[thread]);
+    for (int i = 0; i < task.rows; i++)
+      add_kept(c + i * kLdc, term + i * kLdc, mask_scratch[thread] + i * kColumnsOut, task.count);
+  }
+
+  // The gradient of the routing weights: sums over blocks, in order.
+  void sum_d_weight() {
+    const DefaultFloats floats;
+    for (int64_t slot = 0; grads.top_k_weights && slot < in.shape.slots(); slot++) {
+      const int64_t row = plan.row_of_slot[slot];
+      float sum = 0.0f;
+      for (int b = 0; row >= 0 && b < partials; b++) sum += d_weight[row * partials + b];
+      grads.top_k_weights[slot] = sum;
+    }
+  }
+};
 
 }  // namespace
 
-void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
-              const bf16* grad_output, const Grads& grads, bool whole) {
-  const std::vector<int32_t> used = used_experts(shape, in);
-  threads = useful_threads(shape, threads);
-  if (grads.hidden_states)
-    populate(threads, grads.hidden_states.data, shape.tokens * shape.hidden * grads.hidden_states.element_size());
-  const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
-  const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
+void backward(const Call& given, const Inputs& in, const Saved& saved, const bf16* grad_output, const Grads& grads) {
+  const std::vector<int32_t> used = used_experts(in);
+  const Shape& shape = in.shape;
+  const Call call = with_useful_threads(given, shape);
+  if (const Matrix& dx = grads.hidden_states)
+    populate(call.threads, dx.data, shape.tokens * shape.hidden * dx.element_size());
+  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm down_lora(call, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,
                           shape.experts);
   LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, shape.inter, shape.hidden, shape.experts);
-  for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
-    Shape part = shape;
-    part.tokens = tokens;
+  for_parts(in, [&](const Inputs& part, int64_t first) {
     Grads part_grads = grads;
     part_grads.hidden_states = grads.hidden_states.from(first * shape.hidden);
     if (grads.top_k_weights) part_grads.top_k_weights += first * shape.topk;
-    backward_part(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora,
-                  saved.from_slot(shape, first * shape.topk), shape.slots(), grad_output + first * shape.hidden,
-                  part_grads, gate_up_grads, down_grads);
+    BackwardPart{.call = call, .in = part, .gate_up_lora = gate_up_lora, .down_lora = down_lora,
+                 .saved = saved.from_slot(shape, first * shape.topk), .saved_ld = shape.slots(),
+                 .grad_output = grad_output + first * shape.hidden, .grads = part_grads,
+                 .gate_up_grads = gate_up_grads, .down_grads = down_grads}
+        .compute();
   });
-  gate_up_grads.store(k, threads);
-  down_grads.store(k, threads);
+  gate_up_grads.store(call);
+  down_grads.store(call);
 }
 
 }  // namespace ktlib

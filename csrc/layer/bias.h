@@ -30,7 +30,7 @@ inline void add_bias_to_columns(float* c, int64_t ldc, const Matrix& bias, int64
 float dot_bias(const Matrix& bias, int64_t first, const bf16* row, int count);
 
 // grads.gate_up_bias, grads.down_bias: sums over an expert's rows of d_gate_up, and of the routing weight times dy.
-void bias_grads(const Kernels& k, int threads, const Plan& plan, const Shape& shape, const bf16* dy, int64_t dy_ld,
+void bias_grads(const Call& call, const Plan& plan, const Shape& shape, const bf16* dy, int64_t dy_ld,
                 const float* weight, const bf16* d_gate_up, int64_t d_gate_up_ld, const Grads& grads);
 
 }  // namespace ktlib

@@ -6,6 +6,7 @@
 #include "layer/moe.h"
 #include "system/threads.h"
 #include "layer/routing.h"
+#include "system/scratch.h"
 
 namespace ktlib {
 
@@ -18,10 +19,10 @@ inline int output_range(int64_t rows, int hidden) {
 
 // out[t][first + i] = sum_j weights[t, j] * y[row of slot (t, j)][i] for i < count, in the order of j, over the slots that
 // have a row; y has ld `ld`, weights null means ones.
-inline void combine_tokens(const Kernels& k, int threads, const Plan& plan, const Shape& shape, const Buffer<float>& y,
+inline void combine_tokens(const Call& call, const Plan& plan, const Shape& shape, const Buffer<float>& y,
                            int64_t ld, const float* weights, const Matrix& out, int first, int count) {
   constexpr int kTokens = 16;
-  parallel_tasks(k, threads, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
+  parallel_tasks(call, (shape.tokens + kTokens - 1) / kTokens, [&](int64_t index, int) {
     std::vector<const float*> rows;
     std::vector<float> factors;
     for (int64_t t = index * kTokens; t < std::min(shape.tokens, (index + 1) * kTokens); t++) {
@@ -33,9 +34,9 @@ inline void combine_tokens(const Kernels& k, int threads, const Plan& plan, cons
         if (weights) factors.push_back(weights[slot]);
       }
       const int64_t offset = t * shape.hidden + first;
-      k.combine(out.fp32 ? nullptr : static_cast<bf16*>(out.data) + offset,
-                out.fp32 ? static_cast<float*>(out.data) + offset : nullptr, rows.data(),
-                weights ? factors.data() : nullptr, int(rows.size()), count);
+      call.kernels.combine(out.fp32 ? nullptr : static_cast<bf16*>(out.data) + offset,
+                           out.fp32 ? static_cast<float*>(out.data) + offset : nullptr, rows.data(),
+                           weights ? factors.data() : nullptr, int(rows.size()), count);
     }
   });
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "system/threads.h"
+
 namespace ktlib {
 
 void multiply_kept(const Kernels& k, const InputMask& mask, float* c, const LoraForm& lora, int expert,
@@ -20,10 +22,10 @@ void multiply_kept(const Kernels& k, const InputMask& mask, float* c, const Lora
   }
 }
 
-void keep_masks(const Kernels& k, int threads, bf16* masks, const Dropout& dropout, uint32_t projection,
+void keep_masks(const Call& call, bf16* masks, const Dropout& dropout, uint32_t projection,
                 const int64_t* slots, int64_t rows, int columns) {
-  parallel_tasks(k, threads_here(threads), rows, [&](int64_t row, int) {
-    k.keep_mask(masks + row * columns, dropout, projection, slots[row], 0, columns);
+  parallel_tasks({call.kernels, threads_here(call.threads)}, rows, [&](int64_t row, int) {
+    call.kernels.keep_mask(masks + row * columns, dropout, projection, slots[row], 0, columns);
   });
 }
 

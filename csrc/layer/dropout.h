@@ -14,8 +14,8 @@ class InputMask {
   enum Projection : uint32_t { gate_up, down };
 
   InputMask(const Kernels& k, const Inputs& in, const LoraForm& lora, const Plan& plan, Projection projection)
-      : k_(k), dropout_(in.dropout), projection_(projection), first_slot_(in.first_slot),
-        slot_of_row_(plan.slot_of_row.data()), on_(lora && in.dropout.threshold > 0) {}
+      : k_(k), dropout_(in.settings.dropout), projection_(projection), first_slot_(in.first_slot),
+        slot_of_row_(plan.slot_of_row.data()), on_(lora && in.settings.dropout.threshold > 0) {}
   explicit operator bool() const { return on_; }  // false: nothing is dropped
 
   // mask[i][0..count) (ld) = columns [first, first + count) of row `row + i`.
@@ -74,7 +74,7 @@ void multiply_kept(const Kernels& k, const InputMask& mask, float* c, const Lora
                    const bf16* panel, int width, int64_t row, int tokens, bf16* scratch);
 
 // masks[i][0..columns) = those of the input rows slots[i] of a batch, for whoever computes them elsewhere.
-void keep_masks(const Kernels& k, int threads, bf16* masks, const Dropout& dropout, uint32_t projection,
+void keep_masks(const Call& call, bf16* masks, const Dropout& dropout, uint32_t projection,
                 const int64_t* slots, int64_t rows, int columns);
 
 }  // namespace ktlib

@@ -10,6 +10,7 @@
 #include "layer/gate_limit.h"
 #include "layer/lora.h"
 #include "layer/moe.h"
+#include "system/pages.h"
 #include "system/threads.h"
 #include "layer/routing.h"
 #include "weights/weight.h"
@@ -22,10 +23,11 @@ constexpr int kOutputs = 128;  // down rows of one task
 
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
 template <class Body>
-void for_panels(const Kernels& k, const Plan& plan, const Task& task, const Body& body) {
+void for_panels(const Call& call, const Plan& plan, const Task& task, const Body& body) {
   const int64_t offset = task.row - plan.begin[task.expert];
-  for (int i = 0; i < task.rows && !interrupted(k); i += k.panel_width) {
-    const int tokens = std::min(k.panel_width, task.rows - i);
+  const int panel_width = call.kernels.panel_width;
+  for (int i = 0; i < task.rows && !interrupted(call); i += panel_width) {
+    const int tokens = std::min(panel_width, task.rows - i);
     body(task.row + i, tokens, int(round_up(tokens, kColumns)), plan.column[task.expert] + offset + i);
   }
 }
@@ -48,32 +50,35 @@ void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask,
 }
 
 // One part of the batch. saved_ld: slots of the whole batch.
-void forward_part(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const LoraForm& gate_up_lora,
-                  const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
-  const Plan plan(shape, in);
+void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lora, const LoraForm& down_lora,
+                  const Matrix& output, const Saved& saved, int64_t saved_ld) {
+  const Kernels& k = call.kernels;
+  const Shape& shape = in.shape;
+  const Settings& settings = in.settings;
+  const Plan plan(in);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t rows = plan.rows(), columns = plan.column[shape.experts];
   const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
-  if (saved.gate_up) populate(threads, saved.gate_up, rows * 2 * inter * int64_t(sizeof(bf16)));
+  if (saved.gate_up) populate(call.threads, saved.gate_up, rows * 2 * inter * int64_t(sizeof(bf16)));
 
-  const Buffer<bf16> x_panels(columns * hidden_depth, threads);       // [column][hidden_depth] by panels
-  const Buffer<bf16> h_panels(columns * inter_depth, threads);        // [column][inter_depth] by panels
-  const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);         // [column][depth] by panels
+  const Buffer<bf16> x_panels(columns * hidden_depth, call.threads);  // [column][hidden_depth] by panels
+  const Buffer<bf16> h_panels(columns * inter_depth, call.threads);   // [column][inter_depth] by panels
+  const Buffer<bf16> gate_up_t(columns * gate_up_lora.depth);          // [column][depth] by panels
   const Buffer<bf16> down_t(columns * down_lora.depth);
   const int range = output_range(rows, hidden);
-  const Buffer<float> y(output ? rows * range : 0, threads);                       // [row][range]: each expert's output
+  const Buffer<float> y(output ? rows * range : 0, call.threads);     // [row][range]: each expert's output
   const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
                                       down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
-  const ThreadBuffer<float> c_scratch(threads, rank_rows * k.panel_width);
+  const ThreadBuffer<float> c_scratch(call.threads, rank_rows * k.panel_width);
   const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
-  const ThreadBuffer<bf16> kept_scratch(threads, x_mask || h_mask ? kKeptScratch : 0);
+  const ThreadBuffer<bf16> kept_scratch(call.threads, x_mask || h_mask ? kKeptScratch : 0);
   const int64_t padded_features = padded_size(k, kFeatures, hidden);
-  const ThreadBuffer<bf16> w_scratch(threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
+  const ThreadBuffer<bf16> w_scratch(call.threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
 
   // 1. tokens -> panels; t of gate_up
   const std::vector<Task> panels = row_tasks(plan, k.panel_width);
-  parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
-    for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+  parallel_tasks(call, int64_t(panels.size()), [&](int64_t index, int thread) {
+    for_panels(call, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
       bf16* panel = x_panels + column * hidden_depth;
       k.pack_rows(panel, width, in.hidden_states, hidden, plan.token_of_row.data() + row, tokens, hidden);
       if (gate_up_lora)
@@ -85,17 +90,19 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
-  const auto part_of_features = [&](int64_t index) { return int(int64_t(features[index].first) * in.parts / inter); };
-  parallel_tasks(k, threads, int64_t(features.size()), in.parts, part_of_features, [&](int64_t index, int thread) {
+  const auto part_of_features = [&](int64_t index) {
+    return int(int64_t(features[index].first) * settings.parts / inter);
+  };
+  parallel_tasks(call, int64_t(features.size()), settings.parts, part_of_features, [&](int64_t index, int thread) {
     const Task& task = features[index];
-    const GateUp block(in, inter, task.first, task.count);
+    const GateUp block(settings.interleaved, inter, task.first, task.count);
     const int64_t first_row = int64_t(task.expert) * 2 * inter;
     Rows w[2];
     for (int p = 0; p < block.size; p++)
       w[p] = padded_rows(k, in.gate_up_proj + (first_row + block.ranges[p].first) * hidden, hidden,
                          block.ranges[p].count, hidden, w_scratch[thread] + p * padded_features);
     const bool last = task.first + task.count == inter;
-    for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+    for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       const bf16* panel = x_panels + column * hidden_depth;
       float* gate = c_scratch[thread];                 // [count][width], or with up [2 * count][width] alternating
       float* up = gate + kFeatures * width;            // [count][width]
@@ -112,12 +119,12 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
         if (in.gate_up_bias)
           add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
       }
-      const int run = in.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
+      const int run = settings.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
       for (int64_t i = 0; i < int64_t(task.count) * width; i += run) {
-        float* gates = in.interleaved ? gate + 2 * i : gate;
-        float* ups = in.interleaved ? gates + width : up;
-        k.activate(in.gate, h + i, gates, ups, 1, run);
-        if (saved.gate_up && in.gate.has_limit()) keep_sides(in.gate, gates, ups, 1, run);
+        float* gates = settings.interleaved ? gate + 2 * i : gate;
+        float* ups = settings.interleaved ? gates + width : up;
+        k.activate(settings.gate, h + i, gates, ups, 1, run);
+        if (saved.gate_up && settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, 1, run);
       }
       for (int p = 0; saved.gate_up && p < block.size; p++)
         k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, parts[p], width,
@@ -133,8 +140,8 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
 
   // 3. t of down
   if (down_lora)
-    parallel_tasks(k, threads, int64_t(panels.size()), [&](int64_t index, int thread) {
-      for_panels(k, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+    parallel_tasks(call, int64_t(panels.size()), [&](int64_t index, int thread) {
+      for_panels(call, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
         lora_project(k, down_lora, h_mask, panels[index].expert, h_panels + column * inter_depth, width, row, tokens,
                      down_t + column * down_lora.depth, c_scratch[thread], kept_scratch[thread],
                      saved.t_down ? saved.t_down + row : nullptr, saved_ld);
@@ -147,14 +154,14 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
     // 4. y = down . h
     const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
     const auto part_of_outputs = [&](int64_t index) {
-      return int(int64_t(first + outputs[index].first) * in.parts / hidden);
+      return int(int64_t(first + outputs[index].first) * settings.parts / hidden);
     };
-    parallel_tasks(k, threads, int64_t(outputs.size()), in.parts, part_of_outputs, [&](int64_t index, int thread) {
+    parallel_tasks(call, int64_t(outputs.size()), settings.parts, part_of_outputs, [&](int64_t index, int thread) {
       const Task& task = outputs[index];
       const int64_t feature = first + task.first;
       const Rows w = padded_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
                                  inter, w_scratch[thread]);
-      for_panels(k, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+      for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
         float* c = c_scratch[thread];  // [count][width]
         k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
         if (down_lora)
@@ -167,25 +174,23 @@ void forward_part(const Kernels& k, int threads, const Shape& shape, const Input
     });
 
     // 5. output[t] = sum over slots, in slot order
-    combine_tokens(k, threads, plan, shape, y, range, in.top_k_weights, output, first, count);
+    combine_tokens(call, plan, shape, y, range, in.top_k_weights, output, first, count);
   }
 }
 
 }  // namespace
 
-void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
-             const Saved& saved, bool whole) {
-  const std::vector<int32_t> used = used_experts(shape, in);
-  threads = useful_threads(shape, threads);
-  const LoraForm gate_up_lora(k, threads, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
-  const LoraForm down_lora(k, threads, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
-  if (output) populate(threads, output.data, shape.tokens * shape.hidden * output.element_size());
-  for_parts(shape, whole, [&](int64_t first, int64_t tokens) {
-    Shape part = shape;
-    part.tokens = tokens;
-    const auto run = in.transposed ? forward_part_transposed : forward_part;
-    run(k, threads, part, in.from_token(shape, first), gate_up_lora, down_lora, output.from(first * shape.hidden),
-        saved.from_slot(shape, first * shape.topk), shape.slots());
+void forward(const Call& given, const Inputs& in, const Matrix& output, const Saved& saved) {
+  const std::vector<int32_t> used = used_experts(in);
+  const Shape& shape = in.shape;
+  const Call call = with_useful_threads(given, shape);
+  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm down_lora(call, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
+  if (output) populate(call.threads, output.data, shape.tokens * shape.hidden * output.element_size());
+  const auto compute = in.settings.transposed ? forward_part_transposed : forward_part;
+  for_parts(in, [&](const Inputs& part, int64_t first) {
+    compute(call, part, gate_up_lora, down_lora, output.from(first * shape.hidden),
+            saved.from_slot(shape, first * shape.topk), shape.slots());
   });
 }
 

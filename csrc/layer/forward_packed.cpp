@@ -8,6 +8,7 @@
 #include "layer/combine.h"
 #include "layer/dropout.h"
 #include "layer/gate_limit.h"
+#include "system/pages.h"
 #include "system/threads.h"
 #include "layer/routing.h"
 #include "layer/row_products.h"
@@ -23,8 +24,8 @@ struct PaddedRows {
   int64_t size, stride;
   Buffer<bf16> memory;
 
-  PaddedRows(const Kernels& k, int threads, int64_t rows, int64_t size)
-      : size(size), stride(row_stride<bf16>(size)), memory((rows + k.row_unit) * stride, threads) {}
+  PaddedRows(const Call& call, int64_t rows, int64_t size)
+      : size(size), stride(row_stride<bf16>(size)), memory((rows + call.kernels.row_unit) * stride, call.threads) {}
   bf16* operator[](int64_t row) const { return memory + row * stride; }
   void clear_tail(int64_t row) const {
     std::memset((*this)[row] + size, 0, size_t(stride - size) * sizeof(bf16));
@@ -33,24 +34,26 @@ struct PaddedRows {
 
 }  // namespace
 
-void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, const Inputs& in,
-                             const LoraForm& gate_up_lora, const LoraForm& down_lora, const Matrix& output,
-                             const Saved& saved, int64_t saved_ld) {
-  const Plan plan(shape, in);
+void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
+                             const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
+  const Kernels& k = call.kernels;
+  const Shape& shape = in.shape;
+  const Settings& settings = in.settings;
+  const Plan plan(in);
   const int hidden = int(shape.hidden), inter = int(shape.inter);
   const int64_t count = plan.rows();
-  if (saved.gate_up) populate(threads, saved.gate_up, count * 2 * inter * int64_t(sizeof(bf16)));
-  const PaddedRows x(k, threads, count, hidden), h(k, threads, count, inter);
+  if (saved.gate_up) populate(call.threads, saved.gate_up, count * 2 * inter * int64_t(sizeof(bf16)));
+  const PaddedRows x(call, count, hidden), h(call, count, inter);
   const Buffer<bf16> gate_up_t((count + k.row_unit) * gate_up_lora.depth);  // [row][depth]
   const Buffer<bf16> down_t((count + k.row_unit) * down_lora.depth);
   const int range = output_range(count, hidden);
-  const Buffer<float> y(output ? count * range : 0, threads);  // [row][range]: each expert's output
-  const ThreadBuffer<float> c_scratch(threads, (kRows + k.row_unit) * kLdc);
-  const ThreadBuffer<float> h_scratch(threads, kFeatures);
-  const ThreadBuffer<bf16> panel_scratch(threads, kPanels);
+  const Buffer<float> y(output ? count * range : 0, call.threads);  // [row][range]: each expert's output
+  const ThreadBuffer<float> c_scratch(call.threads, (kRows + k.row_unit) * kLdc);
+  const ThreadBuffer<float> h_scratch(call.threads, kFeatures);
+  const ThreadBuffer<bf16> panel_scratch(call.threads, kPanels);
   const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
   const int64_t kept_rows = x_mask || h_mask ? kRowsSmall + k.row_unit : 0;
-  const ThreadBuffer<bf16> kept_scratch(threads, kept_rows * std::max(x.stride, h.stride));
+  const ThreadBuffer<bf16> kept_scratch(call.threads, kept_rows * std::max(x.stride, h.stride));
 
   // t of one pair from the rows that it adapts; the saved form by rank.
   auto project = [&](const LoraForm& lora, const InputMask& mask, const Task& task, const PaddedRows& rows,
@@ -63,8 +66,8 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
       input = kept;
     }
     const Term product = {input, rows.stride, lora.a(task.expert), lora.in_depth, int(rows.size), true};
-    lora_inner(k, lora, product, task.rows, nullptr, t + task.row * lora.depth, saved_t ? saved_t + task.row : nullptr,
-               saved_ld, panel_scratch[thread], c_scratch[thread]);
+    lora_inner(call, lora, product, task.rows, nullptr, t + task.row * lora.depth,
+               saved_t ? saved_t + task.row : nullptr, saved_ld, panel_scratch[thread], c_scratch[thread]);
   };
   // The term of one pair that joins the product with the weights: columns [first, ...) of its outputs.
   auto lora_term = [&](const LoraForm& lora, const Task& task, const Buffer<bf16>& t, int64_t first) -> Term {
@@ -75,7 +78,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
 
   // 1. sort hidden_states; t of gate_up
   const std::vector<Task> row_blocks = row_tasks(plan, kRowsSmall);
-  parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
+  parallel_tasks(call, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
     const Task& task = row_blocks[index];
     for (int64_t row = task.row; row < task.row + task.rows; row++) {
       std::memcpy(x[row], in.hidden_states + plan.token_of_row[row] * shape.hidden, size_t(hidden) * sizeof(bf16));
@@ -87,15 +90,15 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = block_tasks(plan, kRows, inter, kFeatures);
-  parallel_tasks(k, threads, int64_t(features.size()), [&](int64_t index, int thread) {
+  parallel_tasks(call, int64_t(features.size()), [&](int64_t index, int thread) {
     const Task& task = features[index];
-    const GateUp block(in, inter, task.first, task.count);
+    const GateUp block(settings.interleaved, inter, task.first, task.count);
     const bf16* w = in.gate_up_proj + int64_t(task.expert) * hidden * 2 * inter;
     float* c = c_scratch[thread];  // [rows][kLdc]: gates, then ups from kFeatures on; or alternating
     for (int p = 0; p < block.size; p++) {
       const auto [first, count] = block.ranges[p];
       float* part = c + p * kFeatures;
-      sum_of_products(k, part, task.rows, count,
+      sum_of_products(call, part, task.rows, count,
                       {term(x[task.row], x.stride, w, hidden, 2 * inter, first, false),
                        lora_term(gate_up_lora, task, gate_up_t, first)},
                       panel_scratch[thread]);
@@ -104,11 +107,11 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
     }
     float* h_row = h_scratch[thread];
     for (int i = 0; i < task.rows; i++) {
-      float *gates = c + i * kLdc, *ups = gates + (in.interleaved ? 1 : kFeatures);
-      k.activate(in.gate, h_row, gates, ups, block.step, task.count);
+      float *gates = c + i * kLdc, *ups = gates + (settings.interleaved ? 1 : kFeatures);
+      k.activate(settings.gate, h_row, gates, ups, block.step, task.count);
       k.round(h[task.row + i] + task.first, h_row, 1.0f, task.count);
       if (!saved.gate_up) continue;
-      if (in.gate.has_limit()) keep_sides(in.gate, gates, ups, block.step, task.count);
+      if (settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, block.step, task.count);
       for (int p = 0; p < block.size; p++)
         k.round(saved.gate_up + (task.row + i) * 2 * inter + block.ranges[p].first, gates + p * kFeatures, 1.0f,
                 block.ranges[p].count);
@@ -117,7 +120,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
 
   // 3. t of down
   if (down_lora)
-    parallel_tasks(k, threads, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
+    parallel_tasks(call, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
       project(down_lora, h_mask, row_blocks[index], h, down_t, saved.t_down, thread);
     });
 
@@ -126,12 +129,12 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
 
     // 4. y = down . h
     const std::vector<Task> outputs = block_tasks(plan, kRows, count, kColumnsOut);
-    parallel_tasks(k, threads, int64_t(outputs.size()), [&](int64_t index, int thread) {
+    parallel_tasks(call, int64_t(outputs.size()), [&](int64_t index, int thread) {
       const Task& task = outputs[index];
       const int64_t feature = first + task.first;
       const bf16* w = in.down_proj + int64_t(task.expert) * inter * hidden;
       float* c = c_scratch[thread];
-      sum_of_products(k, c, task.rows, task.count,
+      sum_of_products(call, c, task.rows, task.count,
                       {term(h[task.row], h.stride, w, inter, hidden, feature, false),
                        lora_term(down_lora, task, down_t, feature)},
                       panel_scratch[thread]);
@@ -142,7 +145,7 @@ void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, 
     });
 
     // 5. output[t] = sum over slots, in slot order
-    combine_tokens(k, threads, plan, shape, y, range, in.top_k_weights, output, first, count);
+    combine_tokens(call, plan, shape, y, range, in.top_k_weights, output, first, count);
   }
 }
 

@@ -7,8 +7,7 @@
 namespace ktlib {
 
 // As forward_part (layer/forward_in_place.cpp). saved_ld: slots of the whole batch.
-void forward_part_transposed(const Kernels& k, int threads, const Shape& shape, const Inputs& in,
-                             const LoraForm& gate_up_lora, const LoraForm& down_lora, const Matrix& output,
-                             const Saved& saved, int64_t saved_ld);
+void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
+                             const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld);
 
 }  // namespace ktlib

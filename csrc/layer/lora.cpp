@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "system/threads.h"
+
 namespace ktlib {
 namespace {
 
@@ -20,17 +22,18 @@ constexpr int kBlock = 16;  // rows of B that one task turns: their r * E column
 
 }  // namespace
 
-LoraForm::LoraForm(const Kernels& k, int threads, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
+LoraForm::LoraForm(const Call& call, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
                    int64_t in, int64_t out)
     : rank(lora.rank), scaling(lora.scaling), in(in), out(out) {
   if (rank == 0) return;
+  const Kernels& k = call.kernels;
   rows = int(round_up(2 * rank, k.row_unit));
   depth = int(round_up(2 * rank, k.depth_unit));
   in_depth = round_up(in, k.depth_unit);
-  A = Buffer<bf16>(experts * rows * in_depth, threads);
-  B = Buffer<bf16>((experts * out + k.row_unit) * depth, threads);
+  A = Buffer<bf16>(experts * rows * in_depth, call.threads);
+  B = Buffer<bf16>((experts * out + k.row_unit) * depth, call.threads);
 
-  parallel_tasks(k, threads, int64_t(used.size()), [&](int64_t task, int) {
+  parallel_tasks(call, int64_t(used.size()), [&](int64_t task, int) {
     const int64_t expert = used[task];
     for (int64_t r = 0; r < rows; r++) {
       bf16* row = A + (expert * rows + r) * in_depth;
@@ -43,7 +46,7 @@ LoraForm::LoraForm(const Kernels& k, int threads, int64_t experts, const std::ve
       std::memset(row + filled, 0, size_t(in_depth - filled) * sizeof(bf16));
     }
   });
-  parallel_tasks(k, threads, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
+  parallel_tasks(call, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
     const int64_t last = std::min(out, (task + 1) * kBlock);
     for (int expert : used)
       for (int64_t o = task * kBlock; o < last; o++) {
@@ -73,7 +76,7 @@ void LoraGrads::reserve(int64_t blocks) {
   dBt = Buffer<float>(B ? blocks * rank * out : 0);
 }
 
-void LoraGrads::add(const Kernels& k, int threads, const std::vector<Task>& blocks) {
+void LoraGrads::add(const Call& call, const std::vector<Task>& blocks) {
   if (!A && !B) return;
   struct Range {
     int expert, first, count;
@@ -83,7 +86,7 @@ void LoraGrads::add(const Kernels& k, int threads, const std::vector<Task>& bloc
     if (ranges.empty() || ranges.back().expert != task.expert) ranges.push_back({task.expert, task.part, 0});
     ranges.back().count++;
   }
-  parallel_tasks(k, threads, int64_t(ranges.size()), [&](int64_t index, int) {
+  parallel_tasks(call, int64_t(ranges.size()), [&](int64_t index, int) {
     const Range& range = ranges[index];
     auto sum = [&](const Buffer<float>& parts, const Buffer<float>& total, int64_t size) {
       float* dst = total + range.expert * size;
@@ -98,9 +101,9 @@ void LoraGrads::add(const Kernels& k, int threads, const std::vector<Task>& bloc
   });
 }
 
-void LoraGrads::store(const Kernels& k, int threads) const {
+void LoraGrads::store(const Call& call) const {
   if (A)
-    parallel_tasks(k, threads, experts, [&](int64_t expert, int) {
+    parallel_tasks(call, experts, [&](int64_t expert, int) {
       const int64_t size = rank * in;
       float* fp32 = A.fp32 ? static_cast<float*>(A.data) + expert * size : nullptr;
       bf16* half = A.fp32 ? nullptr : static_cast<bf16*>(A.data) + expert * size;
@@ -109,10 +112,10 @@ void LoraGrads::store(const Kernels& k, int threads) const {
       else if (A.fp32)
         std::memcpy(fp32, sumA + expert * size, size_t(size) * sizeof(float));
       else
-        k.round(half, sumA + expert * size, 1.0f, size);
+        call.kernels.round(half, sumA + expert * size, 1.0f, size);
     });
   if (B)
-    parallel_tasks(k, threads, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
+    parallel_tasks(call, (out + kBlock - 1) / kBlock, [&](int64_t task, int) {
       const int64_t last = std::min(out, (task + 1) * kBlock);
       for (int64_t expert = 0; expert < experts; expert++)
         for (int64_t r = 0; r < rank; r++) {

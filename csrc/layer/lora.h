@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "layer/moe.h"
-#include "system/threads.h"
 #include "layer/routing.h"
+#include "system/scratch.h"
 
 namespace ktlib {
 
@@ -25,7 +25,7 @@ struct LoraForm {
   Buffer<bf16> B;        // [experts][out][depth]: lora_B twice, zero-padded
 
   // Only the matrices of the experts in `used` are filled.
-  LoraForm(const Kernels& k, int threads, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
+  LoraForm(const Call& call, int64_t experts, const std::vector<int32_t>& used, const Lora& lora,
            int64_t in, int64_t out);
   explicit operator bool() const { return rank > 0; }
   const bf16* a(int expert) const { return A + int64_t(expert) * rows * in_depth; }
@@ -50,9 +50,9 @@ struct LoraGrads {
   float* a(int block) const { return dA + int64_t(block) * rank * in; }
   float* bt(int block) const { return dBt + int64_t(block) * rank * out; }
   // After it: adds the blocks (row_tasks' list) to the sums.
-  void add(const Kernels& k, int threads, const std::vector<Task>& blocks);
+  void add(const Call& call, const std::vector<Task>& blocks);
   // Stores the sums; experts without tokens get zeros.
-  void store(const Kernels& k, int threads) const;
+  void store(const Call& call) const;
 };
 
 }  // namespace ktlib

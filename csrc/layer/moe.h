@@ -19,12 +19,12 @@
 
 #include <cstdint>
 
-#include "kernels/kernels.h"
+#include "system/call.h"
 
 namespace ktlib {
 
 struct Shape {
-  int64_t tokens, hidden, inter, experts, topk;
+  int64_t tokens = 0, hidden = 0, inter = 0, experts = 0, topk = 0;
   int64_t slots() const { return tokens * topk; }
 };
 
@@ -51,29 +51,38 @@ struct Lora {
   explicit operator bool() const { return rank > 0; }
 };
 
-struct Inputs {
-  const bf16* hidden_states;   // [tokens][hidden]
-  const int64_t* top_k_index;  // [tokens][topk]
-  const float* top_k_weights;  // [tokens][topk]
-  const bf16* gate_up_proj;    // [experts][2 * inter][hidden]; transposed: [experts][hidden][2 * inter]
-  const bf16* down_proj;       // [experts][hidden][inter]; transposed: [experts][inter][hidden]
-  Matrix gate_up_bias;         // [experts][2 * inter], or null
-  Matrix down_bias;            // [experts][hidden], or null
-  Lora gate_up_lora;           // in = hidden, out = 2 * inter
-  Lora down_lora;              // in = inter, out = hidden
+// How the layer is computed, whatever its tensors.
+struct Settings {
   Gate gate;
-  bool transposed, interleaved;
-  int parts = 1;               // of the weights' rows, by NUMA node: a preference of threads for tasks (system/threads.h)
-  Dropout dropout;             // of the input of both LoRA pairs, by slot of the whole batch
-  const bool* elsewhere = nullptr;  // [experts], or null: those computed on another device; their slots are no rows here
-  int64_t first_slot = 0;      // of this part of the batch
+  Dropout dropout;           // of the input of both LoRA pairs, by slot of the whole batch
+  bool transposed = false;   // how the weights are stored, see Inputs
+  bool interleaved = false;  // the outputs of gate_up alternate
+  int parts = 1;             // of the weights' rows, by NUMA node: a preference of threads for tasks (system/threads.h)
+  bool whole = false;        // the batch is one part, as backward needs it for gradients of expert weights and biases
+};
 
-  Inputs from_token(const Shape& shape, int64_t token) const {
+struct Inputs {
+  Shape shape;
+  Settings settings;
+  const bf16* hidden_states = nullptr;   // [tokens][hidden]
+  const int64_t* top_k_index = nullptr;  // [tokens][topk]
+  const float* top_k_weights = nullptr;  // [tokens][topk]
+  const bf16* gate_up_proj = nullptr;    // [experts][2 * inter][hidden]; transposed: [experts][hidden][2 * inter]
+  const bf16* down_proj = nullptr;       // [experts][hidden][inter]; transposed: [experts][inter][hidden]
+  Matrix gate_up_bias;                   // [experts][2 * inter], or null
+  Matrix down_bias;                      // [experts][hidden], or null
+  Lora gate_up_lora;                     // in = hidden, out = 2 * inter
+  Lora down_lora;                        // in = inter, out = hidden
+  const bool* elsewhere = nullptr;       // [experts], or null: computed on another device; their slots are no rows here
+  int64_t first_slot = 0;                // of this part of the batch
+
+  Inputs part(int64_t first_token, int64_t tokens) const {
     Inputs part = *this;
-    part.hidden_states += token * shape.hidden;
-    part.top_k_index += token * shape.topk;
-    part.top_k_weights += token * shape.topk;
-    part.first_slot += token * shape.topk;
+    part.shape.tokens = tokens;
+    part.hidden_states += first_token * shape.hidden;
+    part.top_k_index += first_token * shape.topk;
+    part.top_k_weights += first_token * shape.topk;
+    part.first_slot += first_token * shape.topk;
     return part;
   }
 };
@@ -88,12 +97,12 @@ struct GateUp {
   int gate, up;     // the first feature's gate and up
   int step;         // from one gate to the next
 
-  GateUp(const Inputs& in, int inter, int first, int count)
-      : ranges{{in.interleaved ? 2 * first : first, in.interleaved ? 2 * count : count}, {inter + first, count}},
-        size(in.interleaved ? 1 : 2),
+  GateUp(bool interleaved, int inter, int first, int count)
+      : ranges{{interleaved ? 2 * first : first, interleaved ? 2 * count : count}, {inter + first, count}},
+        size(interleaved ? 1 : 2),
         gate(ranges[0].first),
-        up(in.interleaved ? gate + 1 : inter + first),
-        step(in.interleaved ? 2 : 1) {}
+        up(interleaved ? gate + 1 : inter + first),
+        step(interleaved ? 2 : 1) {}
   const Range* begin() const { return ranges; }
   const Range* end() const { return ranges + size; }
 };
@@ -120,12 +129,9 @@ struct Grads {
   Matrix gate_up_bias, down_bias;
 };
 
-// Throws std::invalid_argument, with nothing written, if an expert id is out of range. whole: the batch is one part, as
-// backward needs it for gradients of expert weights and biases; the same in both. Without an output, forward computes
-// only what it saves.
-void forward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Matrix& output,
-             const Saved& saved, bool whole);
-void backward(const Kernels& k, int threads, const Shape& shape, const Inputs& in, const Saved& saved,
-              const bf16* grad_output, const Grads& grads, bool whole);
+// Throws std::invalid_argument, with nothing written, if an expert id is out of range. Without an output, forward computes
+// only what it saves. Settings must be the same in both.
+void forward(const Call& call, const Inputs& in, const Matrix& output, const Saved& saved);
+void backward(const Call& call, const Inputs& in, const Saved& saved, const bf16* grad_output, const Grads& grads);
 
 }  // namespace ktlib

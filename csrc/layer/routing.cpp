@@ -7,7 +7,8 @@
 
 namespace ktlib {
 
-std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in) {
+std::vector<int32_t> used_experts(const Inputs& in) {
+  const Shape& shape = in.shape;
   std::vector<char> used(shape.experts, 0);
   for (int64_t slot = 0; slot < shape.slots(); slot++) {
     const int64_t expert = in.top_k_index[slot];
@@ -23,7 +24,8 @@ std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in) {
   return experts;
 }
 
-Plan::Plan(const Shape& shape, const Inputs& in) {
+Plan::Plan(const Inputs& in) {
+  const Shape& shape = in.shape;
   const int64_t slots = shape.slots();
   const auto here = [&](int64_t slot) { return !in.elsewhere || !in.elsewhere[in.top_k_index[slot]]; };
   begin.assign(shape.experts + 1, 0);

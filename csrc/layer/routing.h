@@ -22,32 +22,34 @@ struct Plan {
   static constexpr int kDepth = 32;
 
   // Ids must have been checked (used_experts).
-  Plan(const Shape& shape, const Inputs& in);
+  explicit Plan(const Inputs& in);
   int64_t rows() const { return begin.back(); }
   int count(int expert) const { return int(begin[expert + 1] - begin[expert]); }
 };
 
 // Experts that received tokens to be computed here, ascending. Throws std::invalid_argument naming token and slot if an id
 // is out of range.
-std::vector<int32_t> used_experts(const Shape& shape, const Inputs& in);
+std::vector<int32_t> used_experts(const Inputs& in);
 
 // Long batches go through the layer in parts of this many slots (unless `whole`), so that scratch does not grow with
 // them. Saved rows are sorted within each part.
 constexpr int64_t kPartSlots = 24576;
 
-// Calls body(first token, number of tokens) for each part.
+// Calls body(inputs of the part, its first token) for each part.
 template <class Body>
-void for_parts(const Shape& shape, bool whole, const Body& body) {
-  if (whole) return body(0, shape.tokens);  // also without tokens: gradients of the weights are zero then
-  const int64_t size = std::max<int64_t>(1, kPartSlots / shape.topk);
-  for (int64_t first = 0; first < shape.tokens; first += size) body(first, std::min(size, shape.tokens - first));
+void for_parts(const Inputs& in, const Body& body) {
+  const int64_t tokens = in.shape.tokens;
+  if (in.settings.whole) return body(in, 0);  // also without tokens: gradients of the weights are zero then
+  const int64_t size = std::max<int64_t>(1, kPartSlots / in.shape.topk);
+  for (int64_t first = 0; first < tokens; first += size) body(in.part(first, std::min(size, tokens - first)), first);
 }
 
-// Threads worth waking for this much work: a parallel region costs some microseconds, far more where cores are shared.
-inline int useful_threads(const Shape& shape, int threads) {
+// The call with as many threads as are worth waking for this much work: a parallel region costs some microseconds, far
+// more where cores are shared.
+inline Call with_useful_threads(const Call& call, const Shape& shape) {
   constexpr double kWorthAThread = 8e6;  // multiply-adds, of which there may be more than an int64_t counts
   const double worth = 1 + 3.0 * double(shape.slots()) * double(shape.hidden) * double(shape.inter) / kWorthAThread;
-  return int(std::min<double>(threads_here(threads), worth));
+  return {call.kernels, int(std::min<double>(threads_here(call.threads), worth)), call.interruption};
 }
 
 // One task: a block of something (features, rows, ...) of one expert.

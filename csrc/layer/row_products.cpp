@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "system/interrupt.h"
+
 namespace ktlib {
 namespace {
 
@@ -10,9 +12,10 @@ constexpr int kDepthRun = 32;  // weight rows read side by side
 int panel_width(int columns, int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); }
 
 // c[rows][columns] (+)= one term, w packed into panels of kMaxWidth columns.
-void product(const Kernels& k, float* c, const Term& term, int rows, int columns, bool accumulate, bf16* panels) {
+void product(const Call& call, float* c, const Term& term, int rows, int columns, bool accumulate, bf16* panels) {
+  const Kernels& k = call.kernels;
   const int64_t ldw = term.ldw;
-  for (int d = 0; d < term.depth && !interrupted(k); d += kDepth) {
+  for (int d = 0; d < term.depth && !interrupted(call); d += kDepth) {
     const int count = std::min(kDepth, term.depth - d);
     const int64_t padded = round_up(count, k.depth_unit);
     if (term.by_column)
@@ -33,29 +36,30 @@ void product(const Kernels& k, float* c, const Term& term, int rows, int columns
 
 }  // namespace
 
-void sum_of_products(const Kernels& k, float* c, int rows, int columns, std::initializer_list<Term> terms,
+void sum_of_products(const Call& call, float* c, int rows, int columns, std::initializer_list<Term> terms,
                      bf16* panels) {
   bool accumulate = false;
   for (bool by_column : {false, true}) {  // pack_pairs permutes columns, pack_rows does not
     for (const Term& term : terms)
       if (term.depth > 0 && term.by_column == by_column) {
-        product(k, c, term, rows, columns, accumulate, panels);
+        product(call, c, term, rows, columns, accumulate, panels);
         accumulate = true;
       }
     for (int j = 0; accumulate && !by_column && j < columns; j += kMaxWidth)
-      k.unpermute(c + j, kLdc, rows, panel_width(columns, j));
+      call.kernels.unpermute(c + j, kLdc, rows, panel_width(columns, j));
   }
 }
 
-void lora_inner(const Kernels& k, const LoraForm& lora, const Term& product, int rows, const float* weights,
+void lora_inner(const Call& call, const LoraForm& lora, const Term& product, int rows, const float* weights,
                 bf16* to_rows, bf16* by_rank, int64_t ld, bf16* panels, float* c) {
   static_assert(kColumnsOut >= 2 * kMaxWidth, "the low part lies beside the high part");
+  const Kernels& k = call.kernels;
   float* low = c + kMaxWidth;
   for (int r0 = 0; r0 < lora.rank; r0 += kMaxWidth) {
     const int n = std::min(kMaxWidth, lora.rank - r0);
     Term part = product;
     part.w += part.by_column ? r0 * part.ldw : r0;
-    sum_of_products(k, c, rows, n, {part}, panels);
+    sum_of_products(call, c, rows, n, {part}, panels);
     for (int i = 0; i < rows; i++)
       for (int r = 0; r < n; r++) c[i * kLdc + r] *= lora.scaling;
     low_part(low, c, kLdc, rows, n);

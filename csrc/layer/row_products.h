@@ -33,12 +33,12 @@ inline Term term(const bf16* a, int64_t lda, const bf16* w, int depth, int64_t c
 }
 
 // c[rows][columns] (ld kLdc) = the sum of the terms; those of depth 0 are left out. panels: kPanels elements.
-void sum_of_products(const Kernels& k, float* c, int rows, int columns, std::initializer_list<Term> terms, bf16* panels);
+void sum_of_products(const Call& call, float* c, int rows, int columns, std::initializer_list<Term> terms, bf16* panels);
 
 // The inner values of a LoRA pair for a block of token rows, lora.scaling * a . w with lora.rank columns, as high and low
 // part (layer/lora.h): to_rows[rows][lora.depth], zero-padded; by_rank[2 * lora.rank][ld], there times weights[row] unless that
 // is null. c: a task's scratch.
-void lora_inner(const Kernels& k, const LoraForm& lora, const Term& product, int rows, const float* weights,
+void lora_inner(const Call& call, const LoraForm& lora, const Term& product, int rows, const float* weights,
                 bf16* to_rows, bf16* by_rank, int64_t ld, bf16* panels, float* c);
 
 }  // namespace ktlib

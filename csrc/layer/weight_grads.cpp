@@ -10,6 +10,10 @@
 
 #include <cstring>
 
+#include "system/pages.h"
+#include "system/threads.h"
+#include "system/scratch.h"
+
 namespace ktlib {
 namespace {
 
@@ -27,17 +31,18 @@ struct Factor {
 };
 
 // dst[e][left.size][right.size] = sum over the rows of e of scale[row] * left[row] (x) right[row], bf16.
-void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t experts, const Factor& left,
-                    const float* scale, const Factor& right, bf16* dst) {
+void outer_products(const Call& call, const Plan& plan, int64_t experts, const Factor& left, const float* scale,
+                    const Factor& right, bf16* dst) {
+  const Kernels& k = call.kernels;
   const int64_t tokens = plan.depth[experts];  // each expert's padded with zeros
   const int64_t ld = row_stride<bf16>(tokens), columns = round_up(right.size, kColumns);
-  populate(threads, dst, experts * left.size * right.size * int64_t(sizeof(bf16)));
-  const Buffer<bf16> turned((left.size + k.row_unit) * ld, threads);  // [left.size][tokens]
-  const Buffer<bf16> panels(tokens * columns, threads);               // by expert
-  const ThreadBuffer<float> c_scratch(threads, std::max(kTokenBlock * kMaxWidth, (kRows + k.row_unit) * kMaxWidth));
+  populate(call.threads, dst, experts * left.size * right.size * int64_t(sizeof(bf16)));
+  const Buffer<bf16> turned((left.size + k.row_unit) * ld, call.threads);  // [left.size][tokens]
+  const Buffer<bf16> panels(tokens * columns, call.threads);               // by expert
+  const ThreadBuffer<float> c_scratch(call.threads, std::max(kTokenBlock, kRows + k.row_unit) * kMaxWidth);
 
   const std::vector<Task> turns = block_tasks(plan, kTokenBlock, left.size, kMaxWidth);
-  parallel_tasks(k, threads, int64_t(turns.size()), [&](int64_t index, int thread) {
+  parallel_tasks(call, int64_t(turns.size()), [&](int64_t index, int thread) {
     const Task& task = turns[index];
     float* c = c_scratch[thread];  // [rows][kMaxWidth]
     const bool last = task.row + task.rows == plan.begin[task.expert + 1];
@@ -53,7 +58,7 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
     return panels + plan.depth[expert] * columns + j * (plan.depth[expert + 1] - plan.depth[expert]);
   };
   const std::vector<Task> packs = feature_tasks(plan, right.size, kMaxWidth);
-  parallel_tasks(k, threads, int64_t(packs.size()), [&](int64_t index, int) {
+  parallel_tasks(call, int64_t(packs.size()), [&](int64_t index, int) {
     const Task& task = packs[index];
     const bf16* src = right.data + task.first + (right.index ? 0 : task.row * right.ld);
     const int width = int(round_up(task.count, kColumns)), count = plan.count(task.expert);
@@ -65,14 +70,14 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
   });
 
   const int64_t row_blocks = (left.size + kRows - 1) / kRows, column_blocks = (right.size + kColumnsOut - 1) / kColumnsOut;
-  parallel_tasks(k, threads, experts * row_blocks * column_blocks, [&](int64_t index, int thread) {
+  parallel_tasks(call, experts * row_blocks * column_blocks, [&](int64_t index, int thread) {
     const int expert = int(index / (row_blocks * column_blocks));
     const int first = int(index / column_blocks % row_blocks) * kRows, rows = std::min(kRows, left.size - first);
     const int begin = int(index % column_blocks) * kColumnsOut, end = std::min(begin + kColumnsOut, right.size);
     float* c = c_scratch[thread];
     bf16* out = dst + (int64_t(expert) * left.size + first) * right.size;
     const int depth = int(plan.depth[expert + 1] - plan.depth[expert]);
-    for (int j = begin; j < end && !interrupted(k); j += kMaxWidth) {
+    for (int j = begin; j < end && !interrupted(call); j += kMaxWidth) {
       const int count = std::min(kMaxWidth, end - j), width = int(round_up(count, kColumns));
       if (depth > 0) {
         k.multiply(c, width, turned + first * ld + plan.depth[expert], ld, panel(expert, j), width, rows, depth, false);
@@ -91,26 +96,28 @@ void outer_products(const Kernels& k, int threads, const Plan& plan, int64_t exp
 
 }  // namespace
 
-void weight_grads(const Kernels& k, int threads, const Plan& plan, const Shape& shape, const Inputs& in,
-                  const bf16* saved_gate_up, const bf16* dy, int64_t dy_ld, const float* weight, const bf16* d_gate_up,
-                  int64_t d_gate_up_ld, const Grads& grads) {
-  const int hidden = int(shape.hidden), inter = int(shape.inter);
+void weight_grads(const Call& call, const Plan& plan, const Inputs& in, const bf16* saved_gate_up, const bf16* dy,
+                  int64_t dy_ld, const float* weight, const bf16* d_gate_up, int64_t d_gate_up_ld, const Grads& grads) {
+  const Kernels& k = call.kernels;
+  const Settings& settings = in.settings;
+  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter);
   auto outer = [&](const Factor& out, const Factor& input, const float* scale, bf16* dst) {
-    outer_products(k, threads, plan, shape.experts, in.transposed ? input : out, scale, in.transposed ? out : input, dst);
+    outer_products(call, plan, in.shape.experts, settings.transposed ? input : out, scale,
+                   settings.transposed ? out : input, dst);
   };
   if (grads.gate_up_proj)
     outer({d_gate_up, d_gate_up_ld, 2 * inter, nullptr}, {in.hidden_states, hidden, hidden, plan.token_of_row.data()},
           nullptr, grads.gate_up_proj);
   if (grads.down_proj) {
-    const Buffer<bf16> h(shape.slots() * inter, threads);  // [row][inter], from gate and up as saved
-    const GateUp all(in, inter, 0, inter);
-    const ThreadBuffer<float> scratch(threads, 3 * int64_t(inter));
+    const Buffer<bf16> h(in.shape.slots() * inter, call.threads);  // [row][inter], from gate and up as saved
+    const GateUp all(settings.interleaved, inter, 0, inter);
+    const ThreadBuffer<float> scratch(call.threads, 3 * int64_t(inter));
     const std::vector<Task> blocks = row_tasks(plan, kTokenBlock);
-    parallel_tasks(k, threads, int64_t(blocks.size()), [&](int64_t index, int thread) {
+    parallel_tasks(call, int64_t(blocks.size()), [&](int64_t index, int thread) {
       float *gate_up = scratch[thread], *act = gate_up + 2 * inter;
       for (int64_t row = blocks[index].row; row < blocks[index].row + blocks[index].rows; row++) {
         k.widen(gate_up, saved_gate_up + row * 2 * inter, 1.0f, 2 * inter);
-        k.activate(in.gate, act, gate_up + all.gate, gate_up + all.up, all.step, inter);
+        k.activate(settings.gate, act, gate_up + all.gate, gate_up + all.up, all.step, inter);
         k.round(h + row * inter, act, 1.0f, inter);
       }
     });

@@ -2,14 +2,12 @@
 #pragma once
 
 #include "layer/moe.h"
-#include "system/threads.h"
 #include "layer/routing.h"
 
 namespace ktlib {
 
 // dy, weight and d_gate_up in sorted rows of the whole batch, which is one part where these gradients are wanted.
-void weight_grads(const Kernels& k, int threads, const Plan& plan, const Shape& shape, const Inputs& in,
-                  const bf16* saved_gate_up, const bf16* dy, int64_t dy_ld, const float* weight, const bf16* d_gate_up,
-                  int64_t d_gate_up_ld, const Grads& grads);
+void weight_grads(const Call& call, const Plan& plan, const Inputs& in, const bf16* saved_gate_up, const bf16* dy,
+                  int64_t dy_ld, const float* weight, const bf16* d_gate_up, int64_t d_gate_up_ld, const Grads& grads);
 
 }  // namespace ktlib

@@ -10,9 +10,11 @@
 #include <optional>
 #include <tuple>
 
+#include "system/copy.h"
 #include "system/cpu.h"
 #include "layer/dropout.h"
 #include "layer/moe.h"
+#include "system/pages.h"
 #include "system/threads.h"
 #include "system/probe.h"
 
@@ -26,45 +28,41 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using MatrixArgs = std::tuple<uintptr_t, bool>;                            // address (0: absent), fp32
-using LoraArgs = std::tuple<uintptr_t, uintptr_t, bool, int, float>;       // A, B, fp32, rank (0: absent), scaling
-using SizeArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // tokens, hidden, inter, experts, topk
-using GateArgs = std::tuple<int, float, float>;                            // activation, limit, alpha
-using DropoutArgs = std::tuple<int64_t, uint32_t>;                         // seed, threshold
-using InputArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, MatrixArgs, MatrixArgs, LoraArgs,
-                             LoraArgs, GateArgs, bool, bool, int, DropoutArgs,
-                             uintptr_t>;  // ... biases, LoRA, gate, transposed, interleaved, parts, dropout, elsewhere
+// How a field of a struct comes from Python: a pointer as an address (0: null), an enum as its number.
+template <class T>
+struct Argument {
+  using type = T;
+};
+template <class T>
+struct Argument<T*> {
+  using type = uintptr_t;
+};
+template <>
+struct Argument<Activation> {
+  using type = int;
+};
 
-Matrix matrix(const MatrixArgs& args) { return {at<void>(std::get<0>(args)), std::get<1>(args)}; }
+template <class Struct, class T>
+struct Field {
+  const char* name;
+  T Struct::*member;
+};
+template <class Struct, class T>
+Field(const char*, T Struct::*) -> Field<Struct, T>;
 
-Lora lora(const LoraArgs& args) {
-  const auto& [a, b, fp32, rank, scaling] = args;
-  return {{at<void>(a), fp32}, {at<void>(b), fp32}, rank, scaling};
-}
-
-Shape shape(const SizeArgs& args) {
-  const auto& [tokens, hidden, inter, experts, topk] = args;
-  return {tokens, hidden, inter, experts, topk};
-}
-
-Gate gate(const GateArgs& args) {
-  const auto& [kind, limit, alpha] = args;
-  return {Activation(kind), limit, alpha};
-}
-
-Dropout dropout(const DropoutArgs& args) { return {uint64_t(std::get<0>(args)), std::get<1>(args)}; }
-
-Inputs inputs(const InputArgs& args) {
-  const auto& [hidden_states, index, weights, gate_up, down, gate_up_bias, down_bias, gate_up_lora, down_lora, kind,
-               transposed, interleaved, parts, drop, elsewhere] = args;
-  return {at<const bf16>(hidden_states), at<const int64_t>(index), at<const float>(weights), at<const bf16>(gate_up),
-          at<const bf16>(down), matrix(gate_up_bias), matrix(down_bias), lora(gate_up_lora), lora(down_lora),
-          gate(kind), transposed, interleaved, parts, dropout(drop), at<const bool>(elsewhere)};
-}
-
-using SavedArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
-Saved saved(const SavedArgs& args) {
-  return {at<bf16>(std::get<0>(args)), at<bf16>(std::get<1>(args)), at<bf16>(std::get<2>(args))};
+// The struct as a class of Python, whose constructor takes each of these fields by keyword, and none but all of them.
+template <class Struct, class... T>
+void bind_struct(nb::module_& m, const char* name, const Field<Struct, T>&... fields) {
+  nb::class_<Struct> type(m, name);
+  type.def(
+      "__init__",
+      [=](Struct* self, const typename Argument<T>::type&... values) {
+        new (self) Struct();
+        ((self->*fields.member = (T)values), ...);
+      },
+      nb::kw_only(), nb::arg(fields.name)...);
+  (type.def_prop_ro(fields.name, [=](const Struct& self) { return (typename Argument<T>::type)(self.*fields.member); }),
+   ...);
 }
 
 // Runs the handlers of signals that have arrived; whether one raised an exception.
@@ -73,18 +71,18 @@ bool signal_raised() {
   return PyErr_CheckSignals() != 0;
 }
 
-// work(kernels) without the GIL. On Python's main thread, where it has signal handlers run, one that raises (Ctrl-C)
-// ends the call with its exception.
+// work(call) without the GIL. On Python's main thread, where it has signal handlers run, one that raises (Ctrl-C) ends the
+// call with its exception.
 template <class Work>
-void interruptible(const std::string& isa, const Work& work) {
-  Kernels k = select_isa(isa);
+void interruptible(const std::string& isa, int threads, const Work& work) {
   Interruption interruption(signal_raised);
-  if (getpid() == syscall(SYS_gettid)) k.interruption = &interruption;
+  const bool main_thread = getpid() == syscall(SYS_gettid);
+  const Call call = {select_isa(isa), threads, main_thread ? &interruption : nullptr};
   bool raised = false;
   {
     const nb::gil_scoped_release release;
     try {
-      work(k);
+      work(call);
     } catch (const Interrupted&) {
       raised = true;
     }
@@ -101,32 +99,36 @@ NB_MODULE(_kernels, m) {
     return list;
   });
   m.def("select_isa", [](const std::string& name) { return std::string(select_isa(name).isa); });
-  m.def("forward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
-                      const MatrixArgs& output, const SavedArgs& save, bool whole) {
-    interruptible(isa, [&](const Kernels& k) {
-      forward(k, threads, shape(sizes), inputs(in), matrix(output), saved(save), whole);
-    });
+  bind_struct(m, "Shape", Field{"tokens", &Shape::tokens}, Field{"hidden", &Shape::hidden},
+              Field{"inter", &Shape::inter}, Field{"experts", &Shape::experts}, Field{"topk", &Shape::topk});
+  bind_struct(m, "Matrix", Field{"data", &Matrix::data}, Field{"fp32", &Matrix::fp32});
+  bind_struct(m, "Lora", Field{"A", &Lora::A}, Field{"B", &Lora::B}, Field{"rank", &Lora::rank},
+              Field{"scaling", &Lora::scaling});
+  bind_struct(m, "Gate", Field{"kind", &Gate::kind}, Field{"limit", &Gate::limit}, Field{"alpha", &Gate::alpha});
+  bind_struct(m, "Dropout", Field{"seed", &Dropout::seed}, Field{"threshold", &Dropout::threshold});
+  bind_struct(m, "Settings", Field{"gate", &Settings::gate}, Field{"dropout", &Settings::dropout},
+              Field{"transposed", &Settings::transposed}, Field{"interleaved", &Settings::interleaved},
+              Field{"parts", &Settings::parts}, Field{"whole", &Settings::whole});
+  bind_struct(m, "Inputs", Field{"shape", &Inputs::shape}, Field{"settings", &Inputs::settings},
+              Field{"hidden_states", &Inputs::hidden_states}, Field{"top_k_index", &Inputs::top_k_index},
+              Field{"top_k_weights", &Inputs::top_k_weights}, Field{"gate_up_proj", &Inputs::gate_up_proj},
+              Field{"down_proj", &Inputs::down_proj}, Field{"gate_up_bias", &Inputs::gate_up_bias},
+              Field{"down_bias", &Inputs::down_bias}, Field{"gate_up_lora", &Inputs::gate_up_lora},
+              Field{"down_lora", &Inputs::down_lora}, Field{"elsewhere", &Inputs::elsewhere});
+  bind_struct(m, "Saved", Field{"gate_up", &Saved::gate_up}, Field{"t_gate_up", &Saved::t_gate_up},
+              Field{"t_down", &Saved::t_down});
+  bind_struct(m, "Grads", Field{"hidden_states", &Grads::hidden_states}, Field{"top_k_weights", &Grads::top_k_weights},
+              Field{"gate_up_proj", &Grads::gate_up_proj}, Field{"down_proj", &Grads::down_proj},
+              Field{"gate_up_bias", &Grads::gate_up_bias}, Field{"down_bias", &Grads::down_bias},
+              Field{"gate_up_lora_A", &Grads::gate_up_A}, Field{"gate_up_lora_B", &Grads::gate_up_B},
+              Field{"down_lora_A", &Grads::down_A}, Field{"down_lora_B", &Grads::down_B});
+  m.def("forward", [](const std::string& isa, int threads, const Inputs& in, const Matrix& output, const Saved& saved) {
+    interruptible(isa, threads, [&](const Call& call) { forward(call, in, output, saved); });
   });
-  m.def("backward", [](const std::string& isa, int threads, const SizeArgs& sizes, const InputArgs& in,
-                       const SavedArgs& save, uintptr_t grad_output, const MatrixArgs& grad_hidden_states,
-                       uintptr_t grad_top_k_weights, const std::tuple<MatrixArgs, MatrixArgs>& gate_up_lora,
-                       const std::tuple<MatrixArgs, MatrixArgs>& down_lora,
-                       const std::tuple<uintptr_t, uintptr_t>& weights,
-                       const std::tuple<MatrixArgs, MatrixArgs>& biases, bool whole) {
-    Grads grads;
-    grads.hidden_states = matrix(grad_hidden_states);
-    grads.top_k_weights = at<float>(grad_top_k_weights);
-    grads.gate_up_A = matrix(std::get<0>(gate_up_lora));
-    grads.gate_up_B = matrix(std::get<1>(gate_up_lora));
-    grads.down_A = matrix(std::get<0>(down_lora));
-    grads.down_B = matrix(std::get<1>(down_lora));
-    grads.gate_up_proj = at<bf16>(std::get<0>(weights));
-    grads.down_proj = at<bf16>(std::get<1>(weights));
-    grads.gate_up_bias = matrix(std::get<0>(biases));
-    grads.down_bias = matrix(std::get<1>(biases));
-    interruptible(isa, [&](const Kernels& k) {
-      backward(k, threads, shape(sizes), inputs(in), saved(save), at<const bf16>(grad_output), grads, whole);
-    });
+  m.def("backward", [](const std::string& isa, int threads, const Inputs& in, const Saved& saved,
+                       uintptr_t grad_output, const Grads& grads) {
+    interruptible(isa, threads,
+                  [&](const Call& call) { backward(call, in, saved, at<const bf16>(grad_output), grads); });
   });
   m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
   m.def(
@@ -147,11 +149,11 @@ NB_MODULE(_kernels, m) {
         });
       },
       nb::arg(), nb::arg(), nb::arg("ahead") = 2, nb::arg("ready") = nb::none());
-  m.def("keep_masks", [](const std::string& isa, int threads, uintptr_t masks, const DropoutArgs& drop,
+  m.def("keep_masks", [](const std::string& isa, int threads, uintptr_t masks, const Dropout& dropout,
                          uint32_t projection, uintptr_t slots, int64_t rows, int columns) {
-    const Kernels& k = select_isa(isa);
+    const Call call = {select_isa(isa), threads};
     const nb::gil_scoped_release release;
-    keep_masks(k, threads, at<bf16>(masks), dropout(drop), projection, at<const int64_t>(slots), rows, columns);
+    keep_masks(call, at<bf16>(masks), dropout, projection, at<const int64_t>(slots), rows, columns);
   });
   m.def("peak_rate", [](const std::string& isa, int threads) {
     const Kernels& k = select_isa(isa);
@@ -189,9 +191,9 @@ NB_MODULE(_kernels, m) {
   m.def("unpermute", [](const std::string& isa, uintptr_t c, int64_t ldc, int rows, int width) {
     select_isa(isa).unpermute(at<float>(c), ldc, rows, width);
   });
-  m.def("activate", [](const std::string& isa, const GateArgs& kind, uintptr_t h, uintptr_t g, uintptr_t up, int step,
+  m.def("activate", [](const std::string& isa, const Gate& gate, uintptr_t h, uintptr_t g, uintptr_t up, int step,
                        int64_t count) {
-    select_isa(isa).activate(gate(kind), at<float>(h), at<const float>(g), at<const float>(up), step, count);
+    select_isa(isa).activate(gate, at<float>(h), at<const float>(g), at<const float>(up), step, count);
   });
   m.def("interleave", [](const std::string& isa, uintptr_t panel, int64_t panel_depth, int width, uintptr_t c,
                          int64_t ldc, int features) {
@@ -211,9 +213,9 @@ NB_MODULE(_kernels, m) {
   m.def("widen", [](const std::string& isa, uintptr_t dst, uintptr_t src, float scale, int64_t count) {
     select_isa(isa).widen(at<float>(dst), at<const bf16>(src), scale, count);
   });
-  m.def("gate_backward", [](const std::string& isa, const GateArgs& kind, uintptr_t dh, uintptr_t g, uintptr_t up,
+  m.def("gate_backward", [](const std::string& isa, const Gate& gate, uintptr_t dh, uintptr_t g, uintptr_t up,
                             int step, float weight, uintptr_t dgate, uintptr_t dup, int features) {
-    return select_isa(isa).gate_backward(gate(kind), at<float>(dh), at<const bf16>(g), at<const bf16>(up), step, weight,
+    return select_isa(isa).gate_backward(gate, at<float>(dh), at<const bf16>(g), at<const bf16>(up), step, weight,
                                          at<bf16>(dgate), at<bf16>(dup), features);
   });
   m.def("rank_grad", [](const std::string& isa, uintptr_t grad, int64_t ld, int rank, uintptr_t t, int64_t ldt,
@@ -233,8 +235,8 @@ NB_MODULE(_kernels, m) {
     select_isa(isa).combine(fp32 ? nullptr : at<bf16>(out), fp32 ? at<float>(out) : nullptr, pointers.data(),
                             at<const float>(weights), int(rows.size()), size);
   });
-  m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const DropoutArgs& drop, uint32_t projection,
+  m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const Dropout& dropout, uint32_t projection,
                         int64_t slot, int first, int count) {
-    select_isa(isa).keep_mask(at<bf16>(mask), dropout(drop), projection, slot, first, count);
+    select_isa(isa).keep_mask(at<bf16>(mask), dropout, projection, slot, first, count);
   });
 }

@@ -7,7 +7,7 @@
 #include <atomic>
 #include <chrono>
 
-#include "kernels/kernels.h"
+#include "system/call.h"
 
 namespace ktlib {
 
@@ -45,6 +45,6 @@ class Interruption {
 
 // For bodies of parallel_tasks (system/threads.h): whether to return, whatever is unfinished. A task of more than some
 // milliseconds asks between its pieces, where no tile is in use.
-inline bool interrupted(const Kernels& k) { return k.interruption && k.interruption->requested(k); }
+inline bool interrupted(const Call& call) { return call.interruption && call.interruption->requested(call.kernels); }
 
 }  // namespace ktlib

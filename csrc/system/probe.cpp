@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "system/threads.h"
+#include "system/scratch.h"
 
 namespace ktlib {
 

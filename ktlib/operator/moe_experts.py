@@ -164,11 +164,22 @@ def moe_experts(
     check_no_tangents(_NAMES, tensors)
     stream_device = _stream_device(device) if stream_rows else ""
     whole, save = _for_backward(tensors, stream_rows)
-    settings = (
-        gate_up_lora[2], down_lora[2], float(lora_dropout), gate, limit, alpha, transposed, interleaved,
-        isa or os.environ.get("KTLIB_ISA", ""), recompute or bool(stream_device), parts, stream_rows or 0,
-        stream_device, whole,
-    )  # fmt: skip
+    settings = _Settings(
+        gate_up_scaling=gate_up_lora[2],
+        down_scaling=down_lora[2],
+        lora_dropout=float(lora_dropout),
+        gate=gate,
+        limit=limit,
+        alpha=alpha,
+        transposed=transposed,
+        interleaved=interleaved,
+        isa=isa or os.environ.get("KTLIB_ISA", ""),
+        recompute=recompute or bool(stream_device),
+        parts=parts,
+        stream_rows=stream_rows or 0,
+        stream_device=stream_device,
+        whole=whole,
+    )
     try:
         output, *_ = torch.ops.ktlib.moe_experts(*tensors, *settings, save)
     except RuntimeError as error:
@@ -208,17 +219,20 @@ def _for_backward(tensors, stream_rows):
 
 # A call as C++ takes it: ``held`` are the tensors whose memory ``inputs`` name (hold on to them during the call, and to
 # ``streamed``, which has the list of the experts that C++ leaves out and computes them; None if there are none).
-_Call = namedtuple("_Call", "counts inputs held streamed")
+_Call = namedtuple("_Call", "inputs held streamed")
 
 
 def _address(tensor):
-    return (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.float32)
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _lora_arguments(lora_A, lora_B, experts, scaling):
-    if lora_A is None:
-        return (0, 0, False, 0, 1.0)
-    return (lora_A.data_ptr(), lora_B.data_ptr(), lora_A.dtype == torch.float32, lora_A.shape[0] // experts, scaling)
+def _matrix(tensor):
+    return _kernels.Matrix(data=_address(tensor), fp32=tensor is not None and tensor.dtype == torch.float32)
+
+
+def _lora(lora_A, lora_B, scaling, experts):
+    rank = 0 if lora_A is None else lora_A.shape[0] // experts
+    return _kernels.Lora(A=_matrix(lora_A), B=_matrix(lora_B), rank=rank, scaling=scaling)
 
 
 def _arguments(tensors, settings):
@@ -240,32 +254,40 @@ def _arguments(tensors, settings):
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
-    counts = (tensors.hidden_states.shape[0], hidden, intermediate, experts, tensors.top_k_index.shape[1])
+    tokens, topk = tensors.top_k_index.shape
     held = _Tensors(
         tensors.hidden_states.to(torch.bfloat16).contiguous(),
         tensors.top_k_index.contiguous(),
         tensors.top_k_weights.float().contiguous(),
         *(None if t is None else t.contiguous() for t in tensors[3:]),
     )
-    dropout = (0 if seed is None else seed.item(), threshold)
+    dropout = _kernels.Dropout(seed=0 if seed is None else seed.item(), threshold=threshold)
     chosen = choose(held.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
     streamed = None
     if chosen is not None:
         streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, chosen)
-    inputs = (
-        *(t.data_ptr() for t in held[:5]),
-        _address(held.gate_up_bias),
-        _address(held.down_bias),
-        _lora_arguments(held.gate_up_lora_A, held.gate_up_lora_B, experts, factors[0][2]),
-        _lora_arguments(held.down_lora_A, held.down_lora_B, experts, factors[1][2]),
-        (GATES.index(settings.gate), settings.limit, settings.alpha),
-        settings.transposed,
-        settings.interleaved,
-        settings.parts,
-        dropout,
-        0 if streamed is None else streamed.chosen.data_ptr(),
+    inputs = _kernels.Inputs(
+        shape=_kernels.Shape(tokens=tokens, hidden=hidden, inter=intermediate, experts=experts, topk=topk),
+        settings=_kernels.Settings(
+            gate=_kernels.Gate(kind=GATES.index(settings.gate), limit=settings.limit, alpha=settings.alpha),
+            dropout=dropout,
+            transposed=settings.transposed,
+            interleaved=settings.interleaved,
+            parts=settings.parts,
+            whole=settings.whole,
+        ),
+        hidden_states=held.hidden_states.data_ptr(),
+        top_k_index=held.top_k_index.data_ptr(),
+        top_k_weights=held.top_k_weights.data_ptr(),
+        gate_up_proj=held.gate_up_proj.data_ptr(),
+        down_proj=held.down_proj.data_ptr(),
+        gate_up_bias=_matrix(held.gate_up_bias),
+        down_bias=_matrix(held.down_bias),
+        gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, factors[0][2], experts),
+        down_lora=_lora(held.down_lora_A, held.down_lora_B, factors[1][2], experts),
+        elsewhere=_address(None if streamed is None else streamed.chosen),
     )
-    return _Call(counts, inputs, held, streamed)
+    return _Call(inputs, held, streamed)
 
 
 def _saved_shapes(tensors, settings):
@@ -293,6 +315,10 @@ def _empty_like(tensor, dtype=None):
     return _empty(tensor.shape, dtype or tensor.dtype, tensor.is_pinned())
 
 
+def _saved(tensors):
+    return _kernels.Saved(**dict(zip(("gate_up", "t_gate_up", "t_down"), map(_address, tensors), strict=True)))
+
+
 def _kept_shapes(tensors, settings, save):
     return _saved_shapes(tensors, settings) if save and not settings.recompute else ((0,),) * 3
 
@@ -302,13 +328,11 @@ def _forward(*arguments):
     call = _arguments(tensors, settings)
     output = _empty_like(tensors.hidden_states)
     saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
-    addresses = tuple(t.data_ptr() if save and not settings.recompute else 0 for t in saved)
     # queued before the CPU's share is computed
     streamed = None if call.streamed is None else call.streamed.forward()
     if streamed is None or call.streamed.leaves_rows:
-        _kernels.forward(
-            settings.isa, operator_threads(), call.counts, call.inputs, _address(output), addresses, settings.whole
-        )
+        to_save = saved if save and not settings.recompute else [None] * 3
+        _kernels.forward(settings.isa, operator_threads(), call.inputs, _matrix(output), _saved(to_save))
     if streamed is not None:
         call.streamed.complete([(output, streamed)])
     return output, *saved
@@ -343,20 +367,15 @@ def _backward_here(call, saved, tensors, settings, grad_output, grads):
     threads, shapes = operator_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
         saved = [_empty(shape, torch.bfloat16) for shape in shapes]
-        addresses = tuple(t.data_ptr() for t in saved)
-        _kernels.forward(settings.isa, threads, call.counts, call.inputs, (0, False), addresses, settings.whole)
+        _kernels.forward(settings.isa, threads, call.inputs, _matrix(None), _saved(saved))
     names = ("hidden_states or down_proj", "gate_up_lora", "down_lora")
     for name, tensor, shape in zip(names, saved, shapes, strict=True):
         if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: changed since forward, which saved {describe(tensor)}; needs bfloat16 {shape}")
         check_memory(name, tensor)
-    to = {name: _address(grad) for name, grad in grads.items()}
-    _kernels.backward(
-        settings.isa, threads, call.counts, call.inputs, tuple(t.data_ptr() for t in saved), grad_output.data_ptr(),
-        to["hidden_states"], to["top_k_weights"][0],
-        (to["gate_up_lora_A"], to["gate_up_lora_B"]), (to["down_lora_A"], to["down_lora_B"]),
-        (to["gate_up_proj"][0], to["down_proj"][0]), (to["gate_up_bias"], to["down_bias"]), settings.whole,
-    )  # fmt: skip
+    one_dtype = ("top_k_weights", "gate_up_proj", "down_proj")
+    to = {name: _address(grad) if name in one_dtype else _matrix(grad) for name, grad in grads.items()}
+    _kernels.backward(settings.isa, threads, call.inputs, _saved(saved), grad_output.data_ptr(), _kernels.Grads(**to))
 
 
 def _forward_fake(*arguments):

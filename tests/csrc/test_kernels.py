@@ -161,7 +161,11 @@ GATES = [
 
 def gate_arguments(gate):
     name, limit, alpha = gate
-    return checks.GATES.index(name), math.inf if limit is None else limit, checks.ALPHA if alpha is None else alpha
+    return _kernels.Gate(
+        kind=checks.GATES.index(name),
+        limit=math.inf if limit is None else limit,
+        alpha=checks.ALPHA if alpha is None else alpha,
+    )
 
 
 @pytest.mark.parametrize("step", [1, 2])

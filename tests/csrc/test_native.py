@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPERATOR = [
-    "system/memory",
+    "system/pages",
+    "system/scratch",
     "kernels/portable",
     *(f"layer/{file.stem}" for file in (ROOT / "csrc/layer").glob("*.cpp")),
 ]
@@ -19,14 +20,14 @@ def build(name, sources, folder, *flags):
     """Compile tests/native/``name``.cpp with some of csrc/; threads are std::thread, which the tools understand."""
     program = folder / name
     files = [ROOT / "tests" / "native" / f"{name}.cpp", *(ROOT / "csrc" / f"{source}.cpp" for source in sources)]
-    options = ["-std=c++17", "-g", "-pthread", "-DKTLIB_STD_THREADS", f"-I{ROOT / 'csrc'}", *flags]
+    options = ["-std=c++20", "-g", "-pthread", "-DKTLIB_STD_THREADS", f"-I{ROOT / 'csrc'}", *flags]
     subprocess.run([CXX, *options, *files, "-o", program], check=True)
     return program
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    return build("tasks", ["system/memory"], tmp_path_factory.mktemp("native"), "-O1", "-fsanitize=thread")
+    return build("tasks", [], tmp_path_factory.mktemp("native"), "-O1", "-fsanitize=thread")
 
 
 @pytest.mark.parametrize(("kind", "races"), [("apart", False), ("shared", True)])

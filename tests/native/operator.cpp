@@ -43,7 +43,6 @@ void look(const Array<float>& array) {
 
 void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed = false,
            bool dropout = false) {
-  const Kernels& k = kernels_portable();
   Array<bf16> x(s.tokens * s.hidden), dy(s.tokens * s.hidden), y(s.tokens * s.hidden), dx(s.tokens * s.hidden);
   Array<bf16> gate_up(s.experts * 2 * s.inter * s.hidden), down(s.experts * s.hidden * s.inter);
   Array<bf16> d_gate_up(dense ? gate_up.count : 0), d_down(dense ? down.count : 0);
@@ -58,14 +57,16 @@ void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed
   Array<bf16> unset(1);
   if (undefined) gate_up.data[s.hidden + 3] = unset.data[0];
 
-  Inputs in{};
+  Inputs in;
+  in.shape = s;
   in.hidden_states = x.data;
   in.top_k_index = ids.data;
   in.top_k_weights = weights.data;
   in.gate_up_proj = gate_up.data;
   in.down_proj = down.data;
-  in.transposed = in.interleaved = transposed;
-  if (dropout) in.dropout = {7, uint32_t(1) << 30};
+  in.settings.transposed = in.settings.interleaved = transposed;
+  in.settings.whole = dense;
+  if (dropout) in.settings.dropout = {7, uint32_t(1) << 30};
   if (rank) {
     in.gate_up_lora = {{a1.data, false}, {b1.data, false}, rank, 2.0f};
     in.down_lora = {{a2.data, false}, {b2.data, false}, rank, 2.0f};
@@ -82,8 +83,9 @@ void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed
   }
   if (dense) grads.gate_up_proj = d_gate_up.data, grads.down_proj = d_down.data;
 
-  forward(k, 2, s, in, {y.data, false}, saved, dense);
-  backward(k, 2, s, in, saved, dy.data, grads, dense);
+  const Call call = {kernels_portable(), 2};
+  forward(call, in, {y.data, false}, saved);
+  backward(call, in, saved, dy.data, grads);
   for (const Array<bf16>* array : {&y, &dx, &d_gate_up, &d_down}) look(*array);
   look(d_weights);
   if (rank)

@@ -11,7 +11,8 @@ int main(int, char** arguments) {
   const bool shared = !std::strcmp(arguments[1], "shared");
   constexpr int64_t kTasks = 1000;
   std::vector<int64_t> totals(kTasks);
-  ktlib::parallel_tasks(ktlib::Kernels{}, 4, kTasks, [&](int64_t task, int) {
+  const ktlib::Kernels plain{};
+  ktlib::parallel_tasks({plain, 4}, kTasks, [&](int64_t task, int) {
     for (int i = 0; i < 5000; i++) totals[shared ? 0 : task] += task;
   });
   int64_t sum = 0;

@@ -38,7 +38,7 @@ def test_the_generator_gives_its_authors_numbers(counter, key, words):
 
 def kernel_mask(isa, seed, p, projection, slot, first, count):
     mask = torch.full((count + 2,), 7, dtype=torch.int16)
-    drop = (seed, min(round(p * 2**32), 2**32 - 1))
+    drop = _kernels.Dropout(seed=seed, threshold=min(round(p * 2**32), 2**32 - 1))
     _kernels.keep_mask(isa, mask[1:].data_ptr(), drop, projection, slot, first, count)
     assert mask[0] == mask[-1] == 7 and set(mask[1:-1].tolist()) <= {0, -1}
     return mask[1:-1] != 0

@@ -13,14 +13,14 @@ from ktlib.training.tasks import dates
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the extension's functions as they are called."""
-    seen, kernels = [], moe_experts._kernels
+    """Names of the extension's two passes as they are called."""
+    seen = []
 
-    class Kernels:
-        def __getattr__(self, name):
-            return lambda *rest: seen.append(name) or getattr(kernels, name)(*rest)
+    def watch(name, function):
+        monkeypatch.setattr(moe_experts._kernels, name, lambda *rest: seen.append(name) or function(*rest))
 
-    monkeypatch.setattr(moe_experts, "_kernels", Kernels())
+    watch("forward", moe_experts._kernels.forward)
+    watch("backward", moe_experts._kernels.backward)
     return seen
 
 

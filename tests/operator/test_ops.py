@@ -61,7 +61,7 @@ def test_a_wrong_id_writes_nothing(layer):
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
     call = moe_experts._arguments(*moe_experts._split(arguments_of_the_op(layer))[:2])
     with pytest.raises(ValueError, match="1000000000000"):
-        moe_experts._kernels.forward("", 2, call.counts, call.inputs, (output.data_ptr(), False), (0, 0, 0), False)
+        moe_experts._kernels.forward("", 2, call.inputs, moe_experts._matrix(output), moe_experts._saved([None] * 3))
     assert (output == 7.0).all()
 
 
@@ -88,6 +88,20 @@ def test_unavailable_isa_is_an_error_not_a_crash():
     assert "RuntimeError: isa: 'amx_bf16' cannot run on this machine: it " in done.stderr
     with pytest.raises(ValueError, match="known are"):
         moe_experts._kernels.select_isa("sse9")
+
+
+def test_the_extension_takes_every_field_of_a_call_by_name_and_none_may_be_missing():
+    fields = {"tokens": 1, "hidden": 2, "inter": 3, "experts": 4, "topk": 5}
+    shape = moe_experts._kernels.Shape(**fields)
+    assert {name: getattr(shape, name) for name in fields} == fields
+    for name in fields:
+        with pytest.raises(TypeError):
+            moe_experts._kernels.Shape(**{other: value for other, value in fields.items() if other != name})
+    for wrong in ({"rank": 6}, {"hidden": "2"}):
+        with pytest.raises(TypeError):
+            moe_experts._kernels.Shape(**(fields | wrong))
+    with pytest.raises(TypeError):
+        moe_experts._kernels.Shape(*fields.values())
 
 
 def test_isa_from_the_environment(layer, monkeypatch):
@@ -355,13 +369,12 @@ def test_saves_only_for_a_backward(layer, monkeypatch):
     """Three addresses of what backward needs reach the kernels if there will be one, else none."""
     addresses, forward = [], moe_experts._kernels.forward
 
-    class Watched:
-        @staticmethod
-        def forward(*arguments):
-            addresses.append(arguments[5])
-            return forward(*arguments)
+    def watched(*arguments):
+        saved = arguments[-1]
+        addresses.append((saved.gate_up, saved.t_gate_up, saved.t_down))
+        return forward(*arguments)
 
-    monkeypatch.setattr(moe_experts, "_kernels", Watched)
+    monkeypatch.setattr(moe_experts._kernels, "forward", watched)
     x = layer["hidden_states"].clone().requires_grad_()
     ktlib.moe_experts(**layer)
     with torch.no_grad():

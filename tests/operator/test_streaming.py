@@ -312,7 +312,7 @@ def test_masks_of_rows():
     for isa in (name for name, missing in ktlib.cpu_info()["isas"].items() if not missing):
         for threads in (1, 3):
             masks.fill_(7)
-            drop = (11, round(0.3 * 2**32))
+            drop = _kernels.Dropout(seed=11, threshold=round(0.3 * 2**32))
             _kernels.keep_masks(isa, threads, masks.data_ptr(), drop, 1, slots.data_ptr(), *masks.shape)
             assert torch.equal(masks != 0, reference.keep_mask(11, 0.3, 1, slots, 130))
 

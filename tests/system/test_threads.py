@@ -47,15 +47,15 @@ def test_only_stock_torch_is_held_to_the_number(three_threads, monkeypatch):
 def test_the_operator_gets_its_number_forward_and_backward(three_threads, monkeypatch):
     seen = []
 
-    class Kernels:
-        """The extension, noting the number of threads of each call."""
+    def watch(name, function):
+        monkeypatch.setattr(
+            moe_experts._kernels,
+            name,
+            lambda isa, count, *rest: seen.append((name, count)) or function(isa, count, *rest),
+        )
 
-        def __getattr__(self, name):
-            return lambda isa, count, *rest: (
-                seen.append((name, count)) or getattr(ktlib._kernels, name)(isa, count, *rest)
-            )
-
-    monkeypatch.setattr(moe_experts, "_kernels", Kernels())
+    watch("forward", moe_experts._kernels.forward)
+    watch("backward", moe_experts._kernels.backward)
     x = torch.randn(4, 32).bfloat16().requires_grad_()
     weights = torch.randn(2, 64, 32).bfloat16(), torch.randn(2, 32, 32).bfloat16()
     with threads.stock_threads(1):

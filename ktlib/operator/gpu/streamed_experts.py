@@ -42,7 +42,7 @@ class Streamed:
         tensors: the call's arguments, checked, contiguous and on the CPU; hidden_states in bf16, top_k_weights in fp32.
         settings: its settings.
         scalings: of both LoRA pairs, divided by what dropout keeps.
-        dropout: (seed, threshold) as the kernels take them.
+        dropout: ``_kernels.Dropout``.
         chosen: (experts,) bool, see :func:`choose`.
     """
 
@@ -252,7 +252,7 @@ class Streamed:
             block.weights = block.weights.view(*shape, 1)
             block.filled = block.filled.view(*shape, 1) if len(rows.slots) < rows.padded.size else None
             block.x = hidden_states[block.of_token]
-            block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout[1] else {}
+            block.masks = {p: self._mask(p, rows.padded) for p in lora} if self.dropout.threshold else {}
             return block
 
         return itertools.starmap(made, zip(blocks, zip(*fields.values(), strict=True), strict=True))
