@@ -16,11 +16,11 @@
 #include "layer/dropout.h"
 #include "layer/lora.h"
 #include "layer/moe.h"
-#include "system/pages.h"
-#include "system/threads.h"
 #include "layer/routing.h"
 #include "layer/row_products.h"
 #include "layer/weight_grads.h"
+#include "system/pages.h"
+#include "system/threads.h"
 
 namespace ktlib {
 namespace {
@@ -88,10 +88,10 @@ struct BackwardPart {
 
   const Kernels& k = call.kernels;
   const Settings& settings = in.settings;
-  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter);
+  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter), gate_up_width = int(GateUp::width(in.shape));
   const Plan plan{in};
   const int64_t rows = plan.rows();
-  const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(2 * inter);
+  const int64_t hidden_stride = row_stride<bf16>(hidden), gate_up_stride = row_stride<bf16>(gate_up_width);
   const Inner gate_up_inner{k, gate_up_lora, rows}, down_inner{k, down_lora, rows};
   const std::vector<Task> blocks = row_tasks(plan, kRows), small_blocks = row_tasks(plan, kRowsSmall);
   const bool want_x = bool(grads.hidden_states);
@@ -134,15 +134,14 @@ struct BackwardPart {
 
   // grad_output and the routing weights by rows; inner values of down.
   void sort_rows() {
-    parallel_tasks(call, int64_t(small_blocks.size()), [&](int64_t index, int thread) {
-      const Task& task = small_blocks[index];
+    for_tasks(call, small_blocks, [&](const Task& task, int thread) {
       for (int64_t row = task.row; row < task.row + task.rows; row++) {
         weight[row] = in.top_k_weights[plan.slot_of_row[row]];
         std::memcpy(dy + row * hidden_stride, grad_output + plan.token_of_row[row] * in.shape.hidden,
                     size_t(hidden) * sizeof(bf16));
         std::memset(dy + row * hidden_stride + hidden, 0, size_t(hidden_stride - hidden) * sizeof(bf16));
-        std::memset(d_gate_up + row * gate_up_stride + 2 * inter, 0,
-                    size_t(gate_up_stride - 2 * inter) * sizeof(bf16));
+        std::memset(d_gate_up + row * gate_up_stride + gate_up_width, 0,
+                    size_t(gate_up_stride - gate_up_width) * sizeof(bf16));
         if (bias_matters)
           d_weight[row * partials + inter_blocks] =
               dot_bias(in.down_bias, task.expert * in.shape.hidden, dy + row * hidden_stride, hidden);
@@ -158,8 +157,7 @@ struct BackwardPart {
   // dh, from it dgate, dup and d(weight); gradients of down's lora_A and gate_up's lora_B.
   void compute_d_gate_up() {
     const std::vector<Task> tasks = block_tasks(plan, kRows, inter, kColumnsOut);
-    parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) {
-      const Task& task = tasks[index];
+    for_tasks(call, tasks, [&](const Task& task, int thread) {
       const GateUp block(settings.interleaved, inter, task.first, task.count);
       d_h(task, thread);
       gate_backward(task, block, thread);
@@ -170,10 +168,10 @@ struct BackwardPart {
 
   // c_scratch[rows][kLdc] = dh.
   void d_h(const Task& task, int thread) {
-    const bf16* w = in.down_proj + int64_t(task.expert) * hidden * inter;
     if (h_mask) h_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, task.first, task.count);
     input_gradient(task,
-                   term(dy + task.row * hidden_stride, hidden_stride, w, hidden, inter, task.first, settings.transposed),
+                   term(dy + task.row * hidden_stride, hidden_stride, in.down_proj, task.expert, task.first,
+                        settings.transposed),
                    lora_term(down_lora, task, down_inner, task.first), bool(h_mask), thread);
   }
 
@@ -181,10 +179,10 @@ struct BackwardPart {
   void gate_backward(const Task& task, const GateUp& block, int thread) {
     for (int i = 0; i < task.rows; i++) {
       const int64_t row = task.row + i;
-      const bf16* gate_up = saved.gate_up + row * 2 * inter;
+      const bf16* gate_up = saved.gate_up + row * gate_up_width;
       bf16* d_row = d_gate_up + row * gate_up_stride;
       for (const GateUp::Range& run : block) {  // short runs of far rows, which no hardware prefetcher foresees
-        prefetch<false>(gate_up + kRowsAhead * 2 * inter + run.first, run.count);
+        prefetch<false>(gate_up + kRowsAhead * gate_up_width + run.first, run.count);
         prefetch<true>(d_row + kRowsAhead * gate_up_stride + run.first, run.count);
       }
       float& partial = d_weight[row * partials + task.first / kColumnsOut];
@@ -204,14 +202,13 @@ struct BackwardPart {
 
   void d_gate_up_B(const Task& task, const GateUp& block) {
     for (const GateUp::Range& run : block)
-      k.rank_grad_bf16(gate_up_grads.bt(task.part) + run.first, 2 * inter, gate_up_lora.rank,
+      k.rank_grad_bf16(gate_up_grads.bt(task.part) + run.first, gate_up_width, gate_up_lora.rank,
                        gate_up_inner.for_B + task.row, gate_up_inner.ld,
                        d_gate_up + task.row * gate_up_stride + run.first, gate_up_stride, nullptr, task.rows, run.count);
   }
 
   void compute_gate_up_inner() {
-    parallel_tasks(call, int64_t(small_blocks.size()), [&](int64_t index, int thread) {
-      const Task& task = small_blocks[index];
+    for_tasks(call, small_blocks, [&](const Task& task, int thread) {
       inner_for_A(call, gate_up_lora, task, d_gate_up + task.row * gate_up_stride, gate_up_stride, nullptr,
                   gate_up_inner, panel_scratch[thread], c_scratch[thread]);
     });
@@ -220,8 +217,7 @@ struct BackwardPart {
   // Columns [first, first + count): dx by rows; gradients of gate_up's lora_A and down's lora_B.
   void compute_dx(int first, int count) {
     const std::vector<Task> tasks = block_tasks(plan, kRows, count, kColumnsOut);
-    parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) {
-      const Task& task = tasks[index];
+    for_tasks(call, tasks, [&](const Task& task, int thread) {
       const int64_t feature = first + task.first;
       if (x_mask && (want_x || gate_up_grads.A))
         x_mask.fill(mask_scratch[thread], kColumnsOut, task.row, task.rows, int(feature), task.count);
@@ -232,9 +228,8 @@ struct BackwardPart {
   }
 
   void d_x(const Task& task, int64_t feature, int thread) {
-    const bf16* w = in.gate_up_proj + task.expert * 2 * in.shape.inter * hidden;
     input_gradient(task,
-                   term(d_gate_up + task.row * gate_up_stride, gate_up_stride, w, 2 * inter, hidden, feature,
+                   term(d_gate_up + task.row * gate_up_stride, gate_up_stride, in.gate_up_proj, task.expert, feature,
                         settings.transposed),
                    lora_term(gate_up_lora, task, gate_up_inner, feature), bool(x_mask), thread);
     for (int i = 0; i < task.rows; i++)
@@ -292,9 +287,9 @@ void backward(const Call& given, const Inputs& in, const Saved& saved, const bf1
   const Call call = with_useful_threads(given, shape);
   if (const Matrix& dx = grads.hidden_states)
     populate(call.threads, dx.data, shape.tokens * shape.hidden * dx.element_size());
-  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, GateUp::width(shape));
   const LoraForm down_lora(call, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
-  LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, 2 * shape.inter,
+  LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, GateUp::width(shape),
                           shape.experts);
   LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, shape.inter, shape.hidden, shape.experts);
   for_parts(in, [&](const Inputs& part, int64_t first) {

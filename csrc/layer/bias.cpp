@@ -45,7 +45,7 @@ float dot_bias(const Matrix& bias, int64_t first, const bf16* row, int count) {
 void bias_grads(const Call& call, const Plan& plan, const Shape& shape, const bf16* dy, int64_t dy_ld,
                 const float* weight, const bf16* d_gate_up, int64_t d_gate_up_ld, const Grads& grads) {
   if (grads.gate_up_bias)
-    sums_of_rows(call, plan, shape.experts, d_gate_up, d_gate_up_ld, int(2 * shape.inter), nullptr,
+    sums_of_rows(call, plan, shape.experts, d_gate_up, d_gate_up_ld, int(GateUp::width(shape)), nullptr,
                  grads.gate_up_bias);
   if (grads.down_bias)
     sums_of_rows(call, plan, shape.experts, dy, dy_ld, int(shape.hidden), weight, grads.down_bias);

@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "layer/moe.h"
-#include "system/threads.h"
 #include "layer/routing.h"
 #include "system/scratch.h"
+#include "system/threads.h"
 
 namespace ktlib {
 

@@ -10,9 +10,9 @@
 #include "layer/gate_limit.h"
 #include "layer/lora.h"
 #include "layer/moe.h"
+#include "layer/routing.h"
 #include "system/pages.h"
 #include "system/threads.h"
-#include "layer/routing.h"
 #include "weights/weight.h"
 
 namespace ktlib {
@@ -56,10 +56,10 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
   const Shape& shape = in.shape;
   const Settings& settings = in.settings;
   const Plan plan(in);
-  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const int hidden = int(shape.hidden), inter = int(shape.inter), gate_up_width = int(GateUp::width(shape));
   const int64_t rows = plan.rows(), columns = plan.column[shape.experts];
   const int64_t hidden_depth = round_up(hidden, k.depth_unit), inter_depth = round_up(inter, k.depth_unit);
-  if (saved.gate_up) populate(call.threads, saved.gate_up, rows * 2 * inter * int64_t(sizeof(bf16)));
+  if (saved.gate_up) populate(call.threads, saved.gate_up, rows * gate_up_width * int64_t(sizeof(bf16)));
 
   const Buffer<bf16> x_panels(columns * hidden_depth, call.threads);  // [column][hidden_depth] by panels
   const Buffer<bf16> h_panels(columns * inter_depth, call.threads);   // [column][inter_depth] by panels
@@ -77,12 +77,12 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
   // 1. tokens -> panels; t of gate_up
   const std::vector<Task> panels = row_tasks(plan, k.panel_width);
-  parallel_tasks(call, int64_t(panels.size()), [&](int64_t index, int thread) {
-    for_panels(call, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
+  for_tasks(call, panels, [&](const Task& task, int thread) {
+    for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       bf16* panel = x_panels + column * hidden_depth;
       k.pack_rows(panel, width, in.hidden_states, hidden, plan.token_of_row.data() + row, tokens, hidden);
       if (gate_up_lora)
-        lora_project(k, gate_up_lora, x_mask, panels[index].expert, panel, width, row, tokens,
+        lora_project(k, gate_up_lora, x_mask, task.expert, panel, width, row, tokens,
                      gate_up_t + column * gate_up_lora.depth, c_scratch[thread], kept_scratch[thread],
                      saved.t_gate_up ? saved.t_gate_up + row : nullptr, saved_ld);
     });
@@ -90,17 +90,14 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
-  const auto part_of_features = [&](int64_t index) {
-    return int(int64_t(features[index].first) * settings.parts / inter);
-  };
-  parallel_tasks(call, int64_t(features.size()), settings.parts, part_of_features, [&](int64_t index, int thread) {
-    const Task& task = features[index];
+  const auto part_of_features = [&](const Task& task) { return int(int64_t(task.first) * settings.parts / inter); };
+  for_tasks(call, features, settings.parts, part_of_features, [&](const Task& task, int thread) {
     const GateUp block(settings.interleaved, inter, task.first, task.count);
-    const int64_t first_row = int64_t(task.expert) * 2 * inter;
+    const int64_t first_row = int64_t(task.expert) * gate_up_width;
     Rows w[2];
     for (int p = 0; p < block.size; p++)
-      w[p] = padded_rows(k, in.gate_up_proj + (first_row + block.ranges[p].first) * hidden, hidden,
-                         block.ranges[p].count, hidden, w_scratch[thread] + p * padded_features);
+      w[p] = padded_rows(k, in.gate_up_proj, task.expert, block.ranges[p].first, block.ranges[p].count,
+                         w_scratch[thread] + p * padded_features);
     const bool last = task.first + task.count == inter;
     for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
       const bf16* panel = x_panels + column * hidden_depth;
@@ -127,7 +124,7 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
         if (saved.gate_up && settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, 1, run);
       }
       for (int p = 0; saved.gate_up && p < block.size; p++)
-        k.store_rows_bf16(saved.gate_up + row * 2 * inter + block.ranges[p].first, 2 * inter, parts[p], width,
+        k.store_rows_bf16(saved.gate_up + row * gate_up_width + block.ranges[p].first, gate_up_width, parts[p], width,
                           block.ranges[p].count, tokens);
       k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
       for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
@@ -140,9 +137,9 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
   // 3. t of down
   if (down_lora)
-    parallel_tasks(call, int64_t(panels.size()), [&](int64_t index, int thread) {
-      for_panels(call, plan, panels[index], [&](int64_t row, int tokens, int width, int64_t column) {
-        lora_project(k, down_lora, h_mask, panels[index].expert, h_panels + column * inter_depth, width, row, tokens,
+    for_tasks(call, panels, [&](const Task& task, int thread) {
+      for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
+        lora_project(k, down_lora, h_mask, task.expert, h_panels + column * inter_depth, width, row, tokens,
                      down_t + column * down_lora.depth, c_scratch[thread], kept_scratch[thread],
                      saved.t_down ? saved.t_down + row : nullptr, saved_ld);
       });
@@ -153,14 +150,12 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
     // 4. y = down . h
     const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
-    const auto part_of_outputs = [&](int64_t index) {
-      return int(int64_t(first + outputs[index].first) * settings.parts / hidden);
+    const auto part_of_outputs = [&](const Task& task) {
+      return int(int64_t(first + task.first) * settings.parts / hidden);
     };
-    parallel_tasks(call, int64_t(outputs.size()), settings.parts, part_of_outputs, [&](int64_t index, int thread) {
-      const Task& task = outputs[index];
+    for_tasks(call, outputs, settings.parts, part_of_outputs, [&](const Task& task, int thread) {
       const int64_t feature = first + task.first;
-      const Rows w = padded_rows(k, in.down_proj + (task.expert * shape.hidden + feature) * inter, inter, task.count,
-                                 inter, w_scratch[thread]);
+      const Rows w = padded_rows(k, in.down_proj, task.expert, feature, task.count, w_scratch[thread]);
       for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
         float* c = c_scratch[thread];  // [count][width]
         k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
@@ -184,7 +179,7 @@ void forward(const Call& given, const Inputs& in, const Matrix& output, const Sa
   const std::vector<int32_t> used = used_experts(in);
   const Shape& shape = in.shape;
   const Call call = with_useful_threads(given, shape);
-  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, 2 * shape.inter);
+  const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, GateUp::width(shape));
   const LoraForm down_lora(call, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   if (output) populate(call.threads, output.data, shape.tokens * shape.hidden * output.element_size());
   const auto compute = in.settings.transposed ? forward_part_transposed : forward_part;

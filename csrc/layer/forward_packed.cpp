@@ -8,10 +8,10 @@
 #include "layer/combine.h"
 #include "layer/dropout.h"
 #include "layer/gate_limit.h"
-#include "system/pages.h"
-#include "system/threads.h"
 #include "layer/routing.h"
 #include "layer/row_products.h"
+#include "system/pages.h"
+#include "system/threads.h"
 
 namespace ktlib {
 namespace {
@@ -40,9 +40,9 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
   const Shape& shape = in.shape;
   const Settings& settings = in.settings;
   const Plan plan(in);
-  const int hidden = int(shape.hidden), inter = int(shape.inter);
+  const int hidden = int(shape.hidden), inter = int(shape.inter), gate_up_width = int(GateUp::width(shape));
   const int64_t count = plan.rows();
-  if (saved.gate_up) populate(call.threads, saved.gate_up, count * 2 * inter * int64_t(sizeof(bf16)));
+  if (saved.gate_up) populate(call.threads, saved.gate_up, count * gate_up_width * int64_t(sizeof(bf16)));
   const PaddedRows x(call, count, hidden), h(call, count, inter);
   const Buffer<bf16> gate_up_t((count + k.row_unit) * gate_up_lora.depth);  // [row][depth]
   const Buffer<bf16> down_t((count + k.row_unit) * down_lora.depth);
@@ -78,8 +78,7 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
 
   // 1. sort hidden_states; t of gate_up
   const std::vector<Task> row_blocks = row_tasks(plan, kRowsSmall);
-  parallel_tasks(call, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
-    const Task& task = row_blocks[index];
+  for_tasks(call, row_blocks, [&](const Task& task, int thread) {
     for (int64_t row = task.row; row < task.row + task.rows; row++) {
       std::memcpy(x[row], in.hidden_states + plan.token_of_row[row] * shape.hidden, size_t(hidden) * sizeof(bf16));
       x.clear_tail(row);
@@ -90,20 +89,18 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = block_tasks(plan, kRows, inter, kFeatures);
-  parallel_tasks(call, int64_t(features.size()), [&](int64_t index, int thread) {
-    const Task& task = features[index];
+  for_tasks(call, features, [&](const Task& task, int thread) {
     const GateUp block(settings.interleaved, inter, task.first, task.count);
-    const bf16* w = in.gate_up_proj + int64_t(task.expert) * hidden * 2 * inter;
     float* c = c_scratch[thread];  // [rows][kLdc]: gates, then ups from kFeatures on; or alternating
     for (int p = 0; p < block.size; p++) {
       const auto [first, count] = block.ranges[p];
       float* part = c + p * kFeatures;
       sum_of_products(call, part, task.rows, count,
-                      {term(x[task.row], x.stride, w, hidden, 2 * inter, first, false),
+                      {term(x[task.row], x.stride, in.gate_up_proj, task.expert, first, false),
                        lora_term(gate_up_lora, task, gate_up_t, first)},
                       panel_scratch[thread]);
       if (in.gate_up_bias)
-        add_bias_to_columns(part, kLdc, in.gate_up_bias, int64_t(task.expert) * 2 * inter + first, task.rows, count);
+        add_bias_to_columns(part, kLdc, in.gate_up_bias, int64_t(task.expert) * gate_up_width + first, task.rows, count);
     }
     float* h_row = h_scratch[thread];
     for (int i = 0; i < task.rows; i++) {
@@ -113,15 +110,15 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
       if (!saved.gate_up) continue;
       if (settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, block.step, task.count);
       for (int p = 0; p < block.size; p++)
-        k.round(saved.gate_up + (task.row + i) * 2 * inter + block.ranges[p].first, gates + p * kFeatures, 1.0f,
+        k.round(saved.gate_up + (task.row + i) * gate_up_width + block.ranges[p].first, gates + p * kFeatures, 1.0f,
                 block.ranges[p].count);
     }
   });
 
   // 3. t of down
   if (down_lora)
-    parallel_tasks(call, int64_t(row_blocks.size()), [&](int64_t index, int thread) {
-      project(down_lora, h_mask, row_blocks[index], h, down_t, saved.t_down, thread);
+    for_tasks(call, row_blocks, [&](const Task& task, int thread) {
+      project(down_lora, h_mask, task, h, down_t, saved.t_down, thread);
     });
 
   for (int first = 0; output && first < hidden; first += range) {
@@ -129,13 +126,11 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
 
     // 4. y = down . h
     const std::vector<Task> outputs = block_tasks(plan, kRows, count, kColumnsOut);
-    parallel_tasks(call, int64_t(outputs.size()), [&](int64_t index, int thread) {
-      const Task& task = outputs[index];
+    for_tasks(call, outputs, [&](const Task& task, int thread) {
       const int64_t feature = first + task.first;
-      const bf16* w = in.down_proj + int64_t(task.expert) * inter * hidden;
       float* c = c_scratch[thread];
       sum_of_products(call, c, task.rows, task.count,
-                      {term(h[task.row], h.stride, w, inter, hidden, feature, false),
+                      {term(h[task.row], h.stride, in.down_proj, task.expert, feature, false),
                        lora_term(down_lora, task, down_t, feature)},
                       panel_scratch[thread]);
       if (in.down_bias)

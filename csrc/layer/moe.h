@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "system/call.h"
+#include "weights/weight.h"
 
 namespace ktlib {
 
@@ -57,7 +58,7 @@ struct Settings {
   Dropout dropout;           // of the input of both LoRA pairs, by slot of the whole batch
   bool transposed = false;   // how the weights are stored, see Inputs
   bool interleaved = false;  // the outputs of gate_up alternate
-  int parts = 1;             // of the weights' rows, by NUMA node: a preference of threads for tasks (system/threads.h)
+  int parts = 1;             // of the weights' rows, by NUMA node: a preference of threads for tasks (layer/routing.h)
   bool whole = false;        // the batch is one part, as backward needs it for gradients of expert weights and biases
 };
 
@@ -67,8 +68,8 @@ struct Inputs {
   const bf16* hidden_states = nullptr;   // [tokens][hidden]
   const int64_t* top_k_index = nullptr;  // [tokens][topk]
   const float* top_k_weights = nullptr;  // [tokens][topk]
-  const bf16* gate_up_proj = nullptr;    // [experts][2 * inter][hidden]; transposed: [experts][hidden][2 * inter]
-  const bf16* down_proj = nullptr;       // [experts][hidden][inter]; transposed: [experts][inter][hidden]
+  Weight gate_up_proj;                   // [experts][2 * inter][hidden]; transposed: [experts][hidden][2 * inter]
+  Weight down_proj;                      // [experts][hidden][inter]; transposed: [experts][inter][hidden]
   Matrix gate_up_bias;                   // [experts][2 * inter], or null
   Matrix down_bias;                      // [experts][hidden], or null
   Lora gate_up_lora;                     // in = hidden, out = 2 * inter
@@ -87,8 +88,11 @@ struct Inputs {
   }
 };
 
-// Where gates and ups of the features [first, first + count) lie among the 2 * inter outputs of gate_up.
+// Where gates and ups of the features [first, first + count) lie among the outputs of gate_up.
 struct GateUp {
+  // How many outputs there are in all, written here alone: experts without a gate would have `inter`.
+  static int64_t width(const Shape& shape) { return 2 * shape.inter; }
+
   struct Range {
     int first, count;
   };
@@ -114,7 +118,7 @@ struct Saved {
   bf16* t_down = nullptr;      // [2 * rank][slots]: scaling * lora_A h, likewise
 
   Saved from_slot(const Shape& shape, int64_t slot) const {
-    return {gate_up ? gate_up + slot * 2 * shape.inter : nullptr, t_gate_up ? t_gate_up + slot : nullptr,
+    return {gate_up ? gate_up + slot * GateUp::width(shape) : nullptr, t_gate_up ? t_gate_up + slot : nullptr,
             t_down ? t_down + slot : nullptr};
   }
 };

@@ -61,6 +61,30 @@ struct Task {
   int part;            // number of that block of rows over all experts: where its partial sums go
 };
 
+// body(task, thread) for every task, as parallel_tasks.
+template <class Body>
+void for_tasks(const Call& call, const std::vector<Task>& tasks, const Body& body) {
+  parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) { body(tasks[index], thread); });
+}
+
+// The same where a task reads mostly part part_of(task) of weights whose parts lie on different NUMA nodes (system/pages.h,
+// place_pages): threads take the tasks of their own node first and then help out with the others'.
+template <class PartOf, class Body>
+void for_tasks(const Call& call, const std::vector<Task>& tasks, int parts, const PartOf& part_of, const Body& body) {
+  if (parts == 1) return for_tasks(call, tasks, body);
+  std::vector<std::vector<Task>> tasks_of(parts);
+  for (const Task& task : tasks) tasks_of[part_of(task)].push_back(task);
+  std::vector<std::atomic<int64_t>> next(parts);
+  parallel_tasks(call, std::min<int64_t>(call.threads, int64_t(tasks.size())), [&](int64_t, int thread) {
+    for (int i = 0; i < parts; i++) {
+      const int part = (numa_node() + i) % parts;
+      const int64_t size = int64_t(tasks_of[part].size());
+      for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;)
+        if (!interrupted(call)) body(tasks_of[part][n], thread);
+    }
+  });
+}
+
 // All rows of each active expert x blocks of `size` of `total` features.
 std::vector<Task> feature_tasks(const Plan& plan, int total, int size);
 // Blocks of `size` rows of each active expert.

@@ -7,27 +7,29 @@
 namespace ktlib {
 namespace {
 
-constexpr int kDepthRun = 32;  // weight rows read side by side
-
 int panel_width(int columns, int j) { return int(round_up(std::min(kMaxWidth, columns - j), kColumns)); }
 
 // c[rows][columns] (+)= one term, w packed into panels of kMaxWidth columns.
 void product(const Call& call, float* c, const Term& term, int rows, int columns, bool accumulate, bf16* panels) {
   const Kernels& k = call.kernels;
-  const int64_t ldw = term.ldw;
+  bf16* scratch = panels + int64_t(kDepth) * kColumnsOut;
   for (int d = 0; d < term.depth && !interrupted(call); d += kDepth) {
     const int count = std::min(kDepth, term.depth - d);
     const int64_t padded = round_up(count, k.depth_unit);
     if (term.by_column)
-      for (int j = 0; j < columns; j += kMaxWidth)
-        k.pack_rows(panels + j * padded, panel_width(columns, j), term.w + j * ldw + d, ldw, nullptr,
-                    std::min(kMaxWidth, columns - j), count);
+      for (int j = 0; j < columns; j += kMaxWidth) {
+        const int width = std::min(kMaxWidth, columns - j);
+        const Rows w = term.read(j, width, d, count, scratch);
+        k.pack_rows(panels + j * padded, panel_width(columns, j), w.data, w.ld, nullptr, width, count);
+      }
     else
-      for (int run = 0; run < count; run += kDepthRun)  // long runs of each weight row, for the prefetcher
+      for (int run = 0; run < count; run += kDepthRun) {  // long runs of each weight row, for the prefetcher
+        const int depth = std::min(kDepthRun, count - run);
+        const Rows w = term.read(d + run, depth, 0, columns, scratch);
         for (int j = 0; j < columns; j += kMaxWidth)
-          k.pack_pairs(panels + j * padded + run * kColumns, padded, panel_width(columns, j),
-                       term.w + (d + run) * ldw + j, ldw, nullptr, std::min(kDepthRun, count - run),
-                       std::min(kMaxWidth, columns - j));
+          k.pack_pairs(panels + j * padded + run * kColumns, padded, panel_width(columns, j), w.data + j, w.ld, nullptr,
+                       depth, std::min(kMaxWidth, columns - j));
+      }
     for (int j = 0; j < columns; j += kMaxWidth)
       k.multiply(c + j, kLdc, term.a + d, term.lda, panels + j * padded, panel_width(columns, j), rows, int(padded),
                  accumulate || d > 0);

@@ -2,6 +2,7 @@
 // backward pass, and the forward pass of weights that are stored transposed.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "layer/lora.h"
@@ -14,22 +15,34 @@ constexpr int kRows = 512;
 constexpr int kColumnsOut = 512;   // columns of one task: runs of 1 KB of each weight row
 constexpr int kDepth = 256;        // weight rows interleaved at a time: a panel of 64 columns is 32 KB, half of L1
 constexpr int64_t kLdc = row_stride<float>(kColumnsOut);
-constexpr int64_t kPanels = int64_t(kDepth) * kColumnsOut;  // elements of scratch for the panels
+constexpr int kDepthRun = 32;      // weight rows read side by side
+constexpr int64_t kReadBlock = std::max(kMaxWidth * kDepth, kDepthRun * kColumnsOut);  // elements of one read
+constexpr int64_t kPanels = int64_t(kDepth) * kColumnsOut + kReadBlock;  // scratch for the panels and one read
 
 // a[rows][depth] . w: w is [depth][columns], or [columns][depth] where by_column.
 struct Term {
-  const bf16* a;
-  int64_t lda;
-  const bf16* w;
-  int64_t ldw;
-  int depth;
-  bool by_column;
+  const bf16* a = nullptr;
+  int64_t lda = 0;
+  const bf16* w = nullptr;
+  int64_t ldw = 0;
+  int depth = 0;
+  bool by_column = false;
+  // In place of w and ldw: the weight of an expert, from this row and column on.
+  const Weight* weight = nullptr;
+  int expert = 0;
+  int64_t row = 0, column = 0;
+
+  // Rows [first, first + count) of w, columns [from, from + width). scratch: kReadBlock elements.
+  Rows read(int64_t first, int count, int64_t from, int64_t width, bf16* scratch) const {
+    if (weight) return weight->read(expert, row + first, count, column + from, width, scratch);
+    return {w + first * ldw + from, ldw};
+  }
 };
 
-// Columns [first, ...) of a whole matrix w, [depth][columns] or [columns][depth].
-inline Term term(const bf16* a, int64_t lda, const bf16* w, int depth, int64_t columns, int64_t first, bool by_column) {
-  if (by_column) return {a, lda, w + first * depth, depth, depth, true};
-  return {a, lda, w + first, columns, depth, false};
+// The product with an expert's weight, columns [first, ...) of the result.
+inline Term term(const bf16* a, int64_t lda, const Weight& weight, int expert, int64_t first, bool by_column) {
+  return {.a = a, .lda = lda, .depth = int(by_column ? weight.columns : weight.rows), .by_column = by_column,
+          .weight = &weight, .expert = expert, .row = by_column ? first : 0, .column = by_column ? 0 : first};
 }
 
 // c[rows][columns] (ld kLdc) = the sum of the terms; those of depth 0 are left out. panels: kPanels elements.

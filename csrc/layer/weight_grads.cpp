@@ -11,8 +11,8 @@
 #include <cstring>
 
 #include "system/pages.h"
-#include "system/threads.h"
 #include "system/scratch.h"
+#include "system/threads.h"
 
 namespace ktlib {
 namespace {
@@ -42,8 +42,7 @@ void outer_products(const Call& call, const Plan& plan, int64_t experts, const F
   const ThreadBuffer<float> c_scratch(call.threads, std::max(kTokenBlock, kRows + k.row_unit) * kMaxWidth);
 
   const std::vector<Task> turns = block_tasks(plan, kTokenBlock, left.size, kMaxWidth);
-  parallel_tasks(call, int64_t(turns.size()), [&](int64_t index, int thread) {
-    const Task& task = turns[index];
+  for_tasks(call, turns, [&](const Task& task, int thread) {
     float* c = c_scratch[thread];  // [rows][kMaxWidth]
     const bool last = task.row + task.rows == plan.begin[task.expert + 1];
     const int64_t offset = task.row - plan.begin[task.expert];
@@ -58,8 +57,7 @@ void outer_products(const Call& call, const Plan& plan, int64_t experts, const F
     return panels + plan.depth[expert] * columns + j * (plan.depth[expert + 1] - plan.depth[expert]);
   };
   const std::vector<Task> packs = feature_tasks(plan, right.size, kMaxWidth);
-  parallel_tasks(call, int64_t(packs.size()), [&](int64_t index, int) {
-    const Task& task = packs[index];
+  for_tasks(call, packs, [&](const Task& task, int) {
     const bf16* src = right.data + task.first + (right.index ? 0 : task.row * right.ld);
     const int width = int(round_up(task.count, kColumns)), count = plan.count(task.expert);
     bf16* dst = panel(task.expert, task.first);
@@ -100,23 +98,22 @@ void weight_grads(const Call& call, const Plan& plan, const Inputs& in, const bf
                   int64_t dy_ld, const float* weight, const bf16* d_gate_up, int64_t d_gate_up_ld, const Grads& grads) {
   const Kernels& k = call.kernels;
   const Settings& settings = in.settings;
-  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter);
+  const int hidden = int(in.shape.hidden), inter = int(in.shape.inter), gate_up_width = int(GateUp::width(in.shape));
   auto outer = [&](const Factor& out, const Factor& input, const float* scale, bf16* dst) {
     outer_products(call, plan, in.shape.experts, settings.transposed ? input : out, scale,
                    settings.transposed ? out : input, dst);
   };
   if (grads.gate_up_proj)
-    outer({d_gate_up, d_gate_up_ld, 2 * inter, nullptr}, {in.hidden_states, hidden, hidden, plan.token_of_row.data()},
+    outer({d_gate_up, d_gate_up_ld, gate_up_width, nullptr}, {in.hidden_states, hidden, hidden, plan.token_of_row.data()},
           nullptr, grads.gate_up_proj);
   if (grads.down_proj) {
     const Buffer<bf16> h(in.shape.slots() * inter, call.threads);  // [row][inter], from gate and up as saved
     const GateUp all(settings.interleaved, inter, 0, inter);
     const ThreadBuffer<float> scratch(call.threads, 3 * int64_t(inter));
-    const std::vector<Task> blocks = row_tasks(plan, kTokenBlock);
-    parallel_tasks(call, int64_t(blocks.size()), [&](int64_t index, int thread) {
-      float *gate_up = scratch[thread], *act = gate_up + 2 * inter;
-      for (int64_t row = blocks[index].row; row < blocks[index].row + blocks[index].rows; row++) {
-        k.widen(gate_up, saved_gate_up + row * 2 * inter, 1.0f, 2 * inter);
+    for_tasks(call, row_tasks(plan, kTokenBlock), [&](const Task& task, int thread) {
+      float *gate_up = scratch[thread], *act = gate_up + gate_up_width;
+      for (int64_t row = task.row; row < task.row + task.rows; row++) {
+        k.widen(gate_up, saved_gate_up + row * gate_up_width, 1.0f, gate_up_width);
         k.activate(settings.gate, act, gate_up + all.gate, gate_up + all.up, all.step, inter);
         k.round(h + row * inter, act, 1.0f, inter);
       }

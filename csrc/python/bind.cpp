@@ -9,14 +9,15 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
-#include "system/copy.h"
-#include "system/cpu.h"
 #include "layer/dropout.h"
 #include "layer/moe.h"
+#include "system/copy.h"
+#include "system/cpu.h"
 #include "system/pages.h"
-#include "system/threads.h"
 #include "system/probe.h"
+#include "system/threads.h"
 
 namespace nb = nanobind;
 using namespace ktlib;
@@ -37,9 +38,10 @@ template <class T>
 struct Argument<T*> {
   using type = uintptr_t;
 };
-template <>
-struct Argument<Activation> {
-  using type = int;
+template <class T>
+  requires std::is_enum_v<T>
+struct Argument<T> {
+  using type = std::underlying_type_t<T>;
 };
 
 template <class Struct, class T>
@@ -109,6 +111,9 @@ NB_MODULE(_kernels, m) {
   bind_struct(m, "Settings", Field{"gate", &Settings::gate}, Field{"dropout", &Settings::dropout},
               Field{"transposed", &Settings::transposed}, Field{"interleaved", &Settings::interleaved},
               Field{"parts", &Settings::parts}, Field{"whole", &Settings::whole});
+  bind_struct(m, "Weight", Field{"format", &Weight::format}, Field{"tensors", &Weight::tensors},
+              Field{"tensor_rows", &Weight::tensor_rows}, Field{"rows", &Weight::rows},
+              Field{"columns", &Weight::columns});
   bind_struct(m, "Inputs", Field{"shape", &Inputs::shape}, Field{"settings", &Inputs::settings},
               Field{"hidden_states", &Inputs::hidden_states}, Field{"top_k_index", &Inputs::top_k_index},
               Field{"top_k_weights", &Inputs::top_k_weights}, Field{"gate_up_proj", &Inputs::gate_up_proj},

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "system/threads.h"
 #include "system/scratch.h"
+#include "system/threads.h"
 
 namespace ktlib {
 

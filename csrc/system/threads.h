@@ -100,23 +100,4 @@ inline int numa_node() {
   return int(node);
 }
 
-// The same where task i reads mostly part part_of(i) of weights whose parts lie on different NUMA nodes (system/pages.h,
-// place_pages): threads take the tasks of their own node first and then help out with the others'.
-template <class PartOf, class Body>
-void parallel_tasks(const Call& call, int64_t count, int parts, const PartOf& part_of, const Body& body) {
-  if (parts == 1) return parallel_tasks(call, count, body);
-  std::vector<std::vector<int64_t>> tasks(parts);
-  for (int64_t task = 0; task < count; task++) tasks[part_of(task)].push_back(task);
-  std::vector<std::atomic<int64_t>> next(parts);
-  for (std::atomic<int64_t>& n : next) n = 0;
-  parallel_tasks(call, std::min<int64_t>(call.threads, count), [&](int64_t, int thread) {
-    for (int i = 0; i < parts; i++) {
-      const int part = (numa_node() + i) % parts;
-      const int64_t size = int64_t(tasks[part].size());
-      for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;)
-        if (!interrupted(call)) body(tasks[part][n], thread);
-    }
-  });
-}
-
 }  // namespace ktlib

@@ -230,6 +230,15 @@ def _matrix(tensor):
     return _kernels.Matrix(data=_address(tensor), fp32=tensor is not None and tensor.dtype == torch.float32)
 
 
+def _weight(stack):
+    """Expert weights as C++ takes them, of a stack (experts, rows, columns)."""
+    experts, rows, columns = stack.shape
+    bf16 = 0  # csrc/weights/weight.h, enum Format
+    return _kernels.Weight(
+        format=bf16, tensors=[stack.data_ptr()], tensor_rows=experts * rows, rows=rows, columns=columns
+    )
+
+
 def _lora(lora_A, lora_B, scaling, experts):
     rank = 0 if lora_A is None else lora_A.shape[0] // experts
     return _kernels.Lora(A=_matrix(lora_A), B=_matrix(lora_B), rank=rank, scaling=scaling)
@@ -250,22 +259,22 @@ def _arguments(tensors, settings):
             (tensors.down_lora_A, tensors.down_lora_B, settings.down_scaling),
         )
     ]
-    (experts, hidden, intermediate), *factors = check_all(tensors, factors, settings.transposed)
+    (experts, hidden, intermediate), (*_, gate_up_scaling), (*_, down_scaling) = check_all(
+        tensors, factors, settings.transposed
+    )
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
     tokens, topk = tensors.top_k_index.shape
-    held = _Tensors(
-        tensors.hidden_states.to(torch.bfloat16).contiguous(),
-        tensors.top_k_index.contiguous(),
-        tensors.top_k_weights.float().contiguous(),
-        *(None if t is None else t.contiguous() for t in tensors[3:]),
+    held = tensors._replace(
+        hidden_states=tensors.hidden_states.to(torch.bfloat16), top_k_weights=tensors.top_k_weights.float()
     )
+    held = _Tensors(*(None if t is None else t.contiguous() for t in held))
     dropout = _kernels.Dropout(seed=0 if seed is None else seed.item(), threshold=threshold)
     chosen = choose(held.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
     streamed = None
     if chosen is not None:
-        streamed = Streamed(held, settings, (factors[0][2], factors[1][2]), dropout, chosen)
+        streamed = Streamed(held, settings, (gate_up_scaling, down_scaling), dropout, chosen)
     inputs = _kernels.Inputs(
         shape=_kernels.Shape(tokens=tokens, hidden=hidden, inter=intermediate, experts=experts, topk=topk),
         settings=_kernels.Settings(
@@ -279,12 +288,12 @@ def _arguments(tensors, settings):
         hidden_states=held.hidden_states.data_ptr(),
         top_k_index=held.top_k_index.data_ptr(),
         top_k_weights=held.top_k_weights.data_ptr(),
-        gate_up_proj=held.gate_up_proj.data_ptr(),
-        down_proj=held.down_proj.data_ptr(),
+        gate_up_proj=_weight(held.gate_up_proj),
+        down_proj=_weight(held.down_proj),
         gate_up_bias=_matrix(held.gate_up_bias),
         down_bias=_matrix(held.down_bias),
-        gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, factors[0][2], experts),
-        down_lora=_lora(held.down_lora_A, held.down_lora_B, factors[1][2], experts),
+        gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, gate_up_scaling, experts),
+        down_lora=_lora(held.down_lora_A, held.down_lora_B, down_scaling, experts),
         elsewhere=_address(None if streamed is None else streamed.chosen),
     )
     return _Call(inputs, held, streamed)

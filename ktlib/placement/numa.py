@@ -1,7 +1,7 @@
 """Expert weights over the NUMA nodes of a machine with several sockets.
 
 Each weight matrix is cut into as many runs of consecutive rows as there are parts, part p of all experts lies on one
-node, and in the forward pass threads take the rows of their own node first (csrc/system/threads.h). Nothing is summed
+node, and in the forward pass threads take the rows of their own node first (csrc/layer/routing.h). Nothing is summed
 over parts, so no result depends on their number. The backward pass contracts over rows: it reads all nodes alike.
 """
 

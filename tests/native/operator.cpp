@@ -62,8 +62,12 @@ void layer(const Shape& s, int rank, bool dense, bool undefined, bool transposed
   in.hidden_states = x.data;
   in.top_k_index = ids.data;
   in.top_k_weights = weights.data;
-  in.gate_up_proj = gate_up.data;
-  in.down_proj = down.data;
+  const auto stack = [&](const Array<bf16>& array, int64_t rows) {
+    return Weight{.tensors = {uintptr_t(array.data)}, .tensor_rows = s.experts * rows, .rows = rows,
+                  .columns = array.count / (s.experts * rows)};
+  };
+  in.gate_up_proj = stack(gate_up, transposed ? s.hidden : 2 * s.inter);
+  in.down_proj = stack(down, transposed ? s.inter : s.hidden);
   in.settings.transposed = in.settings.interleaved = transposed;
   in.settings.whole = dense;
   if (dropout) in.settings.dropout = {7, uint32_t(1) << 30};
