@@ -48,6 +48,7 @@ from ktlib.integrations.peft_settings import (
     weight_of,
 )
 from ktlib.integrations.transformers_experts import is_experts
+from ktlib.reference import lora_layout
 
 LAYOUTS = ("peft", "per_expert", "ktransformers")
 _STACK = re.compile(r"layers\.(\d+)\.experts\.(gate|up|down)_lora_([ab])")
@@ -309,9 +310,9 @@ def _plain_pairs(halves, names, settings, problems):
 
 def _pair(weight, of, shape, settings, problems):
     """A pair as PEFT stores it, if it fits the parameter and the settings, which know it by its name in the file."""
-    (experts, out, inner), a, b = shape, of["a"], of["b"]
+    a, b = of["a"], of["b"]
     rank, alpha = rank_and_alpha(settings, of["name"])
-    wanted = (experts * rank, inner), (out, rank * experts)
+    wanted = lora_layout.shapes(rank, *shape)
     if (a.shape, b.shape) != wanted:
         problems.append(
             f"wrong shape: {weight} has lora_A {a.shape} and lora_B {b.shape}, needs {wanted[0]} and {wanted[1]} at "
@@ -397,7 +398,7 @@ def _joined(stacks, experts, rslora):
         rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
 
     def load_a():
-        return torch.cat([pair.a.load() for pair in (stacks[:1] if shared else stacks)], dim=1).flatten(0, 1)
+        return lora_layout.stack_a(torch.cat([pair.a.load() for pair in (stacks[:1] if shared else stacks)], dim=1))
 
     def load_b():
         columns = [pair.b.load() for pair in stacks]
@@ -406,7 +407,8 @@ def _joined(stacks, experts, rslora):
         else:
             b = torch.zeros(experts, 2 * out, rank, dtype=columns[0].dtype)
             b[:, :out, : rank // 2], b[:, out:, rank // 2 :] = columns
-        return b.permute(1, 2, 0).flatten(1)
+        return lora_layout.stack_b(b)
 
-    a = Stored((experts * rank, inner), stacks[0].a.dtype, load_a)
-    return Pair(a, Stored((len(stacks) * out, rank * experts), stacks[0].b.dtype, load_b), rank, alpha)
+    shape_a, shape_b = lora_layout.shapes(rank, experts, len(stacks) * out, inner)
+    a, b = Stored(shape_a, stacks[0].a.dtype, load_a), Stored(shape_b, stacks[0].b.dtype, load_b)
+    return Pair(a, b, rank, alpha)

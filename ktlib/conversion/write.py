@@ -14,6 +14,7 @@ from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import CONFIG, PREFIX, SAVED_DROPOUT, WEIGHTS
+from ktlib.reference import lora_layout
 
 FUSED_FILE = "fused_expert_lora.safetensors"
 
@@ -305,7 +306,7 @@ def _apart(weight, pair, pairs, parts, rslora):
     out = pair.b.shape[0] // len(parts)
 
     def b_of_experts():
-        return tensor_files.recent(pair.b).view(len(parts) * out, rank, experts).permute(2, 0, 1)
+        return lora_layout.split_b(tensor_files.recent(pair.b), experts)
 
     down = pairs.get(weight.replace("gate_up_proj", "down_proj"))
     half = rank // 2
@@ -323,7 +324,7 @@ def _apart(weight, pair, pairs, parts, rslora):
         rows = slice(i * out, (i + 1) * out)
 
         def load_a(columns=columns):
-            return tensor_files.recent(pair.a).view(experts, rank, inner)[:, columns]
+            return lora_layout.split_a(tensor_files.recent(pair.a), experts)[:, columns]
 
         def load_b(rows=rows, columns=columns):
             return b_of_experts()[:, rows, columns]

@@ -8,6 +8,7 @@ import torch
 from ktlib.integrations.expert_names import FUSED
 from ktlib.integrations.peft_settings import rank_and_alpha, weight_of
 from ktlib.names import COMPONENTS
+from ktlib.reference import lora_layout
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -83,7 +84,7 @@ class Pairs:
         if number:
             self.experts[layer][int(number[1])] |= touched
         elif experts:
-            used = b.flatten(1).any(dim=1) if b.dim() == 3 else b.reshape(b.shape[0], -1, experts).any(dim=1).any(dim=0)
+            used = (b if b.dim() == 3 else lora_layout.split_b(b, experts)).any(dim=2).any(dim=1)
             for expert, one in enumerate(used.tolist()):
                 self.experts[layer][expert] |= one
         else:
@@ -171,7 +172,6 @@ def _product_overflows(a, b, scaling, experts):
     if a.abs().max() * b.abs().max() * width * abs(scaling) <= BF16_MAX:
         return False
     if a.dim() == 2 and experts:
-        rank = a.shape[0] // experts
-        a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
+        a, b = lora_layout.split_a(a, experts), lora_layout.split_b(b, experts)
     pairs = [(a, b)] if a.dim() == 2 else zip(a, b, strict=True)
     return any(not (scaling * (y @ x)).to(torch.bfloat16).isfinite().all() for x, y in pairs)

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ktlib.integrations.transformers_experts import is_experts, layout
-from ktlib.reference import stages
+from ktlib.reference import lora_layout, stages
 
 MAX_NAMES = 1000  # of contaminated modules kept
 
@@ -367,9 +367,8 @@ class Tracer:
         weight = owner.get_param() if hasattr(owner, "get_param") else None
         if weight is None or weight.dim() != 3 or gradient.dim() != 2:
             return None
-        row, column = (~gradient.isfinite()).nonzero()[0].tolist()
-        experts = weight.shape[0]
-        return column % experts if ".lora_B" in name else row // (gradient.shape[0] // experts)
+        split = lora_layout.split_b if ".lora_B" in name else lora_layout.split_a
+        return int(split(~gradient.isfinite(), len(weight)).flatten(1).any(dim=1).nonzero()[0])
 
 
 def watched(model):

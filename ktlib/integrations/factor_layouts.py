@@ -21,6 +21,7 @@ from typing import NamedTuple
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import FUSED
 from ktlib.integrations.peft_settings import MATRIX, rank_and_alpha, weight_of
+from ktlib.reference.lora_layout import split_a, split_b, stack_a, stack_b
 
 ORDERS, FEATURES = ("rank_major", "grouped_by_expert"), ("in", "out")
 CONVERTED = "ktlib.import_adapter rewrites routed experts as PEFT has them now"
@@ -88,23 +89,14 @@ def as_peft_has_it(a, b, experts, order, features):
         return a, b
     of_in, of_out = b, a
     return (
-        Stored(of_in.shape[::-1], of_in.dtype, lambda: _grouped_rows(of_in.load(), experts)),
-        Stored(of_out.shape[::-1], of_out.dtype, lambda: _rank_major_columns(of_out.load(), experts)),
+        Stored(of_in.shape[::-1], of_in.dtype, lambda: stack_a(split_b(of_in.load(), experts).mT)),
+        Stored(of_out.shape[::-1], of_out.dtype, lambda: _rank_major(of_out.load().T, experts)),
     )
 
 
 def _rank_major(b, experts):
-    return b.view(b.shape[0], experts, -1).transpose(1, 2).flatten(1)
-
-
-def _grouped_rows(b, experts):
-    """(E*r, n), rows grouped by expert, of (n, r*E), columns rank-major."""
-    return b.view(b.shape[0], -1, experts).permute(2, 1, 0).flatten(0, 1)
-
-
-def _rank_major_columns(a, experts):
-    """The inverse of :func:`_grouped_rows`."""
-    return a.view(experts, -1, a.shape[1]).permute(2, 1, 0).flatten(1)
+    """Columns rank-major of columns grouped by expert, which are the rows of a lora_A."""
+    return stack_b(split_a(b.T, experts).mT)
 
 
 # --------------------------------------------------------------------------------------------- the order of columns

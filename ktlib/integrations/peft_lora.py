@@ -36,6 +36,7 @@ from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS, by_
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, unserved, warn_once
 from ktlib.names import bare_modules
 from ktlib.operator.checks import check_probability
+from ktlib.reference import lora_layout
 
 _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
 
@@ -107,9 +108,9 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         if len(factors) <= 1:
             return factors[0] if factors else None
         num_experts = self.get_param().shape[0]
-        lora_A = [lora_A.float().reshape(num_experts, -1, lora_A.shape[1]) for lora_A, _, _ in factors]
-        lora_B = [lora_B.float().reshape(lora_B.shape[0], -1, num_experts) * scaling for _, lora_B, scaling in factors]
-        return torch.cat(lora_A, dim=1).flatten(0, 1), torch.cat(lora_B, dim=1).flatten(1), 1.0
+        lora_A = [lora_layout.split_a(lora_A.float(), num_experts) for lora_A, _, _ in factors]
+        lora_B = [lora_layout.split_b(lora_B.float(), num_experts) * scaling for _, lora_B, scaling in factors]
+        return lora_layout.stack_a(torch.cat(lora_A, dim=1)), lora_layout.stack_b(torch.cat(lora_B, dim=2)), 1.0
 
     def _expert_dropout(self):
         """The probability that training drops an element with; 0.0 in evaluation, and on the weight of a Linear."""
@@ -130,8 +131,8 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
             if adapter not in self.lora_A:
                 continue
             lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            rank = lora_A.shape[0] // num_experts
-            if lora_A.shape != (num_experts * rank, in_features) or lora_B.shape != (out_features, rank * num_experts):
+            wanted = lora_layout.shapes(lora_A.shape[0] // num_experts, num_experts, out_features, in_features)
+            if (lora_A.shape, lora_B.shape) != wanted:
                 raise ValueError(
                     f"adapter {adapter!r} of {self.parameter_name}: got lora_A {tuple(lora_A.shape)} and lora_B "
                     f"{tuple(lora_B.shape)}, needed (E*r, {in_features}) and ({out_features}, r*E) with E={num_experts}"

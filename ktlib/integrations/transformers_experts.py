@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ktlib import reference
-from ktlib.operator import checks
 from ktlib.operator.moe_experts import moe_experts
+from ktlib.reference import gates
 
 IMPLEMENTATION = "ktlib"
 _INTERFACE = "transformers.integrations.moe"
@@ -95,7 +94,7 @@ def unsupported(experts):
     """Why the operator cannot compute experts of this class and config, whatever their weights, in words; or None."""
     if (reason := _other_form(experts)) is not None:
         return reason
-    return f"its gate is none of {', '.join(checks.GATES)}" if gate_of(experts) is None else None
+    return f"its gate is none of {', '.join(gates.GATES)}" if gate_of(experts) is None else None
 
 
 def _other_form(experts):
@@ -226,10 +225,10 @@ def _probe_gate(experts):
     alternate = layout(experts)["interleaved"]
     got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
     numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
-    for name in checks.GATES:
+    for name in gates.GATES:
         for limit in (None, *numbers):
             for alpha in (None, *numbers) if name == "swiglu_oai" else (None,):
-                want = reference.apply_gate(gate, up, name, limit, alpha)
+                want = gates.apply_gate(gate, up, name, limit, alpha)
                 if got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5):
                     return name, limit, alpha
     return None

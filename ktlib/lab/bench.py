@@ -16,6 +16,7 @@ import torch
 from ktlib import _kernels
 from ktlib.files.ownership import refuse_foreign, write_text
 from ktlib.operator.moe_experts import moe_experts
+from ktlib.reference import lora_layout
 from ktlib.system.cpu import cpu_info
 
 # experts, top_k, hidden, intermediate
@@ -49,8 +50,9 @@ def layer_lora(experts, hidden, intermediate, rank, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for inner, out in ((hidden, 2 * intermediate), (intermediate, hidden)):
-        lora_A = torch.randn(experts * rank, inner, generator=generator) / inner**0.5
-        lora_B = torch.randn(out, rank * experts, generator=generator) * 0.02
+        shape_A, shape_B = lora_layout.shapes(rank, experts, out, inner)
+        lora_A = torch.randn(shape_A, generator=generator) / inner**0.5
+        lora_B = torch.randn(shape_B, generator=generator) * 0.02
         pairs.append((lora_A.bfloat16().requires_grad_(), lora_B.bfloat16().requires_grad_(), 2.0))
     return pairs
 

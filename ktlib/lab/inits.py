@@ -6,6 +6,7 @@ import statistics
 import torch
 
 from ktlib.names import component
+from ktlib.reference import lora_layout
 from ktlib.training import sft
 
 
@@ -56,7 +57,7 @@ def initialise(model, init, rank, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
-            stack = parameter.data.view(-1, rank, parameter.shape[-1])
+            stack = lora_layout.split_a(parameter.data, len(parameter) // rank)
             drawn = torch.stack([INITS[init](matrix, generator) for matrix in stack])
             if init == "kaiming, 3-D stack" and component(name) != "routed_experts":
                 drawn = torch.stack([kaiming(matrix, generator) for matrix in stack])

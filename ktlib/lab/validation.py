@@ -5,6 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ktlib.reference import lora_layout
+from ktlib.reference.layer import expert_lora
+
 # How far rounding to bf16 changes a vector of ordinary numbers, relative to its L2 norm. A number m * 2**e, m from 1 to
 # 2, changes by at most 2**-8 * 2**e, evenly spread: in the root mean square by 2**-8 / sqrt(3) / m of the number. With
 # mantissas of density 1 / (m * log(2)), as in numbers of many sizes, the mean of 1 / m**2 is 3 / (8 * log(2)).
@@ -119,8 +122,9 @@ def with_lora(layer, rank=8, lora_dtype=torch.bfloat16, seed=0):
     adapted = dict(layer)
     for name in ("gate_up", "down"):
         experts, out, inner = layer[f"{name}_proj"].shape
-        lora_A = (2 * torch.rand(experts * rank, inner, generator=generator) - 1) / math.sqrt(inner)
-        lora_B = torch.randn(out, rank * experts, generator=generator) / 50
+        shape_A, shape_B = lora_layout.shapes(rank, experts, out, inner)
+        lora_A = (2 * torch.rand(shape_A, generator=generator) - 1) / math.sqrt(inner)
+        lora_B = torch.randn(shape_B, generator=generator) / 50
         adapted[f"{name}_lora"] = (lora_A.to(lora_dtype), lora_B.to(lora_dtype), 2.0)
     return adapted
 
@@ -193,10 +197,9 @@ def _experts_rounded_by(
     experts = down_proj.shape[0]
 
     def project(x, weight, lora, expert):
-        lora_A, lora_B, scaling = lora
-        a, b = lora_A.view(experts, -1, lora_A.shape[1])[expert], lora_B.view(lora_B.shape[0], -1, experts)[..., expert]
+        a, b = expert_lora(lora, expert, experts)
         a, b = (rounded(a), rounded(b)) if lora_rounded else (a, b)
-        return F.linear(x, weight[expert]) + scaling * F.linear(F.linear(x, a), b)
+        return F.linear(x, weight[expert]) + lora[2] * F.linear(F.linear(x, a), b)
 
     output = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
@@ -237,8 +240,8 @@ def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
 
     def merged(weight, lora):
         lora_A, lora_B, scaling = lora
-        lora_A, lora_B = lora_A.reshape(experts, -1, lora_A.shape[-1]), lora_B.reshape(lora_B.shape[0], -1, experts)
-        return weight + (torch.einsum("ore,eri->eoi", lora_B, lora_A) * scaling).to(weight.dtype)
+        a, b = lora_layout.split_a(lora_A, experts), lora_layout.split_b(lora_B, experts)
+        return weight + (torch.einsum("eor,eri->eoi", b, a) * scaling).to(weight.dtype)
 
     weights = {"gate_up_proj": merged(gate_up_proj, gate_up_lora), "down_proj": merged(down_proj, down_lora)}
     return torch.func.functional_call(module, weights, (hidden_states, top_k_index, top_k_weights))

@@ -5,8 +5,9 @@ import math
 import torch
 from torch.autograd import forward_ad
 
-GATES = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of csrc/kernels/kernels.h, enum Activation
-ALPHA = 1.702  # of "swiglu_oai" unless the call says otherwise
+from ktlib.reference import lora_layout
+from ktlib.reference.gates import ALPHA, GATES
+
 _LARGEST = torch.finfo(torch.float32).max  # C++ has numbers as fp32
 _SIZES = 2**27  # and sizes as int, which must also hold 16 times as much: offsets in a panel (csrc/kernels/kernels.h)
 
@@ -208,8 +209,9 @@ def check_lora(name, lora, experts, in_features, out_features):
         raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs rank * {experts} (experts), rank >= 1")
     if lora_A.shape[0] >= _SIZES:
         raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs below {_SIZES}")
-    check_shape(f"{name} lora_A", lora_A, (rank * experts, in_features), "(experts * rank, in)")
-    check_shape(f"{name} lora_B", lora_B, (out_features, rank * experts), "(out, rank * experts)")
+    shape_A, shape_B = lora_layout.shapes(rank, experts, out_features, in_features)
+    check_shape(f"{name} lora_A", lora_A, shape_A, "(experts * rank, in)")
+    check_shape(f"{name} lora_B", lora_B, shape_B, "(out, rank * experts)")
     if not isinstance(scaling, int | float):
         raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
     if not abs(scaling) <= _LARGEST:  # also NaN

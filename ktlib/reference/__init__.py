@@ -1,5 +1,6 @@
 """What everything computes, in plain torch at float64: the truth that kernels are tested against."""
 
-from ktlib.reference.layer import apply_gate, clamp_gate, drop_threshold, keep_mask, lora_delta, moe_experts, philox
+from ktlib.reference.gates import apply_gate, clamp_gate
+from ktlib.reference.layer import drop_threshold, keep_mask, lora_delta, moe_experts, philox
 
 __all__ = ["apply_gate", "clamp_gate", "drop_threshold", "keep_mask", "lora_delta", "moe_experts", "philox"]

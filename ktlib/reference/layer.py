@@ -3,11 +3,12 @@
 Nothing here is fast and nothing is rounded. It is differentiable, so that its gradients are the reference too.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from ktlib.reference import lora_layout
+from ktlib.reference.gates import apply_gate, split_gate_up
 
 
 def philox(counter, key):
@@ -48,44 +49,38 @@ def keep_mask(seed, p, projection, slots, columns):
     return torch.from_numpy(kept)
 
 
-def lora_delta(lora, expert, num_experts):
-    """Dense update ``scaling * B @ A`` of one expert, (out, in); zero-rank ``None`` gives 0.
+def expert_weight(weight, expert, transposed):
+    """One expert's (out, in) of a stack of weights, as it is stored."""
+    return weight[expert].T if transposed else weight[expert]
 
-    PEFT's layout (peft/tuners/lora/layer.py, ``ParamWrapper.get_delta_weight``): ``lora_A (E*r, in)`` is
-    expert-major, ``lora_B (out, r*E)`` rank-major with the expert as the fastest index.
-    """
+
+def expert_lora(lora, expert, num_experts):
+    """One expert's A (r, in) and B (out, r) of ``(lora_A, lora_B, scaling)`` in PEFT's layout."""
+    lora_A, lora_B, _ = lora
+    return lora_layout.split_a(lora_A, num_experts)[expert], lora_layout.split_b(lora_B, num_experts)[expert]
+
+
+def lora_delta(lora, expert, num_experts):
+    """Dense update ``scaling * B @ A`` of one expert in float64, (out, in); 0 without LoRA."""
     if lora is None:
         return 0.0
-    lora_A, lora_B, scaling = lora
-    rank = lora_A.shape[0] // num_experts
-    a = lora_A.double().reshape(num_experts, rank, -1)[expert]
-    b = lora_B.double().reshape(-1, rank, num_experts)[:, :, expert]
-    return scaling * (b @ a)
+    a, b = expert_lora(lora, expert, num_experts)
+    return lora[2] * (b.double() @ a.double())
 
 
-def clamp_gate(gate_proj, up_proj, limit):
-    """Gate and up within ``limit`` (see :func:`ktlib.moe_experts`), if there is one."""
-    if limit is not None:  # not torch.clamp: at a NaN its gradient is 0, which would hide it
-        gate_proj = torch.where(gate_proj > limit, limit, gate_proj)
-        up_proj = torch.where(up_proj > limit, limit, torch.where(up_proj < -limit, -limit, up_proj))
-    return gate_proj, up_proj
+def project(x, expert, weight, lora=None, bias=None, transposed=False, dropped=None):
+    """``x @ (W + scaling * B A).T + bias`` of one expert in float64, (rows, out).
 
-
-def apply_gate(gate_proj, up_proj, gate="silu", limit=None, alpha=None):
-    """The gate of :func:`ktlib.moe_experts` (see there), elementwise, in the dtype of its arguments.
-
-    Both GELUs are written without the sum 1 + erf or 1 + tanh, which loses the lower tail even in float64.
+    Args:
+        x: (rows, in) float64.
+        weight, lora, bias, transposed: of all experts, as arguments of :func:`moe_experts`.
+        dropped: what dropout leaves of ``x`` for LoRA; None without dropout.
     """
-    gate_proj, up_proj = clamp_gate(gate_proj, up_proj, limit)
-    if gate == "silu":
-        return F.silu(gate_proj) * up_proj
-    if gate == "gelu":
-        return gate_proj * torch.special.erfc(-gate_proj / math.sqrt(2)) / 2 * up_proj
-    if gate == "gelu_tanh":
-        return gate_proj * torch.sigmoid(math.sqrt(8 / math.pi) * (gate_proj + 0.044715 * gate_proj**3)) * up_proj
-    if gate == "swiglu_oai":
-        return gate_proj * torch.sigmoid((1.702 if alpha is None else alpha) * gate_proj) * (up_proj + 1)
-    raise ValueError(f"gate: got {gate!r}, the reference knows 'silu', 'gelu', 'gelu_tanh' and 'swiglu_oai'")
+    dense, delta = expert_weight(weight, expert, transposed).double(), lora_delta(lora, expert, weight.shape[0])
+    bias = None if bias is None else bias[expert].double()
+    if dropped is None:
+        return F.linear(x, dense + delta, bias)
+    return F.linear(x, dense, bias) + F.linear(dropped, delta)
 
 
 def moe_experts(
@@ -123,23 +118,19 @@ def moe_experts(
         )
     share_kept = 1 - drop_threshold(lora_dropout) / 2**32
 
-    def project(x, weight, lora, bias, expert, projection, slots):
-        dense, delta = weight[expert].double(), lora_delta(lora, expert, num_experts)
-        dense = dense.T if transposed else dense
-        bias = None if bias is None else bias[expert].double()
-        if not lora_dropout or lora is None:
-            return F.linear(x, dense + delta, bias)
-        kept = keep_mask(dropout_seed, lora_dropout, projection, slots.cpu(), x.shape[1]).to(x.device)
-        dropped = torch.where(kept, x / share_kept, 0.0)  # not x * kept: a NaN is dropped like any other
-        return F.linear(x, dense, bias) + F.linear(dropped, delta)
+    def project_all(x, weight, lora, bias, expert, projection, slots):
+        dropped = None
+        if lora_dropout and lora is not None:
+            kept = keep_mask(dropout_seed, lora_dropout, projection, slots.cpu(), x.shape[1]).to(x.device)
+            dropped = torch.where(kept, x / share_kept, 0.0)  # not x * kept: a NaN is dropped like any other
+        return project(x, expert, weight, lora, bias, transposed, dropped)
 
     output = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         token, slot = torch.where(top_k_index == expert)
         slots = token * top_k_index.shape[1] + slot
-        gate_up = project(hidden_states[token], gate_up_proj, gate_up_lora, gate_up_bias, expert, 0, slots)
-        halves = (gate_up[:, 0::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
-        activated = apply_gate(*halves, gate, limit, alpha)
-        expert_output = project(activated, down_proj, down_lora, down_bias, expert, 1, slots)
+        gate_up = project_all(hidden_states[token], gate_up_proj, gate_up_lora, gate_up_bias, expert, 0, slots)
+        activated = apply_gate(*split_gate_up(gate_up, interleaved), gate, limit, alpha)
+        expert_output = project_all(activated, down_proj, down_lora, down_bias, expert, 1, slots)
         output = output.index_add(0, token, expert_output * top_k_weights[token, slot, None])
     return output

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ktlib.reference.gates import split_gate_up
+from ktlib.reference.layer import expert_lora, expert_weight, project
+
 FORWARD = ("input", "routing weight", "gate", "up", "activation", "down", "output")
 BACKWARD = (
     "gradient of output", "gradient of down", "gradient of routing weight", "gradient of activation",
@@ -42,6 +45,7 @@ def stages(layer, expert, apply_gate, grad_output=None):
     Values that the kernels keep in fp32 (the LoRA's inner product) are rounded to fp32, so that they overflow here too.
     """
     token, slot = torch.where(layer["top_k_index"] == expert)
+    interleaved = layer.get("interleaved", False)
     with torch.enable_grad():
         x = layer["hidden_states"][token].detach().double().requires_grad_()
         weight = layer["top_k_weights"][token, slot, None].detach().double().requires_grad_()
@@ -49,7 +53,7 @@ def stages(layer, expert, apply_gate, grad_output=None):
         activation = apply_gate(gate_up)
         down = _project(activation, layer, "down", expert)
         output = down * weight
-    gate, up = _gate_and_up(gate_up.detach(), layer, -1)
+    gate, up = split_gate_up(gate_up.detach(), interleaved)
     values = {"input": x, "routing weight": weight, "gate": gate, "up": up, "activation": activation, "down": down}
     values["output"] = output
     if grad_output is not None:
@@ -59,42 +63,20 @@ def stages(layer, expert, apply_gate, grad_output=None):
         values["gradient of output"] = gradient
         names = ("down", "routing weight", "activation", "gate", "input")
         values |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
-        both = values["gradient of gate"]
-        values["gradient of gate"], values["gradient of up"] = _gate_and_up(both, layer, -1)
+        halves = split_gate_up(values["gradient of gate"], interleaved)
+        values["gradient of gate"], values["gradient of up"] = halves
     return token, slot, {name: value.detach() for name, value in values.items()}
 
 
-def _gate_and_up(both, layer, dim):
-    """The two halves of gate_up's outputs along ``dim``."""
-    if layer.get("interleaved"):
-        return both.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
-    return both.chunk(2, dim=dim)
-
-
-def _weight(layer, name, expert):
-    """One expert's (out, in)."""
-    weight = layer[f"{name}_proj"][expert].detach()
-    return weight.T if layer.get("transposed") else weight
-
-
 def _project(x, layer, name, expert):
-    bias = layer.get(f"{name}_bias")
-    bias = None if bias is None else bias[expert].detach().double()
-    y = F.linear(x, _weight(layer, name, expert).double(), bias)
-    lora = layer.get(f"{name}_lora")
+    weight, lora, bias = (layer.get(f"{name}_{part}") for part in ("proj", "lora", "bias"))
+    y = project(x, expert, weight, lora, bias, layer.get("transposed", False))
     if lora is not None:
-        a, b = _expert_lora(lora, expert, layer[f"{name}_proj"].shape[0])
-        inner = F.linear(x, a.double())
-        inner = inner + (inner.float().double() - inner).detach()  # overflows where fp32 does
-        y = y + float(lora[2]) * F.linear(inner, b.double())
+        a, b = expert_lora(lora, expert, len(weight))
+        inner = F.linear(x.detach(), a.detach().double())
+        # what rounding to fp32 changes: very little, or Inf and NaN where the inner product leaves its range
+        y = y + lora[2] * F.linear(inner.float().double() - inner, b.detach().double())
     return y
-
-
-def _expert_lora(lora, expert, num_experts):
-    """One expert's A (r, in) and B (out, r), as PEFT lays them out in the stacks."""
-    lora_A, lora_B = lora[0].detach(), lora[1].detach()
-    rank = lora_A.shape[0] // num_experts
-    return lora_A[expert * rank : (expert + 1) * rank], lora_B.reshape(-1, rank, num_experts)[:, :, expert]
 
 
 def finite(values):
@@ -153,15 +135,16 @@ def _blame(layer, place):
     name = _OPERANDS.get(place.stage)
     lora = layer.get(f"{name}_lora")
     if name is not None:
-        parts = {"proj": _weight(layer, name, place.expert)}
+        weight = expert_weight(layer[f"{name}_proj"], place.expert, layer.get("transposed", False))
+        parts = {"proj": weight.detach()}
         if layer.get(f"{name}_bias") is not None:
             parts["bias"] = layer[f"{name}_bias"][place.expert].detach()
         for part, values in parts.items():
             if name == "gate_up":
-                values = _gate_and_up(values, layer, 0)[place.stage == "up"]
+                values = split_gate_up(values, layer.get("interleaved", False), dim=0)[place.stage == "up"]
             if not values.isfinite().all():
                 return f"{name}_{part}[{place.expert}] of the base model holds {_count(values)}"
-        factors = () if lora is None else _expert_lora(lora, place.expert, len(layer[f"{name}_proj"]))
+        factors = () if lora is None else expert_lora(lora, place.expert, len(layer[f"{name}_proj"]))
         for letter, matrix in zip("AB", factors, strict=False):
             if not matrix.isfinite().all():
                 return f"{name} lora_{letter} of the expert holds {_count(matrix)}"

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ktlib import _kernels, reference
+from ktlib import _kernels
 from ktlib.operator.gpu.weight_source import download, upload, weights_on
+from ktlib.reference import lora_layout
+from ktlib.reference.gates import apply_gate, gate_backward, gate_parts, split_gate_up
 from ktlib.system.threads import operator_threads
 
 GROUP_BYTES = 2**28  # experts are computed together while their weights are not larger
 BLOCK_VALUES = 2**24  # and values of the widest matrix of all their rows not more
-LARGE = 2.0**100
 PROJECTIONS = ("gate_up", "down")
 
 
@@ -65,7 +66,7 @@ class Streamed:
             for group in self._on_device():
                 for block in group.blocks:
                     gate_up, _ = self._project(group, block, "gate_up", block.x)
-                    h = reference.apply_gate(*self._split(gate_up), *self.gate).bfloat16()
+                    h = apply_gate(*split_gate_up(gate_up, self.settings.interleaved), *self.gate).bfloat16()
                     y, _ = self._project(group, block, "down", h)
                     _add(output, block, y, block.slot_weights)
             return output
@@ -92,7 +93,7 @@ class Streamed:
     def _backward_of(self, group, block, dy, grads):
         gate_up, t = self._project(group, block, "gate_up", block.x)
         _clear(block, gate_up)
-        gate, up = self._split(gate_up)
+        gate, up = split_gate_up(gate_up, self.settings.interleaved)
         parts = gate_parts(gate, up, *self.gate)
         h = torch.mul(parts.act, parts.factor, out=self._rounded(gate.shape))
         dh, term = _product(dy, self._matrix(group, "down").mT), None
@@ -112,7 +113,9 @@ class Streamed:
         if "down" in group.lora:
             self._lora_grads(group, "down", self._kept(block, "down", h), inner, dy, grads, weights=block.weights)
         d_gate_up = self._rounded(gate_up.shape)
-        gate_backward(dh.mul_(block.weights), gate, up, parts, self.gate[1], self._split(d_gate_up))
+        gate_backward(
+            dh.mul_(block.weights), gate, up, parts, self.gate[1], split_gate_up(d_gate_up, self.settings.interleaved)
+        )
         del gate_up, gate, up, parts, h, dh  # large, as is what follows
         if "gate_up" in group.lora:
             inner = self._inner("gate_up", d_gate_up, group.lora["gate_up"].B)
@@ -168,9 +171,6 @@ class Streamed:
     def _kept(self, block, projection, x):
         """What dropout keeps of the input of a LoRA pair, or of the input's gradient."""
         return torch.where(block.masks[projection], x, 0.0) if projection in block.masks else x
-
-    def _split(self, gate_up):
-        return (gate_up[..., 0::2], gate_up[..., 1::2]) if self.settings.interleaved else gate_up.chunk(2, dim=-1)
 
     # -------------------------------------------------------------------------------------------------- what it needs
 
@@ -274,8 +274,8 @@ class Streamed:
             upload(getattr(self.tensors, f"{projection}_lora_{matrix}"), self.device).bfloat16() for matrix in "AB"
         )
         count = len(self.tensors.gate_up_proj)
-        by_expert = lora_B.view(len(lora_B), -1, count).permute(2, 0, 1)
-        return lora_A.view(count, -1, lora_A.shape[1])[experts], by_expert[experts].contiguous()
+        by_expert = lora_layout.split_b(lora_B, count)
+        return lora_layout.split_a(lora_A, count)[experts], by_expert[experts].contiguous()
 
     def _grad_shape(self, name):
         """Of what one call computes; :meth:`_as_given` makes the shape of the argument of it."""
@@ -284,8 +284,8 @@ class Streamed:
         if name == "top_k_weights":
             return (self._slots + 1,)
         if name.endswith("lora_A"):
-            return chosen, len(given) // experts, given.shape[1]
-        return (chosen, len(given), given.shape[1] // experts) if name.endswith("lora_B") else given.shape
+            return chosen, *lora_layout.split_a(given, experts).shape[1:]
+        return (chosen, *lora_layout.split_b(given, experts).shape[1:]) if name.endswith("lora_B") else given.shape
 
     def _as_given(self, name, grad):
         given = getattr(self.tensors, name)
@@ -293,12 +293,9 @@ class Streamed:
             return grad[:-1].view(given.shape)
         if "lora" not in name:
             return grad
-        experts = torch.from_numpy(self.experts).to(self.device)
-        count = len(self.tensors.gate_up_proj)
-        if name.endswith("lora_A"):
-            return self._zeros((count, *grad.shape[1:])).index_copy_(0, experts, grad).view(given.shape)
-        by_expert = self._zeros((*grad.shape[1:], count)).index_copy_(2, experts, grad.permute(1, 2, 0))
-        return by_expert.view(given.shape)
+        by_expert = self._zeros((len(self.tensors.gate_up_proj), *grad.shape[1:]))
+        by_expert.index_copy_(0, torch.from_numpy(self.experts).to(self.device), grad)
+        return lora_layout.stack_a(by_expert) if name.endswith("lora_A") else lora_layout.stack_b(by_expert)
 
     def _zeros(self, shape):
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -394,39 +391,3 @@ def _clear(block, rows):
 def _product(a, b):
     """The fp32 product of two batches of bf16 matrices."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
-
-
-_Gate = namedtuple("_Gate", "act slope factor")
-
-
-def gate_parts(gate, up, kind, limit, alpha):
-    """``act``, its derivative and ``factor``, where ``reference.apply_gate(gate, up, ...) = act * factor``; fp32."""
-    g, u = reference.clamp_gate(gate, up, limit)
-    return _Gate(*_act(g, kind, alpha), u + 1 if kind == "swiglu_oai" else u)
-
-
-def gate_backward(dh, gate, up, parts, limit, results):
-    """Write the gradients of gate and up into ``results``, from that of ``h = parts.act * parts.factor``."""
-    d_gate, d_up = results
-    torch.mul(dh * parts.factor, parts.slope, out=d_gate)
-    torch.mul(dh, parts.act, out=d_up)
-    if limit is not None:
-        d_gate.masked_fill_(gate > limit, 0.0)
-        d_up.masked_fill_(up.abs() > limit, 0.0)
-
-
-def _act(gate, kind, alpha):
-    """The activation of a gate, and its derivative."""
-    if kind == "gelu":
-        share = torch.special.erfc(-gate / math.sqrt(2)) / 2
-        return gate * share, share + gate * torch.exp(-gate * gate / 2) / math.sqrt(2 * math.pi)
-    if kind == "gelu_tanh":
-        factor = math.sqrt(8 / math.pi)
-        share = torch.sigmoid(factor * (gate + 0.044715 * gate**3))
-        bend = share * (1 - share)  # where it has vanished, the derivative of what the sigmoid is of may be infinite
-        inner = gate * bend * (factor * (1 + 3 * 0.044715 * gate**2))
-        return gate * share, share + torch.where(bend == 0, 0.0, inner)
-    factor = alpha if kind == "swiglu_oai" else 1.0
-    within = gate.clamp(-LARGE, LARGE)  # the sigmoid is 0 or 1 long before, and infinity times 0 would be NaN
-    share = torch.sigmoid(within * factor if kind == "swiglu_oai" else within)
-    return gate * share, torch.addcmul(share, within * share, 1 - share, value=factor)
