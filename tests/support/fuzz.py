@@ -268,7 +268,7 @@ def _between_values(limit, tensors, options):
         seen[-1] += [gate.flatten(), up.flatten()]
         return gate
 
-    with mock.patch.object(reference, "apply_gate", see):
+    with mock.patch("ktlib.reference.layer.apply_gate", see):
         for settings, change in ((options | {"limit": None}, torch.clone), (_magnitudes(options), torch.abs)):
             seen.append([torch.zeros(1, dtype=torch.float64)])
             call(_in_float64(tensors, change), settings, reference.moe_experts)
