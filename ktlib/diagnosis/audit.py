@@ -49,7 +49,7 @@ class ComponentAudit:
             return
         has_nan = has_inf = has_other_than_zero = False
         for values in tensor.detach().flatten().split(CHUNK):
-            values = lora_pairs.computable(values)
+            values = tensor_files.computable(values)
             nan = values.isnan()
             has_nan |= bool(nan.any())
             has_inf |= bool(values.isinf().any())
@@ -143,7 +143,8 @@ def audit(source, config=None, trained=None):
         if config is not None:
             _check_comparable(settings, path, file)
         expected = None
-        adapters = {None: (settings, _file_tensors(path))}
+        in_files = tensor_files.read(*_files(path))
+        adapters = {None: (settings, {name: tensor.load for name, tensor in in_files.items()})}
         if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
 
@@ -183,7 +184,7 @@ def audit(source, config=None, trained=None):
     for pairs in judges:
         pairs.judge(report, trained)
     if file is not None and config is not None:
-        _add_misfits(report, settings, tensor_files.read(*_files(path)), config, file.name)
+        _add_misfits(report, settings, in_files, config, file.name)
     else:
         _add_layouts(report, judges)
     for name, _ in COMPONENTS if expected is not None else ():
@@ -374,57 +375,13 @@ def _beside(path, name):
     return (path if path.is_dir() else path.parent) / name
 
 
-def _file_tensors(path):
-    """``{name: function that reads the tensor}`` of a safetensors file, or of a directory's."""
-    from safetensors import SafetensorError, safe_open
-
-    files = _files(path)
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
-        except MemoryError as error:
-            raise ValueError(f"{file}: too large for this process ({error})") from None
-        handle = []  # opened when first read, so that a directory of many shards does not need as many open files
-
-        def load(name, file=file, handle=handle):
-            if not handle:
-                handle.append(safe_open(file, framework="pt"))
-            return handle[0].get_tensor(name)
-
-        tensors |= {name: lambda name=name, load=load: load(name) for name in names}
-    return tensors
-
-
 def _files(path):
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth"):
-            raise ValueError(f"{path}: {_PICKLED}")
+            raise ValueError(f"{path}: {tensor_files.PICKLED}")
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: needed a .safetensors file or an adapter directory")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: has no weight_map of tensor names and files")
-        for name in sorted(map(str, weight_map.values())):
-            if Path(name).name != name:
-                raise ValueError(f"{index}: names {name!r:.80}, which is no file of this directory")
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path}: {index.name} names {name}, which is not there")
-    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    adapter = [f for f in files if f.name.startswith("adapter_model") or f.name == "fused_expert_lora.safetensors"]
-    pickles = sorted(path.glob("*.bin"))
-    if not files and pickles:
-        raise ValueError(f"{pickles[0]}: {_PICKLED}")
-    if not files:
-        raise FileNotFoundError(f"{path}: no *.safetensors file in this directory")
-    return adapter or files
-
-
-_PICKLED = "pickled weights can run code when read; load it where you trust it and save it as safetensors"
+    return tensor_files.weight_files(path, (tensor_files.ADAPTER, tensor_files.MODEL))

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 
 import torch
 
+from ktlib.files.tensor_files import computable
 from ktlib.integrations.expert_names import FUSED
 from ktlib.integrations.peft_settings import rank_and_alpha, weight_of
 from ktlib.names import COMPONENTS
@@ -13,7 +14,6 @@ from ktlib.reference import lora_layout
 BF16_MAX = torch.finfo(torch.bfloat16).max
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MATRIX = re.compile(r"(?:^|[._])lora_(?:embedding_)?([ABab])(?=[._]|$)")
-_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def _matrix(name):
@@ -32,11 +32,6 @@ def partner(name):
     """Name of the other matrix of a LoRA pair, or None if ``name`` is no LoRA matrix."""
     match = _matrix(name)
     return match and name[: match.start(1)] + "BAba"["ABab".index(match[1])] + name[match.end(1) :]
-
-
-def computable(values):
-    """The values in a dtype that torch has reductions for, which 8-bit floats, bools and unsigned integers are not."""
-    return values.float() if values.dtype.itemsize == 1 or values.dtype in _UNSIGNED else values
 
 
 class Pairs:

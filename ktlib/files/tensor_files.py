@@ -20,20 +20,16 @@ from ktlib.names import component
 
 PAGE = 4096
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+MODEL, ADAPTER = ("model",), ("adapter_model", "fused_expert_lora")  # how the names of their files begin
+PICKLED = "pickled weights can run code when read; load it where you trust it and save it as safetensors"
 
 
 class Stored(NamedTuple):
@@ -55,55 +51,71 @@ def recent(tensor):
 
 
 def read(*files):
-    """``{name: Stored}`` of safetensors files. A file stays mapped as long as one of its tensors is referred to.
+    """``{name: Stored}`` of safetensors files. A file is mapped when the first of its tensors is loaded, and as long as
+    one of them is referred to.
 
     Raises:
-        ValueError: a file is damaged, no safetensors file, or holds a tensor that another one holds too or that is of a
-            dtype not in ``DTYPES``.
+        ValueError: a file is damaged, no safetensors file or too large to be mapped, or holds a tensor that another one
+            holds too or that is of a dtype not in ``DTYPES``.
         FileNotFoundError: a file is not there.
     """
     from safetensors import SafetensorError, safe_open
 
     tensors = {}
     for file in files:
+        opened = functools.cache(lambda file=file: safe_open(file, framework="pt"))
         try:
-            opened = safe_open(file, framework="pt")
+            with safe_open(file, framework="pt") as header:
+                views = {name: header.get_slice(name) for name in sorted(header.keys())}
+                kinds = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
-        for name in sorted(opened.keys()):
+        except MemoryError as error:
+            raise ValueError(f"{file}: too large for this process ({error})") from None
+        for name, (shape, kind) in kinds.items():
             if name in tensors:
                 raise ValueError(f"{file}: tensor {name} is in another file as well")
-            view = opened.get_slice(name)
-            if (kind := view.get_dtype()) not in DTYPES:
+            if kind not in DTYPES:
                 raise ValueError(f"{file}: tensor {name} is {kind}, needs one of {', '.join(DTYPES)}")
-            tensors[name] = Stored(
-                tuple(view.get_shape()), DTYPES[kind], lambda name=name, of=opened: of.get_tensor(name)
-            )
+            tensors[name] = Stored(shape, DTYPES[kind], lambda name=name, opened=opened: opened().get_tensor(name))
     return tensors
+
+
+def computable(values):
+    """The values in a dtype that torch has reductions for, which 8-bit floats, bools and unsigned integers are not."""
+    return values.float() if values.dtype.itemsize == 1 or values.dtype in _UNSIGNED else values
 
 
 def is_finite(tensor):
     """Whether a tensor holds neither NaN nor Inf. It takes a few megabytes of memory, however large the tensor."""
-    chunks = tensor.flatten().split(2**20)
-    # torch has no isfinite for 8-bit floats
-    return all(bool((chunk.float() if chunk.dtype.itemsize == 1 else chunk).isfinite().all()) for chunk in chunks)
+    return all(bool(computable(chunk).isfinite().all()) for chunk in tensor.flatten().split(2**20))
 
 
-def weight_files(folder):
+def weight_files(folder, kinds=(MODEL,)):
     """The safetensors files of a saved model or adapter: those that ``from_pretrained`` takes, or all in the folder.
+
+    If there are files of several of the ``kinds``, those of the first count.
 
     Raises:
         FileNotFoundError: there is none, or one that the index names is missing.
-        ValueError: the index is damaged, or names a file of another folder.
+        ValueError: the index is damaged, or names a file of another folder; all weights are pickled.
     """
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # from_pretrained looks for it first
-        return [single]
-    if not index.is_file():
-        if files := sorted(folder.glob("*.safetensors")):
+    for names in kinds:
+        if files := [file for name in names for file in _one_or_indexed(folder, name)]:
             return files
-        raise FileNotFoundError(f"{folder} has no *.safetensors file")
+    if files := sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
+        return files
+    if pickles := sorted(folder.glob("*.bin")):
+        raise ValueError(f"{pickles[0]}: {PICKLED}")
+    raise FileNotFoundError(f"{folder} has no *.safetensors file")
+
+
+def _one_or_indexed(folder, name):
+    """``name.safetensors``, for which ``from_pretrained`` looks first, or the files that its index names, or none."""
+    single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map of tensor names and files")
@@ -111,7 +123,7 @@ def weight_files(folder):
     if strange := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index}: names {strange[0]!r:.80}, which is no file of this folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return [folder / name for name in names]
 
 

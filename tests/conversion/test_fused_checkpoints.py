@@ -1,9 +1,11 @@
 """Both layouts of a checkpoint load, the fused one without a copy; the converter keeps within its bounds of memory."""
 
+import gc
 import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,13 +302,31 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="bad.safetensors: damaged"):
         tensor_files.read(tmp_path / "bad.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(save({"w": torch.zeros(2, dtype=torch.uint16)}))
-    with pytest.raises(ValueError, match="bad.safetensors: tensor w is U16, needs one of F64, "):
+    content = save({"w": torch.zeros(2, dtype=torch.uint8)})
+    (tmp_path / "bad.safetensors").write_bytes(content.replace(b'"U8"', b'"F4"').replace(b"[2]", b"[4]"))
+    with pytest.raises(ValueError, match="bad.safetensors: tensor w is F4, needs one of F64, "):
         tensor_files.read(tmp_path / "bad.safetensors")
     value = tensor_files.Stored((2, 2), torch.float32, lambda: torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"w: announced \(2, 2\) torch.float32, came \(2, 3\)"):
         tensor_files.write(tmp_path / "new.safetensors", {"w": value})
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_a_file_is_mapped_from_its_first_loaded_tensor_to_its_last(tmp_path):
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for file in files:
+        file.write_bytes(save({file.stem: torch.tensor([0, 1, 2], dtype=torch.uint16)}))
+
+    def mapped():
+        gc.collect()
+        return [file.stem for file in files if str(file) in Path("/proc/self/maps").read_text()]
+
+    tensors = tensor_files.read(*files)
+    assert list(tensors) == ["0", "1"] and mapped() == []
+    loaded = tensors["1"].load()
+    assert loaded.tolist() == [0, 1, 2] and mapped() == ["1"]
+    del tensors, loaded
+    assert mapped() == []
 
 
 @pytest.mark.parametrize(

@@ -455,8 +455,11 @@ def test_shards(adapter, saved):
     index = {name: names[i >= half] for i, (name, _) in enumerate(tensors)}
     (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert audit(adapter).table() == audit(saved).table()
+    (adapter / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    assert audit(adapter).table() == audit(saved).table(), "PEFT loads the one file, not those of the index beside it"
+    (adapter / "adapter_model.safetensors").unlink()
     (adapter / names[1]).unlink()
-    with pytest.raises(FileNotFoundError, match="names adapter_model-00002"):
+    with pytest.raises(FileNotFoundError, match="lacks adapter_model-00002"):
         audit(adapter)
 
 

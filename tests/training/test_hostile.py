@@ -121,14 +121,15 @@ def test_damaged_trainer_state(adapter, content, capsys):
     "index, words",
     [
         ({"weight_map": {"a": "../outside.safetensors"}}, "names '../outside.safetensors', which is no file of this"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd', which is no file of this directory"),
-        ({"weight_map": {"a": 7}}, "names 7, which is not there"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd', which is no file of this folder"),
+        ({"weight_map": {"a": 7}}, "lacks 7, which adapter_model.safetensors.index.json names"),
         ({"weight_map": ["a"]}, "has no weight_map"),
         ({}, "has no weight_map"),
     ],
 )
 def test_an_index_cannot_point_elsewhere(adapter, index, words, capsys):
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, adapter.parent / "outside.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()  # which counts before an index
     (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
     refused(adapter, capsys, "adapter_model.safetensors.index.json", words)
 
