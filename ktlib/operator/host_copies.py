@@ -1,13 +1,15 @@
 """Tensors of one call of the operator between another device and the CPU, differentiably.
 
 On CUDA the copies go through pinned memory of torch's caching host allocator (buffers of the size of this batch, reused
-by later calls): all copies of one direction are queued on the current stream, then the host waits for one event of that
-stream. There is no device-wide synchronisation, and copies back to the device do not block the host at all: the
-operator (ops.py) makes its results in pinned memory where its input is.
+by later calls): all copies of one direction are queued on the current stream, then the host waits for that stream.
+There is no device-wide synchronisation, and copies back to the device do not block the host at all: the operator
+(moe_experts.py) makes its results in pinned memory where its input is.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from ktlib.operator.gpu.transfer import download
 
 
 def to_host(*tensors):
@@ -80,15 +82,6 @@ class _ToDevice(torch.autograd.Function):
 
 def _download(tensors):
     """CPU copies, pinned where they come from CUDA, when they are complete."""
-    copies = []
-    for tensor in tensors:
-        if tensor.is_cuda:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            copies.append(copy.copy_(tensor, non_blocking=True))
-        else:
-            copies.append(tensor.to("cpu"))
-    for device in {t.device for t in tensors if t.is_cuda}:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        event.synchronize()
+    copies = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+    download(list(zip(tensors, copies, strict=True)))
     return copies

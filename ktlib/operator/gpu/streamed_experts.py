@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from ktlib import _kernels
-from ktlib.operator.gpu.weight_source import download, upload, weights_on
+from ktlib.operator.gpu.transfer import download, upload
+from ktlib.operator.gpu.weight_source import weights_on
 from ktlib.reference import lora_layout
 from ktlib.reference.gates import apply_gate, gate_backward, gate_parts, split_gate_up
 from ktlib.system.threads import operator_threads

@@ -1,4 +1,4 @@
-"""Tensors on their way to a GPU and back through pinned memory; expert weights with a thread that works ahead."""
+"""Expert weights on their way to a GPU, sent by a thread that works ahead."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 
 from ktlib import _kernels
-from ktlib.system.threads import operator_threads
+from ktlib.operator.gpu.transfer import sending_and_other_threads
 
 THERE = 2  # buffers on the GPU, of one group of experts each
 # Pinned buffers and their size in bytes: so small together that a cache may hold them. Then memory is read once and not
@@ -38,7 +38,7 @@ def weights_on(weights, groups, device):
     free, full = queue.SimpleQueue(), queue.SimpleQueue()
     for n in range(THERE):
         free.put(n)
-    threads = _threads()[0]  # of this thread; the sender has a number of its own
+    threads = sending_and_other_threads()[0]  # of this thread; the sender has a number of its own
     copies.wait_stream(compute)  # until now the buffers on the device may have been something else's
 
     def begin():
@@ -137,40 +137,6 @@ def _in_pieces(threads, weights, groups, there, begin, finish, copies):
             read[(i - SENDING) % PIECES].synchronize()
 
     _kernels.copy(threads, pieces, PIECES - SENDING + 1, ready)
-
-
-def upload(tensor, device):
-    """A contiguous CPU tensor on the device; the copy is queued on the current stream."""
-    if device.type == "cpu" or tensor.is_pinned():
-        return tensor.to(device, non_blocking=True)
-    staged = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    _kernels.copy(_threads()[1], [[(staged.data_ptr(), tensor.data_ptr(), tensor.nbytes)]])
-    return staged.to(device, non_blocking=True)
-
-
-def download(pairs):
-    """Copy each of ``[(tensor on a device, contiguous CPU tensor), ...]`` into the other, converted to its dtype."""
-    staged = []
-    for source, result in pairs:
-        if source.device.type == "cpu":
-            result.copy_(source)
-            continue
-        buffer = result
-        if not result.is_pinned():
-            buffer = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True)
-        buffer.copy_(source.to(result.dtype), non_blocking=True)
-        if buffer is not result:
-            staged.append((result, buffer))
-    if pairs[0][0].is_cuda:
-        torch.cuda.current_stream(pairs[0][0].device).synchronize()
-    _kernels.copy(operator_threads(), [[(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged]])
-
-
-def _threads():
-    """How many of the operator's threads send weights, and how many the thread has that queues the GPU's work."""
-    threads = operator_threads()
-    sending = max(1, threads * 3 // 4)
-    return sending, max(1, threads - sending)
 
 
 @functools.cache
