@@ -19,6 +19,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import stat
@@ -192,50 +193,64 @@ def temporary_folder(parent):
     delete_abandoned(parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-        lock = _lock(folder, fcntl.LOCK_EX)
+        held = lock(folder, wait=math.inf)
         try:
             (folder / TEMPORARY_NOTE).touch()
             break
         except FileNotFoundError:  # another process locked the folder first, took it for abandoned and deleted it
-            if lock is not None:
-                os.close(lock)
+            if held is not None:
+                os.close(held)
     try:
         made = folder / "made"  # has no note in it, and the usual permissions
         made.mkdir()
         yield made
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 def delete_abandoned(parent):
     """Delete the temporary folders in the folder ``parent`` whose processes died."""
     for folder in Path(parent).glob(f"{TEMPORARY}*"):
-        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if lock is None:  # its process lives, or there is no way to know
+        try:
+            held = lock(folder)
+        except BlockingIOError:  # its process lives
+            continue
+        if held is None:  # there is no way to know
             continue
         with contextlib.suppress(OSError):
-            if os.fstat(lock).st_uid != os.geteuid():
+            if os.fstat(held).st_uid != os.geteuid():
                 pass
             elif (folder / TEMPORARY_NOTE).is_file():
                 shutil.rmtree(folder)
             else:
                 folder.rmdir()  # its process died before it wrote the note; fails if anything is in it
-        os.close(lock)
+        os.close(held)
 
 
-def _lock(folder, operation):
-    """A descriptor that keeps a folder locked until it is closed; None where there is no lock to be had."""
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-        fcntl.flock(descriptor, operation)
-        return descriptor
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
+def lock(folder, wait=0.0):
+    """A descriptor that keeps a folder locked until it is closed; None where there is no lock to be had.
+
+    Raises:
+        BlockingIOError: another process has the lock for longer than ``wait`` seconds.
+    """
+    descriptor, until = None, time.monotonic() + wait
+    while True:
+        try:
+            if descriptor is None:
+                descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise
+            time.sleep(0.1)
+        except OSError:
+            if descriptor is not None:
+                os.close(descriptor)
+            return None
 
 
 @contextlib.contextmanager

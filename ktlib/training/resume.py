@@ -6,13 +6,11 @@ Trainer writes ``checkpoint-N``, which is renamed to ``step-N`` once it is on di
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import time
 import warnings
 from pathlib import Path
 
@@ -177,22 +175,15 @@ def locked(folder, wait=10.0):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ValueError(f"output_dir: {folder} is in use by another run, need another one") from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
+        held = ownership.lock(folder.resolve(), wait)
+    except BlockingIOError:
+        raise ValueError(f"output_dir: {folder} is in use by another run, need another one") from None
+    try:
         yield folder
     finally:
-        os.close(descriptor)
+        if held is not None:
+            os.close(held)
 
 
 @contextlib.contextmanager
