@@ -2,6 +2,8 @@
 
 import re
 
+PREFIX = "base_model.model."  # of names in a PeftModel and in files of adapters
+
 # Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
 # transformers and PEFT; add a line here for a family that calls its parts differently.
 COMPONENTS = (
@@ -29,11 +31,19 @@ def layer_of(name):
     return int(match[1]) if match else None
 
 
+def bare_name(name):
+    """A module's or parameter's name as in the bare model, without what PEFT puts before and between its parts."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "").replace(".default", "")
+
+
+def bare_model(model):
+    """The model that a PeftModel is around, with the layers of its adapters in it; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def bare_modules(model):
     """``(name, module)`` of the model as it is without adapters: each module once, under its own name."""
-    if hasattr(model, "get_base_model"):  # a PeftModel
-        model = model.get_base_model()
-    for name, module in model.named_modules():
+    for name, module in bare_model(model).named_modules():
         if ".lora_" in f".{name}" or hasattr(module, "base_layer"):
             continue
         yield name.replace(".base_layer", ""), module

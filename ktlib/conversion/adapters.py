@@ -39,7 +39,6 @@ from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import (
     CONFIG,
     MATRIX,
-    PREFIX,
     WEIGHTS,
     matches,
     rank_and_alpha,
@@ -48,6 +47,7 @@ from ktlib.integrations.peft_settings import (
     weight_of,
 )
 from ktlib.integrations.transformers_experts import is_experts
+from ktlib.names import PREFIX, bare_model
 from ktlib.reference import lora_layout
 
 LAYOUTS = ("peft", "per_expert", "ktransformers")
@@ -159,7 +159,7 @@ def config_of(base):
     from transformers import AutoConfig
 
     if isinstance(base, torch.nn.Module):
-        model = base.get_base_model() if hasattr(base, "get_base_model") else base
+        model = bare_model(base)
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         return config

@@ -12,7 +12,7 @@ import torch
 
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.expert_names import ExpertLayout, Part
-from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.model_class import meta_model, untied_state
 
 NOTE = "fused_from.json"
 LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
@@ -124,8 +124,7 @@ def fused_tensors(tensors, layout):
 
 def _check(tensors, model, source):
     """ValueError with the list if the tensors are not those of the model."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    wanted = {name: tuple(value.shape) for name, value in untied_state(model).items()}
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [
         f"{name} is {tensors[name].shape}, needs {shape}"

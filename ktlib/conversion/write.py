@@ -13,7 +13,8 @@ from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.model_class import meta_model
-from ktlib.integrations.peft_settings import CONFIG, PREFIX, SAVED_DROPOUT, WEIGHTS
+from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS
+from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, layer_of
 from ktlib.reference import lora_layout
 
 FUSED_FILE = "fused_expert_lora.safetensors"
@@ -53,7 +54,6 @@ def _peft_config(settings, pairs, config):
     from peft import get_peft_model, get_peft_model_state_dict
 
     from ktlib.integrations.peft_lora import lora_config
-    from ktlib.names import bare_modules
 
     model = meta_model(config)
     spelling = ExpertLayout(model)
@@ -87,8 +87,7 @@ def _slots(adapted):
     slots = {}
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            bare = name.removeprefix(PREFIX).replace(".base_layer", "")
-            weight = f"{bare}.{getattr(module, 'parameter_name', 'weight')}"
+            weight = f"{bare_name(name)}.{getattr(module, 'parameter_name', 'weight')}"
             slots[weight] = module, tuple(f"{name}.lora_{letter}.weight" for letter in "AB")
     return slots
 
@@ -181,7 +180,7 @@ def rename_for_peft(adapted, folder=None):
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
-    base = adapted.get_base_model()
+    base = bare_model(adapted)
     keys = list(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     names, lost = names_for_peft(adapted, keys, ExpertLayout(base))
     if lost:
@@ -273,9 +272,8 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
         settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, spelling)
         stacks = {}
         for weight, parts in ours.items():
-            layer = weight.partition(".layers.")[2].partition(".")[0]
             for part, pair in parts.items():
-                stacks |= {f"layers.{layer}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
+                stacks |= {f"layers.{layer_of(weight)}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
         tensor_files.write(folder / FUSED_FILE, stacks)
     dropout = _dropout(settings)
     settings.pop(SAVED_DROPOUT, None)

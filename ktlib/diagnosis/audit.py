@@ -20,8 +20,8 @@ from ktlib.files import tensor_files
 from ktlib.files.tensor_files import read_json
 from ktlib.integrations.factor_layouts import refuse_other_layouts
 from ktlib.integrations.model_class import meta_model
-from ktlib.integrations.peft_settings import PREFIX, check_settings, matches, rank_and_alpha, read_settings
-from ktlib.names import COMPONENTS, bare_modules, component, layer_of
+from ktlib.integrations.peft_settings import check_settings, matches, rank_and_alpha, read_settings
+from ktlib.names import COMPONENTS, PREFIX, bare_modules, bare_name, component, layer_of
 
 CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
 
@@ -241,7 +241,7 @@ def _misfits_beside_pairs(settings, others, model):
                 if f"{PREFIX}{name}.lora_embedding_{letter}" not in others:
                     yield f"missing: lora_embedding_{letter} of {name}"
     for key, tensor in others.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = bare_name(key)
         place = re.split(r"\.(?:lora_|token_adapter\.)", name)[0]
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             yield f"wrong shape: {key} is {tuple(tensor.shape)}, needs {shapes[name]}"

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ktlib.diagnosis.trace import repeated_layers
 from ktlib.integrations.transformers_experts import is_experts
-from ktlib.names import component
+from ktlib.names import component, layer_of
 from ktlib.system.memory import available_memory
 
 LAYERS = 4  # whose outputs are compared: stock PEFT adds up the whole W + BA of a layer, in fp32 for the reference
@@ -165,7 +166,7 @@ def logits(model, prompts):
 
 def logits_in_fp32(model, prompts):
     """:func:`logits` of ``model`` in fp32, of which each decoder layer is in fp32 only while it computes."""
-    blocks = _blocks(model)
+    blocks = repeated_layers(model).values()
     inside = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
     outside = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside]
     hooks, within = [], {}
@@ -189,7 +190,7 @@ def logits_in_fp32(model, prompts):
 
 def check_memory(model):
     """MemoryError if there is no room for a layer in fp32, its W + BA, and what is outside of all layers, in fp32."""
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in _blocks(model)]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in repeated_layers(model).values()]
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     need = 12 * max(sizes) + 4 * outside
     if need > (have := available_memory()):
@@ -235,25 +236,10 @@ def _layers(model):
 def _spread(layers):
     """Those of at most LAYERS decoder layers, spread evenly from the first to the last."""
     layers = list(layers)
-    numbers = list(dict.fromkeys(map(_number, (name for name, _ in layers))))
+    numbers = list(dict.fromkeys(layer_of(name) for name, _ in layers))
     if len(numbers) > LAYERS:
         numbers = [numbers[i * (len(numbers) - 1) // (LAYERS - 1)] for i in range(LAYERS)]
-    return [(name, module) for name, module in layers if _number(name) in numbers]
-
-
-def _number(name):
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _blocks(model):
-    """The decoder layers of a model, with adapters or without: what is in a list and in no other list."""
-    blocks, names = [], []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in names)
-        if isinstance(module, torch.nn.ModuleList) and len(module) and not inside:
-            blocks += module
-            names.append(name)
-    return blocks
+    return [(name, module) for name, module in layers if layer_of(name) in numbers]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ktlib.integrations.transformers_experts import is_experts, layout
+from ktlib.names import bare_name
 from ktlib.reference import lora_layout, stages
 
 MAX_NAMES = 1000  # of contaminated modules kept
@@ -115,7 +116,7 @@ class Tracer:
     def install(self):
         keep = self._handles.append
         keep(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        blocks = _blocks(self.model)
+        blocks = repeated_layers(self.model)
         inside = tuple(f"{name}." for name in blocks)
         for name, module in watched(self.model):
             fine = self.backward and not name.startswith(inside)
@@ -198,7 +199,7 @@ class Tracer:
                 block.gradient_checkpointing = checkpointing
             self._installed = True
         finding = inner.first or Finding("backward", "", "gradient of input", "made between modules of this layer")
-        finding.module = short(f"{name}.{finding.module}".rstrip("."))
+        finding.module = bare_name(f"{name}.{finding.module}".rstrip("."))
         self._add(finding)
 
     def _watch_backward(self, name, module, result, args, arguments):
@@ -279,7 +280,7 @@ class Tracer:
     # ---- after the detector fired -----------------------------------------------------------------------------------
 
     def _found(self, results, phase, name, module, given):
-        name, inputs = short(name), _floats(given[0] if phase == "backward" else given)
+        name, inputs = bare_name(name), _floats(given[0] if phase == "backward" else given)
         came_in_bad = not all(map(_is_finite, inputs))
         if self.causes and (came_in_bad or phase in ("loss", "gradient")):
             self._note(name)
@@ -304,7 +305,7 @@ class Tracer:
             finding.tensors += _describe_all("input" if phase != "backward" else "gradient of output", inputs)
         finding.tensors += _describe_all("result" if phase != "backward" else "gradient of input", results)
         if isinstance(module, torch.nn.Module) and not is_experts(module) and phase != "loss":
-            finding.tensors += [describe(short(n), p) for n, p in module.named_parameters()]
+            finding.tensors += [describe(bare_name(n), p) for n, p in module.named_parameters()]
         self._add(finding)
 
     def _note(self, name):
@@ -363,7 +364,7 @@ class Tracer:
 
     def _expert_of(self, name, gradient):
         """The first expert whose rows (lora_A) or columns (lora_B) of a stacked gradient are not finite."""
-        owner = next((m for n, m in self.model.named_modules() if name.startswith(f"{short(n)}.lora_") and n), None)
+        owner = next((m for n, m in self.model.named_modules() if name.startswith(f"{bare_name(n)}.lora_") and n), None)
         weight = owner.get_param() if hasattr(owner, "get_param") else None
         if weight is None or weight.dim() != 3 or gradient.dim() != 2:
             return None
@@ -390,7 +391,7 @@ def watched(model):
             done += (f"{name}.",)
 
 
-def _blocks(model):
+def repeated_layers(model):
     """The repeated layers of a model by name: members of a ModuleList that is not itself inside one."""
     found = {}
     for name, module in model.named_modules():
@@ -430,11 +431,6 @@ def describe(name, tensor):
         "min": good.min().item() if good.numel() else None,
         "max": good.max().item() if good.numel() else None,
     }
-
-
-def short(name):
-    """A module's or parameter's name as in the bare model, without PEFT's wrapping."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", "")
 
 
 def _operands(layer):

@@ -7,8 +7,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ktlib.diagnosis.trace import Finding, Tracer, bad_ones, describe, short
+from ktlib.diagnosis.trace import Finding, Tracer, bad_ones, describe
 from ktlib.files import ownership
+from ktlib.names import bare_name
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -95,7 +96,7 @@ def _first_bad(phase, named):
     what = "gradient" if phase == "gradient" else "value after the optimizer step"
     name, tensor = bad[0]
     reason = f"the first of {len(bad)} that are not finite, of {len(named)}"
-    return Finding(phase, short(name), what, reason, tensors=[describe(what, tensor)])
+    return Finding(phase, bare_name(name), what, reason, tensors=[describe(what, tensor)])
 
 
 class ShowProgress(TrainerCallback):

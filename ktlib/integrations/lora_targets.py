@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ktlib.integrations.peft_settings import by_end, matches
 from ktlib.integrations.transformers_experts import is_experts
-from ktlib.names import bare_modules, component
+from ktlib.names import bare_model, bare_modules, component
 
 DEFAULT_COMPONENTS = ("self_attn", "shared_experts", "dense_mlp")
 # What PEFT has a LoRA layer for.
@@ -112,7 +112,7 @@ def _parameters_of_experts(model, modules, language):
     ]
     if chosen:
         return chosen
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = bare_model(model)
     rest = "target_parameters=[] adapts the other layers alone"
     own_way = [
         name
@@ -282,7 +282,7 @@ def taken_by_peft(model, targets):
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:
         return set()
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = bare_model(model)
     taken = set()
     for target in targets:
         trial = LoraConfig(target_modules=[target])

@@ -49,6 +49,12 @@ def meta_model(config):
         return kind(copy.deepcopy(of_class))
 
 
+def untied_state(model):
+    """``state_dict()`` without what is tied to another weight, so that files do not hold it."""
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
 def check_trainable(model):
     """ValueError if a model (the meta device will do) cannot be trained on text with its routed experts in ktlib."""
     from ktlib.integrations.transformers_experts import is_experts

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ktlib.files import ownership, tensor_files
+from ktlib.integrations.model_class import untied_state
 
 POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
 CHUNK = 2**22
@@ -132,9 +133,8 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     pool = functools.cache(lambda: _pool(config, seed))
-    made = {name: _made(name, tensor, pool, seed) for name, tensor in model.state_dict().items() if name not in tied}
+    made = {name: _made(name, tensor, pool, seed) for name, tensor in untied_state(model).items()}
     about = {"seed": seed, "config": json.loads(config.to_json_string())}
     model.config.architectures = [type(model).__name__]
     Path(folder).mkdir(parents=True, exist_ok=True)
