@@ -19,6 +19,8 @@ COMPONENTS = (
     ("other", r""),
 )
 
+LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # in ".name."
+
 
 def component(name):
     """The component, one of :data:`COMPONENTS`, of a module or parameter called ``name``."""
@@ -27,8 +29,14 @@ def component(name):
 
 def layer_of(name):
     """The number of the layer in a module's or parameter's name, or None."""
-    match = re.search(r"\.(?:layers?|blocks?|h)\.(\d+)\.", f".{name}.")
+    match = LAYER.search(f".{name}.")
     return int(match[1]) if match else None
+
+
+def first_of(texts, most=6, separator=", "):
+    """The first of some texts for an error, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def bare_name(name):

@@ -13,6 +13,7 @@ import torch
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.model_class import meta_model, untied_state
+from ktlib.names import first_of
 
 NOTE = "fused_from.json"
 LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
@@ -71,9 +72,7 @@ def fuse_checkpoint(source, out, progress=True):
         return tensor_files.write_sharded(out, tensor_files.shards_of(tensors), about, NOTE, copied, progress)
     finally:  # what an interrupted call has written, the next one does not read again
         if nonfinite:
-            more = f" and {len(nonfinite) - 6} more" if len(nonfinite) > 6 else ""
-            names = ", ".join(nonfinite[:6])
-            warnings.warn(f"source: {source} has NaN or Inf, copied as it is, in {names}{more}", stacklevel=2)
+            warnings.warn(f"source: {source} has NaN or Inf, copied as it is, in {first_of(nonfinite)}", stacklevel=2)
 
 
 def _noting_nonfinite(name, tensor, names):
@@ -132,5 +131,4 @@ def _check(tensors, model, source):
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"source: {source} does not fit its config: {'; '.join(problems[:8])}{more}")
+        raise ValueError(f"source: {source} does not fit its config: {first_of(problems, 8, '; ')}")

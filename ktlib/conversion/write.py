@@ -14,7 +14,7 @@ from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS
-from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, layer_of
+from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, first_of, layer_of
 from ktlib.reference import lora_layout
 
 FUSED_FILE = "fused_expert_lora.safetensors"
@@ -35,10 +35,7 @@ def listed(problems, what):
     for problem in problems:
         kind, _, text = problem.partition(": ")
         kinds.setdefault(kind, []).append(text)
-    lines = []
-    for kind, texts in kinds.items():
-        more = f" and {len(texts) - 6} more" if len(texts) > 6 else ""
-        lines.append(f"{kind} ({len(texts)}): {'; '.join(texts[:6])}{more}")
+    lines = (f"{kind} ({len(texts)}): {first_of(texts, separator='; ')}" for kind, texts in kinds.items())
     return "\n".join([what, *lines])
 
 

@@ -21,7 +21,7 @@ from ktlib.files.tensor_files import read_json
 from ktlib.integrations.factor_layouts import refuse_other_layouts
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import check_settings, matches, rank_and_alpha, read_settings
-from ktlib.names import COMPONENTS, PREFIX, bare_modules, bare_name, component, layer_of
+from ktlib.names import COMPONENTS, LAYER, PREFIX, bare_modules, bare_name, component, layer_of
 
 CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
 
@@ -261,7 +261,7 @@ def _add_layouts(report, judges):
 def _place(name):
     """Where a tensor is: ``((stack and layer, the name's end from the component on), the modules between the two)``."""
     dotted = f".{name}"
-    layer = re.search(r"\.(?:layers?|blocks?|h)\.\d+\.", dotted)
+    layer = LAYER.search(dotted)
     pattern = dict(COMPONENTS)[component(name)]
     part = re.search(pattern, f"{dotted}.") if pattern else None
     if not layer or not part or part.start() < layer.end() - 1:

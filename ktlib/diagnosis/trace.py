@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ktlib.integrations.transformers_experts import is_experts, layout
+from ktlib.integrations.transformers_experts import is_experts, layout, other_form
 from ktlib.names import bare_name
 from ktlib.reference import lora_layout, stages
 
@@ -403,7 +403,7 @@ def repeated_layers(model):
 def experts_arguments(module, args, kwargs):
     """Arguments of ``moe_experts`` (on the CPU) of one call of an experts module, without those that say what its gate
     is; None if its experts have no gate, or a norm behind them."""
-    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or len(args) < 3:
+    if other_form(module) is not None or len(args) < 3:
         return None
     device = module.down_proj.device
     names = ("hidden_states", "top_k_index", "top_k_weights")

@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ktlib.names import first_of
+
 # the files of a model or an adapter, by which from_pretrained knows a folder as one
 WEIGHT_FILES = (
     "*.safetensors",
@@ -101,9 +103,8 @@ def refuse_foreign(paths, argument, given, replace=True):
         reason = "there already, with other contents"
     if not paths:
         return
-    among = "" if given in paths else "".join(f", {path.name}" for path in paths[:6])[2:]
-    more = f" and {len(paths) - 6} more" if len(paths) > 6 else ""
-    holds = f"which holds {among}{more}: " if among else ""
+    among = "" if given in paths else first_of([path.name for path in paths])
+    holds = f"which holds {among}: " if among else ""
     other = str(free_name(given, folder=bool(among)))
     raise ValueError(f"{argument}: got {str(given)!r}, {holds}{reason}; needs another name, such as {other!r}")
 
@@ -213,20 +214,17 @@ def temporary_folder(parent):
 def delete_abandoned(parent):
     """Delete the temporary folders in the folder ``parent`` whose processes died."""
     for folder in Path(parent).glob(f"{TEMPORARY}*"):
-        try:
+        held = None
+        with contextlib.suppress(OSError):  # BlockingIOError: its process lives
             held = lock(folder)
-        except BlockingIOError:  # its process lives
-            continue
-        if held is None:  # there is no way to know
-            continue
-        with contextlib.suppress(OSError):
-            if os.fstat(held).st_uid != os.geteuid():
+            if held is None or os.fstat(held).st_uid != os.geteuid():  # there is no way to know
                 pass
             elif (folder / TEMPORARY_NOTE).is_file():
                 shutil.rmtree(folder)
             else:
                 folder.rmdir()  # its process died before it wrote the note; fails if anything is in it
-        os.close(held)
+        if held is not None:
+            os.close(held)
 
 
 def lock(folder, wait=0.0):

@@ -92,12 +92,13 @@ def layout(experts):
 
 def unsupported(experts):
     """Why the operator cannot compute experts of this class and config, whatever their weights, in words; or None."""
-    if (reason := _other_form(experts)) is not None:
+    if (reason := other_form(experts)) is not None:
         return reason
     return f"its gate is none of {', '.join(gates.GATES)}" if gate_of(experts) is None else None
 
 
-def _other_form(experts):
+def other_form(experts):
+    """Why experts are of no form that the operator has, whatever their gate and weights, in words; or None."""
     if not experts.has_gate:
         return "its experts have no gate"
     if getattr(experts, "has_post_expert_norm", False):
@@ -107,7 +108,7 @@ def _other_form(experts):
 
 def unserved(experts, hidden_states):
     """Why the operator cannot compute this call, in words; None if it can."""
-    if (reason := _other_form(experts)) is not None:
+    if (reason := other_form(experts)) is not None:
         return reason
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed over processes"
