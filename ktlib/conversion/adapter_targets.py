@@ -18,6 +18,7 @@ import contextlib
 import re
 import warnings
 
+from ktlib.integrations.lora_targets import taken_by_peft, unambiguous_ends
 from ktlib.integrations.peft_settings import matches
 
 LONGEST = 2000  # names in target_modules; PEFT compares each with each
@@ -32,8 +33,6 @@ def targets_in_files(model, spelling, modules, settings, made=None):
         settings: with ``r`` and ``lora_alpha``, what the patterns make exceptions from.
         made: the LoraConfig of the adapter in PEFT's layout, or None for a reader that adapts modules alone.
     """
-    from ktlib.integrations.lora_targets import unambiguous_ends
-
     in_peft = made.target_parameters if made else ()
     of_experts = {name for name, (weight, _) in modules.items() if weight in spelling.experts}
     by_weight = {name for name, (weight, _) in modules.items() if matches(weight, in_peft)} - of_experts
@@ -64,8 +63,6 @@ def _in_transformers_5(weight):
 
 def _names_or_pattern(chosen, everything):
     """``target_modules`` for these of all names: a list, or a pattern if that is too long or an end is another's."""
-    from ktlib.integrations.lora_targets import unambiguous_ends
-
     with contextlib.suppress(ValueError):
         if len(ends := unambiguous_ends(chosen, everything)) <= LONGEST:
             return sorted(ends)
@@ -74,8 +71,6 @@ def _names_or_pattern(chosen, everything):
 
 def _converted_by_peft(model, modules):
     """Whether PEFT, given the names of these modules of experts, adapts the parameters that hold them instead."""
-    from ktlib.integrations.lora_targets import taken_by_peft
-
     ends = {".".join(name.split(".")[-3:]) for name in modules}
     return bool(ends) and taken_by_peft(model, ends) == ends
 

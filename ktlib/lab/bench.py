@@ -15,6 +15,7 @@ import torch
 
 from ktlib import _kernels
 from ktlib.files.ownership import refuse_foreign, write_text
+from ktlib.lab.validation import stock_module
 from ktlib.operator.moe_experts import moe_experts
 from ktlib.reference import lora_layout
 from ktlib.system.cpu import cpu_info
@@ -102,19 +103,13 @@ def ours(isa, inputs, weights, lora, repeat, budget):
 def stock(inputs, weights, rank, repeat, budget):
     """Seconds of transformers' grouped_mm experts, with stock PEFT on both parameters if ``rank``."""
     from peft import LoraConfig, get_peft_model
-    from transformers import DeepseekV2Config
-    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
     hidden_states, index, top_k_weights, gradient = inputs
-    experts, hidden, intermediate = weights[1].shape
-    config = DeepseekV2Config(hidden_size=hidden, moe_intermediate_size=intermediate, n_routed_experts=experts)
-    config._experts_implementation = "grouped_mm"
 
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            with torch.device("meta"):
-                self.experts = DeepseekV2Experts(config)
+            self.experts = stock_module(weights[1], "grouped_mm")
             for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True):
                 setattr(self.experts, name, torch.nn.Parameter(weight, requires_grad=False))
 

@@ -5,6 +5,7 @@ import statistics
 
 import torch
 
+from ktlib.lab.hybrid import one_step
 from ktlib.names import component
 from ktlib.reference import lora_layout
 from ktlib.training import sft
@@ -85,12 +86,8 @@ def train(prepared, init, learning_rate, seed, *, rank=8, steps=12, batch_size=8
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []
     for step in range(steps):
-        loss = model(**collate([examples[i] for i in order[step * batch_size : (step + 1) * batch_size]])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        batch = collate([examples[i] for i in order[step * batch_size : (step + 1) * batch_size]])
+        losses.append(one_step(model, batch, optimizer, trained, model.device)[0])
     return losses
 
 

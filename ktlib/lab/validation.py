@@ -226,17 +226,21 @@ def allowed(simulated, expected):
     return found
 
 
-def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
-    """What transformers' eager experts under stock PEFT compute: the weights W + scaling * B A in full."""
+def stock_module(down_proj, implementation):
+    """A module of transformers' DeepSeek-V2 experts of these sizes, on the meta device."""
     from transformers import DeepseekV2Config
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
-    experts, hidden, intermediate = down_proj.shape
-    sizes = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": experts}
+    sizes = dict(zip(("n_routed_experts", "hidden_size", "moe_intermediate_size"), down_proj.shape, strict=True))
     config = DeepseekV2Config(**sizes, num_attention_heads=1, num_key_value_heads=1)
-    config._experts_implementation = "eager"
+    config._experts_implementation = implementation
     with torch.device("meta"):
-        module = DeepseekV2Experts(config)
+        return DeepseekV2Experts(config)
+
+
+def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
+    """What transformers' eager experts under stock PEFT compute: the weights W + scaling * B A in full."""
+    experts = len(down_proj)
 
     def merged(weight, lora):
         lora_A, lora_B, scaling = lora
@@ -244,4 +248,5 @@ def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_
         return weight + (torch.einsum("eor,eri->eoi", b, a) * scaling).to(weight.dtype)
 
     weights = {"gate_up_proj": merged(gate_up_proj, gate_up_lora), "down_proj": merged(down_proj, down_lora)}
-    return torch.func.functional_call(module, weights, (hidden_states, top_k_index, top_k_weights))
+    module, inputs = stock_module(down_proj, "eager"), (hidden_states, top_k_index, top_k_weights)
+    return torch.func.functional_call(module, weights, inputs)

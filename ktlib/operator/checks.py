@@ -28,32 +28,32 @@ def check_all(tensors, lora, transposed):
     )
 
 
+def check_kind(name, value, kinds, needs):
+    """TypeError that says what the argument ``name`` needs; a bool is no int, unless ``kinds`` is bool."""
+    if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
+        raise TypeError(f"{name}: got {type(value).__name__}, needs {needs}")
+
+
 def check_parts(parts):
-    if isinstance(parts, bool) or not isinstance(parts, int):
-        raise TypeError(f"parts: got {type(parts).__name__}, needs an int")
+    check_kind("parts", parts, int, "an int")
     if not 1 <= parts <= 1024:  # as many NUMA nodes as Linux can have
         raise ValueError(f"parts: got {parts}, needs at least 1 and at most 1024")
 
 
 def check_stream_rows(stream_rows):
-    if stream_rows is None:
-        return
-    if isinstance(stream_rows, bool) or not isinstance(stream_rows, int):
-        raise TypeError(f"stream_rows: got {type(stream_rows).__name__}, needs None or an int")
-    if stream_rows < 1:
+    check_kind("stream_rows", stream_rows, int | None, "None or an int")
+    if stream_rows is not None and stream_rows < 1:
         raise ValueError(f"stream_rows: got {stream_rows}, needs None or at least 1")
 
 
 def check_flags(**flags):
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: got {type(value).__name__}, needs a bool")
+        check_kind(name, value, bool, "a bool")
 
 
 def check_isa(isa):
     """The name alone; whether there is such an instruction set is C++'s to say."""
-    if isa is not None and not isinstance(isa, str):
-        raise TypeError(f"isa: got {type(isa).__name__}, needs None or a name")
+    check_kind("isa", isa, str | None, "None or a name")
 
 
 def check_no_tangents(names, tensors):
@@ -157,8 +157,7 @@ def check_gate(gate, limit, alpha):
     if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
     for name, value in (("limit", limit), ("alpha", alpha)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name}: got {type(value).__name__}, needs None or a number")
+        check_kind(name, value, int | float | None, "None or a number")
         if value is not None and not abs(value) <= _LARGEST:  # also NaN
             raise ValueError(f"{name}: got {value}, needs None or a finite number in the range of fp32")
     if limit is not None and limit <= 0:
@@ -169,8 +168,7 @@ def check_gate(gate, limit, alpha):
 
 
 def check_probability(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    check_kind(name, value, int | float, "a number")
     if not 0 <= value < 1:  # also NaN
         raise ValueError(f"{name}: got {value}, needs a probability, at least 0 and below 1")
 
@@ -183,8 +181,7 @@ def check_dropout(lora_dropout, dropout_seed):
         if dropout_seed.device.type != "cpu":
             raise ValueError(f"dropout_seed: got a tensor on {dropout_seed.device}, needs one on the CPU")
     elif dropout_seed is not None:
-        if isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
-            raise TypeError(f"dropout_seed: got {type(dropout_seed).__name__}, needs None, an int or a 0-d tensor")
+        check_kind("dropout_seed", dropout_seed, int, "None, an int or a 0-d tensor")
         if not -(2**63) <= dropout_seed < 2**63:
             raise ValueError(f"dropout_seed: got {dropout_seed}, needs an int of 64 bits")
         dropout_seed = torch.tensor(dropout_seed, dtype=torch.int64, device="cpu")

@@ -5,7 +5,7 @@
 """
 
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +54,7 @@ def _factor(up, gate):
     return up + 1 if gate == "swiglu_oai" else up
 
 
-class Parts(NamedTuple):
-    """``act`` and ``factor`` of ``h = act * factor``, and ``slope``, the derivative of act by the gate."""
-
-    act: torch.Tensor
-    slope: torch.Tensor
-    factor: torch.Tensor
+Parts = namedtuple("Parts", "act slope factor")  # h is act * factor; slope is the derivative of act by the gate
 
 
 def gate_parts(gate_proj, up_proj, gate, limit, alpha):

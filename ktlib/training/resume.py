@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from ktlib.conversion.write import rename_for_peft
 from ktlib.files import ownership
+from ktlib.files.tensor_files import read_json
 from ktlib.training.output_dir import CHECKPOINTS, NOTE, is_of_a_run, refuse_model_folder
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -103,12 +104,10 @@ def start_or_resume(checkpoints, identity):
 
 def read_note(note):
     """The identity in the file ``note``; ValueError if it is damaged."""
-    try:
-        identity = json.loads(note.read_bytes())
-        if isinstance(identity, dict) and isinstance(identity.get("steps"), int):
+    with contextlib.suppress(ValueError):
+        identity = read_json(note)
+        if isinstance(identity.get("steps"), int):
             return identity
-    except (ValueError, RecursionError):
-        pass
     raise ValueError(
         f"output_dir: {note} is damaged and does not say whose checkpoints these are; delete {note.parent}, or choose "
         "another output_dir"
