@@ -31,7 +31,7 @@ timed = @timed() { printf '\n>>> %s\n' "$$*"; local start=$$SECONDS code=0; env 
 	printf '<<< %s: %s in %d s\n' "$$*" "$$([ $$code = 0 ] && echo ok || echo "FAILED ($$code)")" $$((SECONDS - start)); \
 	return $$code; }; timed
 
-.PHONY: help setup sft test test-gpu test-oldest test-notebooks compatibility sanitize lint format lab refs clean
+.PHONY: help setup sft test test-gpu test-oldest test-notebooks test-peers compatibility sanitize lint format lab refs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,11 @@ test-oldest: .venv-oldest/.ktlib ## pytest on the oldest torch, transformers, pe
 
 test-notebooks: setup ## every notebook with random valid parameters, an hour; goes on where it stopped
 	$(timed) $(PY) tests/long/notebook_parameters.py
+
+# What these tests need is downloaded once, into build/peers.
+TRANSFORMERS ?=
+test-peers: setup ## PEFT's and transformers' own tests with ktlib in place; TRANSFORMERS=its git checkout for more of them
+	$(timed) $(PY) tests/peers/run.py $(if $(TRANSFORMERS),--transformers "$(TRANSFORMERS)")
 
 compatibility: setup .venv-oldest/.ktlib ## rewrite the compatibility table from tests on newest and oldest
 	$(timed) $(PY) -m pytest tests -m compatible --compatibility build/newest.json

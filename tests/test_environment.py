@@ -136,6 +136,7 @@ NOT_IN_CI = {
     "conda env": "downloads an environment; that its pins are those CI installs is tested above",
     "make test-oldest": "several gigabytes of old packages; run by hand for the table of compatibility",
     "make test-notebooks": "an hour; its result is recorded",
+    "make test-peers": "downloads the tests of others; run by hand after a change of versions",
     "python -m ktlib.lab.bench": "half an hour; its kernels are timed in notebook 03",
 }
 # Those that it runs in other words: where, and what of them must stand there.
