@@ -72,7 +72,16 @@ def passes(name, folder, tests):
         "TRANSFORMERS_VERBOSITY": "warning",  # some tests look for what it logs
     }
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-c", str(HERE / "pytest.ini"), "--rootdir", str(folder)]
-    command += ["--differences", str(HERE / "differences.json"), "-q", "-rfEx", "--tb=short", *tests]
+    command += [
+        "--differences",
+        str(HERE / "differences.json"),
+        "-q",
+        "-rfEx",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     return subprocess.run(command, cwd=folder, env=environment).returncode == 0
 
 
