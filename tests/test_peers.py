@@ -33,7 +33,7 @@ def test_adapters_are_ours():
     model = transformers.AutoModelForCausalLM.from_pretrained(NAME)
     model = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["0.mlp.experts.down_proj"]))
     (wrapper,) = [m for m in model.modules() if isinstance(m, ParamWrapper)]
-    assert type(wrapper).__module__ == "ktlib.lora"
+    assert type(wrapper).__module__ == "ktlib.integrations.peft_lora"
     model(input_ids=torch.arange(8)[None]).logits.sum().backward()
 
 def test_stock_experts_are_left_to_those_who_name_them():

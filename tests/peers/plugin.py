@@ -24,8 +24,8 @@ import torch
 import transformers
 
 from ktlib import _kernels
-from ktlib.experts import IMPLEMENTATION, WEIGHTS, is_experts
-from ktlib.lora import _wrap
+from ktlib.integrations.peft_lora import _wrap
+from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHTS, is_experts
 
 
 def pytest_addoption(parser):

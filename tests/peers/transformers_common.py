@@ -9,9 +9,9 @@ import sys
 import types
 import unittest
 
-import models
 import torch
 import transformers
+from support import models
 
 _ABSENT = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 for module, name in _ABSENT.items():
