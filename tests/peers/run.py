@@ -72,17 +72,8 @@ def passes(name, folder, tests):
         "TRANSFORMERS_VERBOSITY": "warning",  # some tests look for what it logs
     }
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-c", str(HERE / "pytest.ini"), "--rootdir", str(folder)]
-    command += [
-        "--differences",
-        str(HERE / "differences.json"),
-        "-q",
-        "-rfEx",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
-    return subprocess.run(command, cwd=folder, env=environment).returncode == 0
+    command += ["--differences", str(HERE / "differences.json"), "-q", "-rfEx", "--tb=short", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, *tests], cwd=folder, env=environment).returncode == 0
 
 
 def packages(folder):
@@ -101,16 +92,8 @@ def source(name, version):
     archive, folder = BUILD / f"{name}-{version}.tar.gz", BUILD / f"{name}-{version}"
     if not archive.is_file():
         # pip asks a source distribution for its metadata, for which the installed setuptools will do
-        pip(
-            "download",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "--dest",
-            str(BUILD),
-            f"{name}=={version}",
-        )
+        options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(BUILD)]
+        pip("download", *options, f"{name}=={version}")
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=BUILD) as unfinished, tarfile.open(archive) as file:
             file.extractall(unfinished, filter="data")
