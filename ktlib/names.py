@@ -1,4 +1,4 @@
-"""What a parameter is a part of, by its name."""
+"""Names of modules and parameters: what they are a part of, and without what PEFT adds to them."""
 
 import re
 
@@ -19,7 +19,7 @@ COMPONENTS = (
     ("other", r""),
 )
 
-LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # in ".name."
+LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # in f".{name}."
 
 
 def component(name):

@@ -114,8 +114,10 @@ def weight_files(folder, kinds=(MODEL,)):
 def _one_or_indexed(folder, name):
     """``name.safetensors``, for which ``from_pretrained`` looks first, or the files that its index names, or none."""
     single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map of tensor names and files")

@@ -111,6 +111,10 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     with resume.locked(tmp_path), pytest.raises(ValueError, match="output_dir: .* in use by another run"):
         with resume.locked(tmp_path, wait=0.2):
             pass
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    with resume.locked(tmp_path.parent / "link"), pytest.raises(ValueError, match="in use by another run"):
+        with resume.locked(tmp_path, wait=0):
+            pass
     with resume.locked(tmp_path, wait=0):
         pass
 

@@ -114,10 +114,9 @@ class Streamed:
         if "down" in group.lora:
             self._lora_grads(group, "down", self._kept(block, "down", h), inner, dy, grads, weights=block.weights)
         d_gate_up = self._rounded(gate_up.shape)
-        gate_backward(
-            dh.mul_(block.weights), gate, up, parts, self.gate[1], split_gate_up(d_gate_up, self.settings.interleaved)
-        )
-        del gate_up, gate, up, parts, h, dh  # large, as is what follows
+        halves = split_gate_up(d_gate_up, self.settings.interleaved)
+        gate_backward(dh.mul_(block.weights), gate, up, parts, self.gate[1], halves)
+        del gate_up, gate, up, parts, h, dh, halves  # large, as is what follows
         if "gate_up" in group.lora:
             inner = self._inner("gate_up", d_gate_up, group.lora["gate_up"].B)
             self._lora_grads(group, "gate_up", self._kept(block, "gate_up", block.x), inner, d_gate_up, grads, t=t)
