@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def run_sft(folder, **environment):
     """`ktlib sft` for one step in ``folder``; returns what it printed."""
-    command = [sys.executable, "-m", "ktlib.cli", "sft", "--param", "steps=1", "--param", "ablation_steps=0"]
+    command = [sys.executable, "-m", "ktlib.cli", "sft", "--param", "steps=1"]
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600, umask=0o077)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -67,8 +67,8 @@ def differences(before, now):
 def repeat(run, notebook, folder, changes=None):
     """Execute ``notebook`` as the executed notebook ``run`` was, results in ``folder``.
 
-    ``changes``: parameters to set otherwise. The ablation, which is other runs, is left out. Returns the dict of
-    ``runs.run`` with ``results`` and ``circumstances`` (``differences``); both are None if the run failed.
+    ``changes``: parameters to set otherwise. Returns the dict of :func:`ktlib.runs.notebooks.run` with ``results`` and
+    ``circumstances`` (``differences``); both are None if the run failed.
     """
     if Path(run).resolve().parent == Path(folder).resolve():
         raise ValueError(
@@ -79,8 +79,6 @@ def repeat(run, notebook, folder, changes=None):
     if missing := cpu_info()["isas"].get(before["isa"], "is unknown here"):
         raise ValueError(f"{run}: ran on {before['isa']}, which cannot run here: {missing}")
     parameters = before["parameters"] | {"isa": before["isa"], "output_dir": str(Path(folder) / "adapter")}
-    if "ablation_steps" in notebooks.notebook_parameters(notebook):
-        parameters["ablation_steps"] = 0
     result = notebooks.run(notebook, folder, parameters | (changes or {}))
     if result["error"]:
         return result | {"results": None, "circumstances": None}

@@ -92,7 +92,7 @@ def test_a_process_per_gpu_is_refused(script, launch, base, tmp_path):
 
 def test_ktlib_sft_trains_on_one_gpu(tmp_path):
     parameters = tmp_path / "run.yaml"
-    parameters.write_text("model: base\ndataset: dates\nsteps: 4\nablation_steps: 0\n")
+    parameters.write_text("model: base\ndataset: dates\nsteps: 4\n")
     command = [sys.executable, "-m", "ktlib.cli", "sft", str(parameters), "--out", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

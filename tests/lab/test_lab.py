@@ -26,7 +26,7 @@ QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-
 # A notebook with parameters that make it short; the rest of it is as it is. Both draw a figure, the second has bars.
 NOTEBOOKS = {
     "01_environment.ipynb": {},
-    "05_full_sft.ipynb": {"dataset": "rows.jsonl", "steps": 12, "ablation_steps": 0, "output_dir": "adapter"},
+    "05_full_sft.ipynb": {"dataset": "rows.jsonl", "steps": 12, "output_dir": "adapter"},
 }
 
 

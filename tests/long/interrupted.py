@@ -169,7 +169,7 @@ def main():
         else:
 
             def run(name):
-                parameters = ["steps=300", "ablation_steps=0", f"output_dir={folder / name}"]
+                parameters = ["steps=300", f"output_dir={folder / name}"]
                 pairs = [word for pair in parameters for word in ("--param", pair)]
                 return command("ktlib.cli", "sft", "--out", str(folder / "runs"), "--name", name, *pairs)
 

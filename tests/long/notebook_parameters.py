@@ -79,7 +79,7 @@ def full_sft(choose, folder):
         "lora_dtype": choose.choice(["fp32", "bf16"]), "lora_dropout": choose.choice([0.0, 0.2]),
         "steps": choose.randint(1, 12), "batch_size": choose.randint(1, 6), "grad_accumulation": choose.randint(1, 2),
         "learning_rate": log_uniform(choose, -5, -2), "seed": choose.randrange(2**32),
-        "gradient_checkpointing": choose.random() < 0.5, "ablation_steps": 0,
+        "gradient_checkpointing": choose.random() < 0.5,
     }  # fmt: skip
 
 
@@ -115,8 +115,15 @@ def compare_runs(choose, folder):
     return {"metric": metric, "higher_is_better": choose.random() < 0.5, "curve": choose.choice(["", "losses"])}
 
 
+def which_adapters_matter(choose, folder):
+    return {
+        "tasks": choose.sample(["dates", "codebook"], choose.randint(1, 2)), "seeds": choose.randint(1, 2),
+        "seed": choose.randrange(2**32 - 1), "steps": choose.randint(1, 4), "dropout_steps": choose.randint(1, 4),
+    }  # fmt: skip
+
+
 DRAWS = (environment, kernel_validation, kernel_performance, lora_init_sensitivity, full_sft, adapter_audit,
-         failure_museum, hybrid_training, compare_runs)  # fmt: skip
+         failure_museum, hybrid_training, compare_runs, which_adapters_matter)  # fmt: skip
 NOTEBOOKS = {notebook: draw for draw in DRAWS for notebook in notebooks.NOTEBOOKS.glob(f"*_{draw.__name__}.ipynb")}
 REFUSED = re.compile(r"cell \d+: ValueError: poison_expert: got \d+, needs an expert of layer")  # nobody knows before
 

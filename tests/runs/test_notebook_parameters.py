@@ -116,6 +116,12 @@ REFUSED = [
     ("09", {"metric": "dataset"}, "metric: got 'dataset', needs a number"),
     ("09", {"curve": "after"}, "curve: got 'after', needs nothing or a list of numbers"),
     ("09", {"higher_is_better": 1}, "higher_is_better: got 1, needs true or false"),
+    ("10", {"tasks": "codebook"}, "tasks: got 'codebook', needs a list of at least one value"),
+    ("10", {"tasks": ["names"]}, "tasks: got 'names', needs one of dates, codebook"),
+    ("10", {"seed": 2**32 - 1, "seeds": 2}, "seed, seeds: got 4294967295, 2, needs all seeds below 2**32"),
+    ("10", {"steps": 0}, "steps: got 0, needs a whole number >= 1"),
+    ("10", {"output_dir": ""}, "output_dir: got '', needs none or a folder"),
+    ("10", {"isa": "vax"}, "isa: got 'vax', need none or what runs on this CPU"),
 ]  # fmt: skip
 
 
@@ -185,7 +191,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_reports_failures(long, tmp_path, m
 def test_the_sweep_draws_every_parameter_of_every_notebook(long, tmp_path):
     assert sorted(path.stem for path in long.NOTEBOOKS) == list(NOTEBOOKS)
     apart = {"runs_folder", "output_dir", "model", "finetuning", "isa", "torch_threads", "stream_rows",
-             "sequence_length", "ablation_tasks", "ablation_seeds"}  # fmt: skip
+             "sequence_length"}  # fmt: skip
     for path, draw in long.NOTEBOOKS.items():
         given = notebooks.check_parameters(path, draw(long.random.Random(0), tmp_path))
         assert set(notebooks.notebook_parameters(path)) - set(given) <= apart, path.stem

@@ -12,7 +12,7 @@ from ktlib.runs import repeat
 from ktlib.training import sft
 from ktlib.training.tasks import dates
 
-PARAMETERS = 'seed: int = 0\noutput_dir: str = "nowhere"\nisa: str | None = None\nablation_steps: int = 3\n'
+PARAMETERS = 'seed: int = 0\noutput_dir: str = "nowhere"\nisa: str | None = None\n'
 BODY = """\
 from pathlib import Path
 import torch
@@ -27,7 +27,7 @@ disturbed = Path("disturbed").exists()
 save_file({"lora": torch.full((3,), float(seed) + disturbed)}, f"{output_dir}/adapter_model.safetensors")
 parameters = {"seed": seed, "isa": isa, "output_dir": output_dir}
 result = {"identity": {"seed": seed, "data": "other" if disturbed else "same"}}
-assert not Path("broken").exists() and (ablation_steps == 0 or seed == 0)
+assert not Path("broken").exists()
 record(repeat=provenance(parameters, result, output_dir))
 """
 
