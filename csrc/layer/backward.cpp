@@ -1,5 +1,5 @@
-// Backward pass: layer/forward_in_place.cpp in reverse. Tokens are the row operand now; blocks of weight rows are interleaved on the
-// fly into a panel small enough for L1 and meet every token of the expert there, so weights are read once.
+// Backward pass: layer/forward_in_place.cpp in reverse. Tokens are the row operand now; blocks of weight rows are interleaved
+// on the fly into a panel small enough for L1 and meet every token of the expert there, so weights are read once.
 //
 //     dh = grad_output . W_down                        (the routing weight is applied to dh in fp32)
 //     d(weight) = <dh, h> + <grad_output, down_bias>   (so the expert's output need not be saved)

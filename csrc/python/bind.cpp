@@ -1,5 +1,5 @@
-// Python's entry. ktlib/operator/moe_experts.py owns every check of type, device, shape and layout, and keeps the tensors alive for the
-// duration of the call, in which streaming.py and weight_stream.py call too; what arrives here are addresses. Expert ids
+// Python's entry. ktlib/operator/moe_experts.py checks type, device, shape and layout of every tensor and keeps the tensors
+// alive while the call lasts; the files of ktlib/operator/gpu do so for theirs. What arrives here are addresses. Expert ids
 // are checked in C++ (layer/routing.cpp).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

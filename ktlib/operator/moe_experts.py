@@ -122,8 +122,8 @@ def moe_experts(
             see :func:`ktlib.place_experts`. Says which thread computes what, never a result.
         stream_rows: ``None``, or a number of rows: where ``hidden_states`` are on a GPU, experts on which at least so
             many choices of this batch fall are computed there, from weights that are copied to it for the call and
-            again for backward (streaming.py). The others are computed on the CPU as ever; without a GPU all are.
-            Implies ``recompute``. Not for weights or biases that are trained. Where TF32 is allowed
+            again for backward (gpu/streamed_experts.py). The others are computed on the CPU as ever; without a GPU all
+            are. Implies ``recompute``. Not for weights or biases that are trained. Where TF32 is allowed
             (``torch.set_float32_matmul_precision``), LoRA's products there use it: a call can't switch off for itself
             what is a setting of the whole process.
 
