@@ -5,9 +5,12 @@ Exit codes: 0 good, 1 a finding, a failed run or a repetition that differs, 2 a 
 
 import argparse
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 from ktlib.runs import notebooks
+from ktlib.training.parameters import Parameters
 
 
 def main(argv=None):
@@ -18,6 +21,19 @@ def main(argv=None):
     except (ValueError, OSError, MemoryError) as error:
         print(f"ktlib {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _parameters_of_a_run():
+    """The list of :class:`ktlib.training.parameters.Parameters` for ``ktlib sft --help``: names, defaults, meanings."""
+    lines = ["parameters (default), as NAME=VALUE or lines of the YAML file:"]
+    for one in fields(Parameters):
+        default = "none" if one.default is None else str(one.default).lower()
+        if one.name == "output_dir":
+            default = "adapter, in the folder of the run"
+        lines += textwrap.wrap(
+            f"{one.name} ({default}): {one.metadata['help']}", 100, initial_indent="  ", subsequent_indent="      "
+        )
+    return "\n".join(lines)
 
 
 def parser():
@@ -37,7 +53,12 @@ def parser():
     command.add_argument("--figure", type=Path, help="write the map of findings by layer and component to this file")
     command.set_defaults(run=audit)
 
-    command = commands.add_parser("sft", help="run the SFT notebook and write the executed notebook and a report")
+    command = commands.add_parser(
+        "sft",
+        help="run the SFT notebook and write the executed notebook and a report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_parameters_of_a_run(),
+    )
     command.add_argument("params", type=Path, nargs="?", help="YAML file of notebook parameters")
     command.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="set one; wins over the file"

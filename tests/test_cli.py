@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import nbformat
 import pytest
@@ -13,6 +14,7 @@ from support.models import random_adapter, tiny_model
 
 from ktlib import cli
 from ktlib.integrations.peft_lora import lora_config
+from ktlib.training.parameters import Parameters
 
 PARAMETERS = """\
 learning_rate: float = 1.0e-3
@@ -46,6 +48,16 @@ def sft(tmp_path, monkeypatch):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert "isa" in capsys.readouterr().out
+
+
+def test_help_of_sft_lists_every_parameter_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sft", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for one in fields(Parameters):
+        assert one.metadata["help"] and f"\n  {one.name} (" in shown
+    assert "\n  rank (16): " in shown and "\n  isa (none): " in shown
 
 
 def test_sft_reads_yaml_and_pairs_and_says_where_the_report_is(sft, tmp_path, capsys):

@@ -4,10 +4,10 @@ Everything here happens before a weight is read or a Jupyter kernel is started: 
 seconds. What needs a file to be opened comes after what does not, and transformers and PEFT are imported only then.
 """
 
-import inspect
 import math
 import os
 import warnings
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -38,94 +38,6 @@ def target_parts(targets):
     return parts
 
 
-def check_parameters(
-    model="base",
-    dataset="dates",
-    rank=16,
-    alpha=32.0,
-    targets="all",
-    lora_dtype="fp32",
-    lora_dropout=0.0,
-    steps=500,
-    batch_size=16,
-    grad_accumulation=1,
-    sequence_length=128,
-    learning_rate=3e-3,
-    seed=0,
-    gradient_checkpointing=False,
-    output_dir="runs/sft",
-    isa=None,
-    finetuning="lora",
-    torch_threads=None,
-    stream_rows=None,
-):
-    """Check every parameter of a run before anything heavy happens; returns them as a dict.
-
-    Raises ValueError naming the parameter, the value that came and what is needed:
-
-    - ``model``: ``"base"`` (the embedded model), or a checkpoint folder of a causal language model with routed experts,
-      with its config, weights and tokenizer
-    - ``dataset``: a built-in task or a JSONL file with ``prompt`` and ``response``
-    - ``rank``, ``steps``, ``batch_size``, ``grad_accumulation``: whole numbers >= 1; ``seed`` from 0 to 2**32 - 1
-    - ``sequence_length``: tokens per row, from 8 to the model's positions; longer rows are left out, of training and of
-      evaluation
-    - ``alpha``, ``learning_rate``: numbers > 0 in the range of fp32; ``lora_dtype``: ``"fp32"`` or ``"bf16"``
-    - ``lora_dropout``: the share of the inputs of all adapters that training drops, from 0 to below 1
-    - ``targets``: what is trained: ``"all"``, or parts of which the model has each, joined by ``+``: attention, experts
-      (routed), shared (experts), dense (MLP layers)
-    - ``gradient_checkpointing``: bool; ``output_dir``: a folder that exists or can be made, that is not the model's and
-      holds no model, adapter, checkpoints or results but those that ktlib wrote
-    - ``isa``: None (``KTLIB_ISA``, or the best) or an instruction set of this CPU
-    - ``finetuning``: ``"lora"``, or ``"full"`` for the weights of ``targets`` themselves, in bf16 (then rank, alpha and
-      lora_dropout have no meaning, and lora_dropout must be 0)
-    - ``torch_threads``: None (by the model's size) or a whole number >= 1: threads of stock torch on the CPU while
-      training, on which its rounding depends (:mod:`ktlib.system.threads`); the operator takes all there are
-    - ``stream_rows``: None or a whole number >= 1: experts with so many rows in a batch are computed on the GPU, their
-      weights copied there each time (:func:`ktlib.pin_experts`); without a GPU it has no meaning
-
-    Raises MemoryError with the numbers if the run cannot fit in the memory that is free.
-    """
-    given = dict(locals())
-
-    def need(good, name, what):
-        if not good:
-            raise ValueError(f"{name}: got {given[name]!r}, need {what}")
-
-    least = {"rank": 1, "steps": 1, "batch_size": 1, "grad_accumulation": 1, "sequence_length": 8, "seed": 0}
-    for name, minimum in least.items():
-        need(is_whole(given[name], minimum), name, f"a whole number >= {minimum}")
-    need(seed < 2**32, "seed", "a whole number below 2**32")
-    for name in ("torch_threads", "stream_rows"):
-        most = MOST if name == "torch_threads" else 2**31 - 1
-        good = given[name] is None or is_whole(given[name], 1) and given[name] <= most
-        need(good, name, f"none or a whole number from 1 to {most}")
-    for name in ("alpha", "learning_rate"):
-        need(is_number(given[name]) and 0 < given[name] <= LARGEST, name, f"a number > 0 and at most {LARGEST:.2g}")
-    need(is_number(lora_dropout) and 0 <= lora_dropout < 1, "lora_dropout", "a number from 0 to below 1")
-    need(isinstance(gradient_checkpointing, bool), "gradient_checkpointing", "true or false")
-    need(str(finetuning) in FINETUNING, "finetuning", f"one of {', '.join(FINETUNING)}")
-    need(finetuning == "lora" or not lora_dropout, "lora_dropout", "0 with finetuning='full'")
-    need(finetuning == "lora" or not stream_rows, "stream_rows", "none with finetuning='full'")
-    need(str(lora_dtype) in LORA_DTYPES, "lora_dtype", f"one of {', '.join(LORA_DTYPES)}")
-    target_parts(targets)
-    for name in ("model", "dataset", "output_dir"):
-        need(isinstance(given[name], (str, os.PathLike)) and str(given[name]), name, "a name or a path")
-    check_folder(model)
-    is_data = str(dataset) in TASKS or Path(dataset).is_file()
-    need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
-    usable = [name for name, missing in cpu_info()["isas"].items() if not missing]
-    need(isa is None or isa in usable, "isa", f"none or what runs on this CPU: {', '.join(usable)}")
-    check_output_dir(output_dir, folder_of(model))
-    check_model(given)
-    check_data(dataset, model, sequence_length, seed)
-    return given
-
-
-def check_notebook(*, output_dir, **parameters):
-    """:func:`check_parameters` for the parameters of notebook 05: ``output_dir`` None is the folder that it chooses."""
-    return check_parameters(**parameters, output_dir=DEFAULT_FOLDER if output_dir is None else output_dir)
-
-
 def is_number(value):
     """Whether a value is an int or a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -136,9 +48,134 @@ def is_whole(value, least):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+# Checks of one value: each returns a function from the value to what is needed instead, None if the value is right.
+
+
+def _needs(what, is_right):
+    return lambda value: None if is_right(value) else what
+
+
+def _whole(least):
+    return _needs(f"a whole number >= {least}", lambda value: is_whole(value, least))
+
+
+def _none_or_whole(most):
+    return _needs(
+        f"none or a whole number from 1 to {most}", lambda value: value is None or is_whole(value, 1) and value <= most
+    )
+
+
+def _one_of(options):
+    return _needs(f"one of {', '.join(options)}", lambda value: str(value) in options)
+
+
+_POSITIVE = _needs(f"a number > 0 and at most {LARGEST:.2g}", lambda value: is_number(value) and 0 < value <= LARGEST)
+_SHARE = _needs("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1)
+_SWITCH = _needs("true or false", lambda value: isinstance(value, bool))
+_PATH = _needs("a name or a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value)))
+_SEED = _needs("a whole number below 2**32", lambda value: value < 2**32)
+
+
+def _targets(value):
+    return target_parts(value) and None
+
+
+def _isa(value):
+    usable = [name for name, missing in cpu_info()["isas"].items() if not missing]
+    return None if value is None or value in usable else f"none or what runs on this CPU: {', '.join(usable)}"
+
+
+def _parameter(default, help_text, *checks):
+    return field(default=default, metadata={"help": help_text, "checks": checks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """The parameters of a run: type, default, what each is for, and what is needed of its value alone.
+
+    The cell tagged ``parameters`` of notebook 05 has the same names, types and defaults (but for ``output_dir``, which
+    the notebook chooses), and ``ktlib sft --help`` lists them from here.
+
+    Raises:
+        ValueError: a value that is wrong by itself; the message names the parameter, the value and what is needed.
+    """
+
+    model: str = _parameter(
+        "base", "base (the built-in model), or the folder of a checkpoint with routed experts and a tokenizer", _PATH
+    )
+    dataset: str = _parameter("dates", "a built-in task, or a JSONL file with prompt and response", _PATH)
+    rank: int = _parameter(16, "of the LoRA matrices", _whole(1))
+    alpha: float = _parameter(32.0, "LoRA's scaling is alpha / rank", _POSITIVE)
+    targets: str = _parameter(
+        "all", f"what is trained: all that the model has, or some of {', '.join(PARTS)} joined by +", _targets
+    )
+    lora_dtype: str = _parameter("fp32", "of the LoRA matrices: fp32 or bf16", _one_of(LORA_DTYPES))
+    lora_dropout: float = _parameter(0.0, "the share of all adapters' inputs that training drops", _SHARE)
+    steps: int = _parameter(500, "of the optimizer", _whole(1))
+    batch_size: int = _parameter(16, "rows in a forward pass", _whole(1))
+    grad_accumulation: int = _parameter(1, "forward passes in a step", _whole(1))
+    sequence_length: int = _parameter(128, "tokens of a row at most; longer rows are left out", _whole(8))
+    learning_rate: float = _parameter(3e-3, "at its highest, after the warm-up", _POSITIVE)
+    seed: int = _parameter(0, "the same seed gives the same adapter", _whole(0), _SEED)
+    gradient_checkpointing: bool = _parameter(False, "compute activations again in backward, for less memory", _SWITCH)
+    output_dir: str = _parameter("runs/sft", "gets the adapter, and checkpoints while the run lasts", _PATH)
+    isa: str | None = _parameter(None, "the instruction set of the experts; none: KTLIB_ISA, or the fastest", _isa)
+    finetuning: str = _parameter(
+        "lora", "lora, or full: the weights of the targets themselves, in bf16", _one_of(FINETUNING)
+    )
+    torch_threads: int | None = _parameter(
+        None, "threads of stock torch, which its rounding depends on; none: by the model's size", _none_or_whole(MOST)
+    )
+    stream_rows: int | None = _parameter(
+        None,
+        "experts with so many rows in a batch are computed on the GPU; none: on the CPU",
+        _none_or_whole(2**31 - 1),
+    )
+
+    def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            for check in one.metadata["checks"]:
+                if (needed := check(value)) is not None:
+                    raise ValueError(f"{one.name}: got {value!r}, need {needed}")
+
+
+def check_parameters(**parameters):
+    """:class:`Parameters` of a run as a dict, checked before anything heavy happens.
+
+    Raises:
+        ValueError: a value that is wrong by itself, or does not fit the others, the machine, the model's config, its
+            tokenizer or the data; or ``output_dir`` is not a folder that exists or can be made, or it holds a model,
+            an adapter, checkpoints or results that ktlib did not write. The message names the parameter, the value
+            and what is needed.
+        MemoryError: the run cannot fit in the memory that is free; with the numbers.
+    """
+    checked = Parameters(**parameters)
+    given = asdict(checked)
+
+    def need(good, name, what):
+        if not good:
+            raise ValueError(f"{name}: got {given[name]!r}, need {what}")
+
+    need(checked.finetuning == "lora" or not checked.lora_dropout, "lora_dropout", "0 with finetuning='full'")
+    need(checked.finetuning == "lora" or not checked.stream_rows, "stream_rows", "none with finetuning='full'")
+    check_folder(checked.model)
+    is_data = str(checked.dataset) in TASKS or Path(checked.dataset).is_file()
+    need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
+    check_output_dir(checked.output_dir, folder_of(checked.model))
+    check_model(given)
+    check_data(checked.dataset, checked.model, checked.sequence_length, checked.seed)
+    return given
+
+
+def check_notebook(*, output_dir, **parameters):
+    """:func:`check_parameters` for the parameters of notebook 05: ``output_dir`` None is the folder that it chooses."""
+    return check_parameters(**parameters, output_dir=DEFAULT_FOLDER if output_dir is None else output_dir)
+
+
 def other_than_default(parameters):
     """Names of the parameters that decide what is learnt and have other values than their defaults."""
-    defaults = {name: one.default for name, one in inspect.signature(check_parameters).parameters.items()}
+    defaults = {one.name: one.default for one in fields(Parameters)}
     circumstances = {"output_dir", "isa", "torch_threads", "stream_rows", "gradient_checkpointing"}
     return [name for name, value in defaults.items() if name not in circumstances and parameters[name] != value]
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import transformers
@@ -18,8 +19,9 @@ from support.models import tiny_checkpoint
 
 from ktlib import cli
 from ktlib.estimate import meta_model
+from ktlib.runs import notebooks
 from ktlib.training import sft
-from ktlib.training.parameters import read_config
+from ktlib.training.parameters import Parameters, read_config
 
 
 def test_defaults_are_valid():
@@ -86,6 +88,25 @@ def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monke
         with pytest.raises(ValueError, match=f"^{name}: got .*need") as error:
             function(**{name: value})
         assert repr(value) in str(error.value)
+
+
+def test_the_notebook_has_the_parameters_of_a_run_with_their_types_and_defaults():
+    written = notebooks.notebook_parameters(notebooks.SFT)
+    assert written.pop("output_dir") == ("str | None", None), "the notebook chooses a folder"
+    named = [
+        (one.name, one.type.__name__ if isinstance(one.type, type) else str(one.type)) for one in fields(Parameters)
+    ]
+    assert [(name, kind) for name, (kind, _) in written.items()] == [one for one in named if one[0] != "output_dir"]
+    assert {name: default for name, (_, default) in written.items()} == {
+        one.name: one.default for one in fields(Parameters) if one.name != "output_dir"
+    }
+
+
+def test_parameters_cannot_be_changed_and_unknown_ones_are_refused():
+    with pytest.raises(FrozenInstanceError):
+        Parameters().rank = 3
+    with pytest.raises(TypeError, match="ranks"):
+        sft.check_parameters(ranks=3)
 
 
 def test_dropout_is_of_adapters_only():
