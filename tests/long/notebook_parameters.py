@@ -118,7 +118,7 @@ def compare_runs(choose, folder):
 def which_adapters_matter(choose, folder):
     return {
         "tasks": choose.sample(["dates", "codebook"], choose.randint(1, 2)), "seeds": choose.randint(1, 2),
-        "seed": choose.randrange(2**32 - 1), "steps": choose.randint(1, 4), "dropout_steps": choose.randint(1, 4),
+        "seed": choose.randrange(2**32 - 1), "steps": choose.randint(1, 4), "dropout_steps": choose.randint(3, 6),
     }  # fmt: skip
 
 

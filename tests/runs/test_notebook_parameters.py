@@ -120,6 +120,7 @@ REFUSED = [
     ("10", {"tasks": ["names"]}, "tasks: got 'names', needs one of dates, codebook"),
     ("10", {"seed": 2**32 - 1, "seeds": 2}, "seed, seeds: got 4294967295, 2, needs all seeds below 2**32"),
     ("10", {"steps": 0}, "steps: got 0, needs a whole number >= 1"),
+    ("10", {"dropout_steps": 2}, "dropout_steps: got 2, needs a whole number >= 3"),
     ("10", {"output_dir": ""}, "output_dir: got '', needs none or a folder"),
     ("10", {"isa": "vax"}, "isa: got 'vax', need none or what runs on this CPU"),
 ]  # fmt: skip
