@@ -10,6 +10,8 @@ namespace {
 constexpr int kDepthUnit = 2;
 
 #include "kernels/common-inl.h"
+#include "kernels/decode-inl.h"
+#include "kernels/decode-avx2-inl.h"
 #include "kernels/loops-inl.h"
 
 inline __m256 even_half(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -95,7 +97,7 @@ const Kernels& kernels_avx2() {
       .unpermute = unpermute, .activate = activate, .interleave = interleave,
       .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
       .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
-      .combine = combine, .keep_mask = keep_mask, .burn = burn,
+      .combine = combine, .keep_mask = keep_mask, .decode = decode<Avx2Runs>, .burn = burn,
   };
   return table;
 }

@@ -6,14 +6,18 @@ inline __mmask16 first16(int n) { return n >= 16 ? __mmask16(0xffff) : __mmask16
 inline __mmask32 first32(int n) { return n >= 32 ? __mmask32(0xffffffffu) : __mmask32((1u << (n > 0 ? n : 0)) - 1); }
 
 // Sixteen fp32 -> bf16 in the low halves of sixteen dwords.
-inline __m512i round_dwords(__m512 x) {
-#ifdef __AVX512BF16__
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-#else
+inline __m512i round_dwords_by_integers(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb), 16);
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+
+inline __m512i round_dwords(__m512 x) {
+#ifdef __AVX512BF16__
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+#else
+  return round_dwords_by_integers(x);
 #endif
 }
 

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels/bf16.h"
+#include "kernels/codes.h"
 
 namespace ktlib {
 
@@ -112,6 +113,9 @@ struct Kernels {
 
   // mask[i] = all ones where element first + i of the input of one LoRA pair (`projection`) is kept for a slot, else zero.
   void (*keep_mask)(bf16* mask, const Dropout& dropout, uint32_t projection, int64_t slot, int first, int count);
+
+  // dst[i] = the weight in column first + i of a quantised row, for i < count
+  void (*decode)(bf16* dst, const Codes& row, int64_t first, int64_t count);
 
   // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
   // floating-point operations done. Null where there is no such ceiling to speak of.

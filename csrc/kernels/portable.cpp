@@ -7,6 +7,7 @@ namespace {
 constexpr int kDepthUnit = 2;
 
 #include "kernels/common-inl.h"
+#include "kernels/decode-inl.h"
 #include "kernels/loops-inl.h"
 
 // Blocks of 4 rows x 16 columns: wide enough for the compiler's baseline vectors, small enough for its registers.
@@ -47,7 +48,7 @@ const Kernels& kernels_portable() {
       .unpermute = unpermute, .activate = activate, .interleave = interleave,
       .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
       .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
-      .combine = combine, .keep_mask = keep_mask,
+      .combine = combine, .keep_mask = keep_mask, .decode = decode<ScalarRuns>,
   };
   return table;
 }

@@ -19,13 +19,13 @@ void product(const Call& call, float* c, const Term& term, int rows, int columns
     if (term.by_column)
       for (int j = 0; j < columns; j += kMaxWidth) {
         const int width = std::min(kMaxWidth, columns - j);
-        const Rows w = term.read(j, width, d, count, scratch);
+        const Rows w = term.read(k, j, width, d, count, scratch);
         k.pack_rows(panels + j * padded, panel_width(columns, j), w.data, w.ld, nullptr, width, count);
       }
     else
       for (int run = 0; run < count; run += kDepthRun) {  // long runs of each weight row, for the prefetcher
         const int depth = std::min(kDepthRun, count - run);
-        const Rows w = term.read(d + run, depth, 0, columns, scratch);
+        const Rows w = term.read(k, d + run, depth, 0, columns, scratch);
         for (int j = 0; j < columns; j += kMaxWidth)
           k.pack_pairs(panels + j * padded + run * kColumns, padded, panel_width(columns, j), w.data + j, w.ld, nullptr,
                        depth, std::min(kMaxWidth, columns - j));

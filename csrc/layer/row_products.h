@@ -33,8 +33,8 @@ struct Term {
   int64_t row = 0, column = 0;
 
   // Rows [first, first + count) of w, columns [from, from + width). scratch: kReadBlock elements.
-  Rows read(int64_t first, int count, int64_t from, int64_t width, bf16* scratch) const {
-    if (weight) return weight->read(expert, row + first, count, column + from, width, scratch);
+  Rows read(const Kernels& k, int64_t first, int count, int64_t from, int64_t width, bf16* scratch) const {
+    if (weight) return weight->read(k, expert, row + first, count, column + from, width, scratch);
     return {w + first * ldw + from, ldw};
   }
 };

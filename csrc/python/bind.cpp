@@ -113,7 +113,9 @@ NB_MODULE(_kernels, m) {
               Field{"parts", &Settings::parts}, Field{"whole", &Settings::whole});
   bind_struct(m, "Weight", Field{"format", &Weight::format}, Field{"tensors", &Weight::tensors},
               Field{"tensor_rows", &Weight::tensor_rows}, Field{"rows", &Weight::rows},
-              Field{"columns", &Weight::columns});
+              Field{"columns", &Weight::columns}, Field{"scales", &Weight::scales}, Field{"zeros", &Weight::zeros},
+              Field{"scale_type", &Weight::scale_type}, Field{"group_rows", &Weight::group_rows},
+              Field{"group_columns", &Weight::group_columns});
   bind_struct(m, "Inputs", Field{"shape", &Inputs::shape}, Field{"settings", &Inputs::settings},
               Field{"hidden_states", &Inputs::hidden_states}, Field{"top_k_index", &Inputs::top_k_index},
               Field{"top_k_weights", &Inputs::top_k_weights}, Field{"gate_up_proj", &Inputs::gate_up_proj},
@@ -134,6 +136,13 @@ NB_MODULE(_kernels, m) {
                        uintptr_t grad_output, const Grads& grads) {
     interruptible(isa, threads,
                   [&](const Call& call) { backward(call, in, saved, at<const bf16>(grad_output), grads); });
+  });
+  m.def("decode", [](const std::string& isa, int threads, uintptr_t dst, const Weight& weight, int64_t rows) {
+    interruptible(isa, threads, [&](const Call& call) {
+      parallel_tasks(call, rows, [&](int64_t row, int) {
+        weight.write_row(call.kernels, 0, row, 0, weight.columns, at<bf16>(dst) + row * weight.columns);
+      });
+    });
   });
   m.def("place_pages", [](uintptr_t memory, int64_t bytes, int node) { place_pages(at<void>(memory), bytes, node); });
   m.def(
@@ -239,6 +248,11 @@ NB_MODULE(_kernels, m) {
     for (uintptr_t row : rows) pointers.push_back(at<const float>(row));
     select_isa(isa).combine(fp32 ? nullptr : at<bf16>(out), fp32 ? at<float>(out) : nullptr, pointers.data(),
                             at<const float>(weights), int(rows.size()), size);
+  });
+  m.def("decode_row", [](const std::string& isa, uintptr_t dst, const Weight& weight, int64_t expert, int64_t row,
+                         int64_t first, int64_t count) {
+    const DefaultFloats floats;
+    weight.write_row(select_isa(isa), expert, row, first, count, at<bf16>(dst));
   });
   m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const Dropout& dropout, uint32_t projection,
                         int64_t slot, int first, int count) {

@@ -1,0 +1,195 @@
+"""Expert weights in the format that a checkpoint has, where they lie."""
+
+import math
+
+import torch
+
+from ktlib import _kernels
+from ktlib.operator.checks import check_kind, check_memory, describe
+from ktlib.reference.formats import CODEBOOKS, FORMATS, SCALE_DTYPES
+from ktlib.system.threads import operator_threads
+
+_CODE_DTYPES = {
+    "bf16": (torch.bfloat16,),
+    "e4m3": (torch.float8_e4m3fn, torch.uint8),
+    "int8": (torch.int8,),
+    **dict.fromkeys(CODEBOOKS, (torch.uint8,)),
+}
+_WITH_ZEROS = ("int8", "int4")
+
+
+class Weight:
+    """One projection of all experts, (experts, rows, columns), as tensors of a checkpoint: codes, scales, zeros.
+
+    A weight is ``bf16(scale * (value(code) - zero))``, rounded to nearest even from the fp32 product
+    (:func:`ktlib.reference.formats.decode`). :func:`ktlib.moe_experts` takes it in place of a bf16 tensor, and returns
+    the same bits as for :meth:`decoded`. The tensors may be memory maps at any address; nothing is copied.
+
+    Args:
+        format: ``"bf16"``, ``"e4m3"``, ``"int8"``, or with 4 bits ``"int4"``, ``"nf4"``, ``"e2m1"``.
+        codes: a tensor or a list of tensors on the CPU, contiguous: the rows of all experts one after the other, cut
+            into tensors of equally many rows: all experts stacked; one for each; or each expert's gate and up apart.
+            bf16: bfloat16; e4m3: float8_e4m3fn or uint8; int8: int8; all (..., columns). 4 bits: uint8
+            (..., ceil(columns / 2)), the code of the even column in the low half of a byte; code c of int4 means c - 8.
+        scales: as many tensors, fp32, bf16, fp16 or float8_e8m0fnu (or uint8 with its bits), each
+            (..., ceil(rows / group_rows), ceil(columns / group_columns)); the rows of an expert, or of the tensor if
+            that has fewer. None for bf16.
+        zeros: None, or as many int8 tensors of the scales' shapes (int8 and int4 only).
+        group: ``(group_rows, group_columns)``, how many rows and columns share a scale. None for bf16.
+        shape: (experts, rows, columns). Default: of ``codes``, if it is one 3-d tensor, or one 2-d tensor an expert.
+
+    Raises:
+        TypeError, ValueError: an argument is not of that kind; it is named.
+    """
+
+    def __init__(self, format, codes, scales=None, zeros=None, *, group=None, shape=None):
+        if not isinstance(format, str) or format not in FORMATS:
+            raise ValueError(f"format: got {format!r}, needs one of {', '.join(map(repr, FORMATS))}")
+        self.format = format
+        self.codes = _tensors("codes", codes, _CODE_DTYPES[format])
+        self.shape = torch.Size(_check_shape(shape, self.codes, self.is_4_bit))
+        self.group = None if format == "bf16" else _check_group(group, self.shape[2], self.is_4_bit)
+        _check_cut(self.codes, self.shape, self._row_width)
+        self.scales, self.zeros = [], []
+        if format == "bf16":
+            for name, value in (("scales", scales), ("zeros", zeros), ("group", group)):
+                if value is not None:
+                    raise ValueError(f"{name}: got {_kind(value)} with format 'bf16', needs None")
+            return
+        self.scales = _tensors("scales", scales, (*SCALE_DTYPES, torch.uint8))
+        if zeros is not None:
+            if format not in _WITH_ZEROS:
+                raise ValueError(f"zeros: got {_kind(zeros)} with format {format!r}, needs None")
+            self.zeros = _tensors("zeros", zeros, (torch.int8,))
+        for name, tensors in (("scales", self.scales), ("zeros", self.zeros if zeros is not None else None)):
+            if tensors is not None:
+                self._check_grouped(name, tensors)
+
+    @property
+    def is_4_bit(self):
+        return self.format in CODEBOOKS
+
+    @property
+    def nbytes(self):
+        """Bytes of codes, scales and zeros."""
+        return sum(tensor.nbytes for tensor in (*self.codes, *self.scales, *self.zeros))
+
+    def decoded(self):
+        """The weights themselves, (experts, rows, columns) bf16, in new memory."""
+        result = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu")
+        rows = self.shape[0] * self.shape[1]
+        _kernels.decode("", operator_threads(), result.data_ptr(), self.kernel_argument("weight"), rows)
+        return result
+
+    def kernel_argument(self, name):
+        """The weight as C++ takes it: addresses, valid while the tensors live. ValueError if memory was freed."""
+        experts, rows, columns = self.shape
+        for tensors in (self.codes, self.scales, self.zeros):
+            for tensor in tensors:
+                check_memory(name, tensor)
+        group_rows, group_columns = self.group or (1, columns)
+        return _kernels.Weight(
+            format=FORMATS.index(self.format),
+            tensors=[tensor.data_ptr() for tensor in self.codes],
+            tensor_rows=experts * rows // len(self.codes),
+            rows=rows,
+            columns=columns,
+            scales=[tensor.data_ptr() for tensor in self.scales],
+            zeros=[tensor.data_ptr() for tensor in self.zeros],
+            scale_type=_scale_type(self.scales[0]) if self.scales else 0,
+            group_rows=group_rows,
+            group_columns=group_columns,
+        )
+
+    def __repr__(self):
+        cut = "stacked" if len(self.codes) == 1 else f"{len(self.codes)} tensors"
+        group = "" if self.group is None else f", group={self.group}"
+        return f"Weight({self.format!r}, shape={tuple(self.shape)}, {cut}{group})"
+
+    @property
+    def _row_width(self):
+        return -(-self.shape[2] // 2) if self.is_4_bit else self.shape[2]
+
+    def _check_grouped(self, name, tensors):
+        if len(tensors) != len(self.codes):
+            raise ValueError(f"{name}: got {len(tensors)} tensors, needs {len(self.codes)}, one for each of codes")
+        if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+            raise TypeError(f"{name}: got tensors of several dtypes, needs one")
+        experts, rows, columns = self.shape
+        tensor_rows = experts * rows // len(self.codes)
+        matrix_rows = min(rows, tensor_rows)
+        needs = (tensor_rows // matrix_rows, -(-matrix_rows // self.group[0]), -(-columns // self.group[1]))
+        for tensor in tensors:
+            if [n for n in tensor.shape if n != 1] != [n for n in needs if n != 1]:
+                raise ValueError(
+                    f"{name}: got shape {tuple(tensor.shape)}, needs {needs[1:] if needs[0] == 1 else needs} for "
+                    f"{matrix_rows} rows and {columns} columns in groups of {self.group}"
+                )
+
+
+def _kind(value):
+    return describe(value) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _scale_type(scales):
+    return SCALE_DTYPES.index(torch.float8_e8m0fnu if scales.dtype == torch.uint8 else scales.dtype)
+
+
+def _tensors(name, value, dtypes):
+    """A list of tensors that C++ can read."""
+    needs = f"a tensor or a list of tensors of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    tensors = [value] if isinstance(value, torch.Tensor) else value
+    if not isinstance(tensors, list | tuple) or not tensors:
+        raise TypeError(f"{name}: got {_kind(value) if tensors is not value or value else 'nothing'}, needs {needs}")
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: got {_kind(tensor)}, needs {needs}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{name}: got {_kind(tensor)}, needs dense contiguous tensors on the CPU")
+        check_memory(name, tensor)
+    return list(tensors)
+
+
+def _check_shape(shape, codes, is_4_bit):
+    """``(experts, rows, columns)``, from the codes where it is None."""
+    if shape is None:
+        first = codes[0]
+        if first.dim() != (3 if len(codes) == 1 else 2):
+            raise ValueError(f"shape: got None with {len(codes)} tensors {tuple(first.shape)}, needs (experts, rows, columns)")
+        experts = first.shape[0] if first.dim() == 3 else len(codes)
+        shape = (experts, first.shape[-2], first.shape[-1] * (2 if is_4_bit else 1))
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
+        raise TypeError(f"shape: got {shape!r}, needs (experts, rows, columns)")
+    for size in shape:
+        check_kind("shape", size, int, "three ints")
+        if not 1 <= size < 2**27:
+            raise ValueError(f"shape: got {tuple(shape)}, needs each at least 1 and below {2**27}")
+    return tuple(shape)
+
+
+def _check_group(group, columns, is_4_bit):
+    if not isinstance(group, tuple | list) or len(group) != 2:
+        raise TypeError(f"group: got {group!r}, needs (group_rows, group_columns)")
+    for size in group:
+        check_kind("group", size, int, "two ints")
+    if min(group) < 1:
+        raise ValueError(f"group: got {tuple(group)}, needs at least 1 of each")
+    if is_4_bit and group[1] % 2 and group[1] < columns:
+        raise ValueError(f"group: got {group[1]} columns with two codes in a byte, needs an even number")
+    return tuple(min(size, 2**27) for size in group)
+
+
+def _check_cut(codes, shape, width):
+    experts, rows, _ = shape
+    tensor_rows = math.prod(codes[0].shape[:-1])
+    whole = tensor_rows > 0 and (tensor_rows % rows == 0 or rows % tensor_rows == 0)
+    for tensor in codes:
+        if tensor.dim() < 2 or tensor.shape[-1] != width or tensor.shape[:-1] != codes[0].shape[:-1] or not whole:
+            raise ValueError(
+                f"codes: got shape {tuple(tensor.shape)}, needs (..., {width}) with equally many rows in each tensor: "
+                f"of whole experts of {rows} rows, or of equal parts of one"
+            )
+    if len(codes) * tensor_rows != experts * rows:
+        raise ValueError(
+            f"codes: got {len(codes)} tensors of {tensor_rows} rows, needs {experts} experts of {rows} rows in all"
+        )
