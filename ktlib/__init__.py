@@ -13,6 +13,7 @@ from ktlib import reference
 from ktlib.diagnosis.audit import audit
 from ktlib.integrations import transformers_experts as _experts  # noqa: F401  registers "ktlib" with transformers
 from ktlib.operator.moe_experts import moe_experts
+from ktlib.operator.weight import Weight
 from ktlib.system.cpu import cpu_info
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _LAZY = {
     "StopOnNonFinite": "ktlib.diagnosis.trainer_guard",
 }
 
-__all__ = ["audit", "cpu_info", "moe_experts", "reference", *_LAZY]
+__all__ = ["Weight", "audit", "cpu_info", "moe_experts", "reference", *_LAZY]
 
 
 def __getattr__(name):

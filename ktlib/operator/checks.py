@@ -100,6 +100,11 @@ def check_memory(name, tensor):
         raise ValueError(f"{name}: got {describe(tensor)}, but its memory was freed: {have} bytes are left of it")
 
 
+def is_placeholder(tensor):
+    """Whether a tensor has no values but the shape of a :class:`ktlib.Weight` that is given beside it."""
+    return tensor.dim() == 3 and tensor.stride() == (0, 0, 0) and not tensor.is_contiguous()
+
+
 def check_shape(name, value, shape, why):
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {why}")
@@ -124,7 +129,7 @@ def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
             raise ValueError(f"{name}: got a tensor on {weight.device}, needs expert weights on the CPU")
         if max(weight.shape) >= _SIZES:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs each dimension below {_SIZES}")
-        if not weight.is_contiguous():
+        if not weight.is_contiguous() and not is_placeholder(weight):
             raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
         if 0 in weight.shape:
             raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs at least one of each dimension")

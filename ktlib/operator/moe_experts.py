@@ -27,11 +27,13 @@ from ktlib.operator.checks import (
     check_stream_rows,
     check_tensor,
     describe,
+    is_placeholder,
     sizes,
 )
 from ktlib.operator.gpu.streamed_experts import Streamed, choose
 from ktlib.operator.host_copies import to_device, to_host
 from ktlib.operator.recompute_once import once
+from ktlib.operator.weight import Weight
 from ktlib.reference.layer import drop_threshold
 from ktlib.system.threads import operator_threads
 
@@ -44,19 +46,21 @@ _TENSORS = (
 _SETTINGS = (
     "float gate_up_scaling, float down_scaling, float lora_dropout, str gate, float limit, float alpha, "
     "bool transposed, bool interleaved, str isa, bool recompute, int parts, int stream_rows, str stream_device, "
-    "bool whole"
+    "bool whole, str gate_up_format, int[] gate_up_group, str down_format, int[] down_group"
 )
-_Tensors, _Settings = (
+# The tensors of weights that are given as a ktlib.Weight; gate_up_proj and down_proj then only have the shape.
+_STORED = "Tensor[] gate_up_stored, Tensor[] down_stored"
+_Tensors, _Stored, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
-    for name, schema in (("_Tensors", _TENSORS), ("_Settings", _SETTINGS))
+    for name, schema in (("_Tensors", _TENSORS), ("_Stored", _STORED), ("_Settings", _SETTINGS))
 )
 _NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
 _DIFFERENTIABLE = [name for name in _Tensors._fields if name not in ("top_k_index", "dropout_seed")]
 _BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-_library.define(f"moe_experts({_TENSORS}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"moe_experts({_TENSORS}, {_STORED}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
-    f"{_TENSORS}, {_SETTINGS}, bool[{len(_DIFFERENTIABLE)}] wanted) "
+    f"{_TENSORS}, {_STORED}, {_SETTINGS}, bool[{len(_DIFFERENTIABLE)}] wanted) "
     f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
 )
 
@@ -94,7 +98,8 @@ def moe_experts(
         top_k_index: (tokens, top_k) int64 expert ids; an id may repeat within a token.
         top_k_weights: (tokens, top_k), fp32 or bf16.
         gate_up_proj: (experts, 2 * intermediate, hidden) bf16, CPU, contiguous, gate rows first; may be a memory map.
-        down_proj: (experts, hidden, intermediate) bf16, CPU, contiguous; may be a memory map.
+            Or a :class:`ktlib.Weight` of that shape: frozen weights in another format or in several tensors.
+        down_proj: (experts, hidden, intermediate) bf16, CPU, contiguous; may be a memory map. Or a Weight.
         gate_up_lora, down_lora: ``None`` or ``(lora_A, lora_B, scaling)`` in PEFT's layout: lora_A
             (experts * rank, in) expert-major, lora_B (out, rank * experts) with the expert as the fastest index; both
             bf16 or both fp32 (rounded to bf16 for the products; gradients come in their dtype). Any rank >= 1.
@@ -132,6 +137,9 @@ def moe_experts(
         top_k_weights, lora_A, lora_B, the weights and the biases. ``hidden_states``, the routing, biases and LoRA may
         live on another device: they are copied to the CPU, and the result and the gradients back.
 
+    With a Weight the result and all gradients have the same bits as with its ``decoded()``. It can be neither
+    ``transposed`` nor streamed (``stream_rows``).
+
     Memory: no copy of the weights. Resident after a step on a layer are at most ``weights * 1.05`` plus
     ``2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)`` bytes that backward needs, plus outputs and
     gradients, plus scratch that a process has once whatever the number of layers, of which at most 512 MiB are kept.
@@ -141,7 +149,8 @@ def moe_experts(
         TypeError: an argument is not a tensor (or not such a tuple), has the wrong dtype, or is not of its type.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
             not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024], a
-            lora_dropout outside [0, 1), stream_rows below 1 or with weights or biases that require a gradient.
+            lora_dropout outside [0, 1), stream_rows below 1 or with weights or biases that require a gradient, a Weight
+            with transposed or stream_rows.
         RuntimeError: ``isa`` cannot run on this machine.
         NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
             ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
@@ -150,17 +159,20 @@ def moe_experts(
     check_flags(transposed=transposed, interleaved=interleaved, recompute=recompute)
     check_isa(isa)
     check_parts(parts)
+    check_stream_rows(stream_rows)
+    gate_up_proj, *gate_up_stored = _unpack("gate_up_proj", gate_up_proj, transposed, stream_rows)
+    down_proj, *down_stored = _unpack("down_proj", down_proj, transposed, stream_rows)
     tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
     _, gate_up_lora, down_lora = check_all(tensors, (gate_up_lora, down_lora), transposed)
     limit, alpha = check_gate(gate, limit, alpha)
     dropout_seed = check_dropout(lora_dropout, dropout_seed)
-    check_stream_rows(stream_rows)
 
     device = hidden_states.device
     hidden_states, top_k_index, top_k_weights, *others = to_host(
         hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, *gate_up_lora[:2], *down_lora[:2]
     )
     tensors = _Tensors(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
+    stored = _Stored(gate_up_stored[0], down_stored[0])
     check_no_tangents(_NAMES, tensors)
     stream_device = _stream_device(device) if stream_rows else ""
     whole, save = _for_backward(tensors, stream_rows)
@@ -179,9 +191,13 @@ def moe_experts(
         stream_rows=stream_rows or 0,
         stream_device=stream_device,
         whole=whole,
+        gate_up_format=gate_up_stored[1],
+        gate_up_group=gate_up_stored[2],
+        down_format=down_stored[1],
+        down_group=down_stored[2],
     )
     try:
-        output, *_ = torch.ops.ktlib.moe_experts(*tensors, *settings, save)
+        output, *_ = torch.ops.ktlib.moe_experts(*tensors, *stored, *settings, save)
     except RuntimeError as error:
         if "functorch" not in str(error):
             raise
@@ -190,6 +206,18 @@ def moe_experts(
             "ktlib.moe_experts: torch.func.grad and what is made of it are not implemented; use torch.autograd.grad"
         ) from error
     return to_device(output, device)
+
+
+def _unpack(name, weight, transposed, stream_rows):
+    """``(tensor, stored, format, group)``: a weight as the registered op takes it."""
+    if not isinstance(weight, Weight):
+        return weight, [], "", [0]  # not empty, which torch would take for a list of tensors
+    for option, value in (("transposed", transposed), ("stream_rows", stream_rows)):
+        if value:
+            raise ValueError(
+                f"{option}: got {value} with a ktlib.Weight as {name}, needs {None if value is not True else False}"
+            )
+    return weight.placeholder(), *weight.pack()
 
 
 def _stream_device(device):
@@ -230,13 +258,10 @@ def _matrix(tensor):
     return _kernels.Matrix(data=_address(tensor), fp32=tensor is not None and tensor.dtype == torch.float32)
 
 
-def _weight(stack):
-    """Expert weights as C++ takes them, of a stack (experts, rows, columns)."""
-    experts, rows, columns = stack.shape
-    bf16 = 0  # csrc/weights/weight.h, enum Format
-    return _kernels.Weight(
-        format=bf16, tensors=[stack.data_ptr()], tensor_rows=experts * rows, rows=rows, columns=columns
-    )
+def _weight(name, tensor, stored, format, group):
+    """Expert weights as C++ takes them: a bf16 stack (experts, rows, columns), or what is stored in its place."""
+    weight = Weight.unpack(name, stored, format, group, tensor.shape) if format else Weight.of_stack(tensor)
+    return weight.kernel_argument(name)
 
 
 def _lora(lora_A, lora_B, scaling, experts):
@@ -244,7 +269,7 @@ def _lora(lora_A, lora_B, scaling, experts):
     return _kernels.Lora(A=_matrix(lora_A), B=_matrix(lora_B), rank=rank, scaling=scaling)
 
 
-def _arguments(tensors, settings):
+def _arguments(tensors, stored, settings):
     """A :class:`_Call`.
 
     All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
@@ -265,11 +290,17 @@ def _arguments(tensors, settings):
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
+    for name, tensor, format in (
+        ("gate_up_proj", tensors.gate_up_proj, settings.gate_up_format),
+        ("down_proj", tensors.down_proj, settings.down_format),
+    ):
+        if is_placeholder(tensor) and not format:
+            raise ValueError(f"{name}: got a tensor without memory of its own, needs contiguous")
     tokens, topk = tensors.top_k_index.shape
     held = tensors._replace(
         hidden_states=tensors.hidden_states.to(torch.bfloat16), top_k_weights=tensors.top_k_weights.float()
     )
-    held = _Tensors(*(None if t is None else t.contiguous() for t in held))
+    held = _Tensors(*(t if t is None or is_placeholder(t) else t.contiguous() for t in held))
     dropout = _kernels.Dropout(seed=0 if seed is None else seed.item(), threshold=threshold)
     chosen = choose(held.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
     streamed = None
@@ -288,8 +319,10 @@ def _arguments(tensors, settings):
         hidden_states=held.hidden_states.data_ptr(),
         top_k_index=held.top_k_index.data_ptr(),
         top_k_weights=held.top_k_weights.data_ptr(),
-        gate_up_proj=_weight(held.gate_up_proj),
-        down_proj=_weight(held.down_proj),
+        gate_up_proj=_weight(
+            "gate_up_proj", held.gate_up_proj, stored.gate_up_stored, settings.gate_up_format, settings.gate_up_group
+        ),
+        down_proj=_weight("down_proj", held.down_proj, stored.down_stored, settings.down_format, settings.down_group),
         gate_up_bias=_matrix(held.gate_up_bias),
         down_bias=_matrix(held.down_bias),
         gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, gate_up_scaling, experts),
@@ -309,9 +342,10 @@ def _saved_shapes(tensors, settings):
 
 
 def _split(arguments):
-    """The registered ops' arguments as ``(_Tensors, _Settings, the one after them)``."""
+    """The registered ops' arguments as ``(_Tensors, _Stored, _Settings, the one after them)``."""
     count = len(_Tensors._fields)
-    return _Tensors(*arguments[:count]), _Settings(*arguments[count:-1]), arguments[-1]
+    stored = _Stored(*arguments[count : count + 2])
+    return _Tensors(*arguments[:count]), stored, _Settings(*arguments[count + 2 : -1]), arguments[-1]
 
 
 def _empty(shape, dtype, pin_memory=False):
@@ -333,8 +367,8 @@ def _kept_shapes(tensors, settings, save):
 
 
 def _forward(*arguments):
-    tensors, settings, save = _split(arguments)
-    call = _arguments(tensors, settings)
+    tensors, stored, settings, save = _split(arguments)
+    call = _arguments(tensors, stored, settings)
     output = _empty_like(tensors.hidden_states)
     saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
     # queued before the CPU's share is computed
@@ -348,8 +382,8 @@ def _forward(*arguments):
 
 
 def _backward(grad_output, *arguments):
-    saved, (tensors, settings, wanted) = arguments[:3], _split(arguments[3:])
-    call = _arguments(tensors, settings)
+    saved, (tensors, stored, settings, wanted) = arguments[:3], _split(arguments[3:])
+    call = _arguments(tensors, stored, settings)
     check_tensor("grad_output", grad_output, (torch.bfloat16, torch.float32), 2)
     check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
     check_memory("grad_output", grad_output)
@@ -388,14 +422,14 @@ def _backward_here(call, saved, tensors, settings, grad_output, grads):
 
 
 def _forward_fake(*arguments):
-    tensors, settings, save = _split(arguments)
+    tensors, _, settings, save = _split(arguments)
     shapes = _kept_shapes(tensors, settings, save)
     saved = (tensors.hidden_states.new_empty(shape, dtype=torch.bfloat16) for shape in shapes)
     return torch.empty_like(tensors.hidden_states, memory_format=torch.contiguous_format), *saved
 
 
 def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
-    tensors, _, wanted = _split(arguments)
+    tensors, _, _, wanted = _split(arguments)
     return tuple(
         torch.empty_like(getattr(tensors, name), memory_format=torch.contiguous_format)
         if want
@@ -411,24 +445,24 @@ def _forward_batched(info, in_dims, *arguments):
     """
     if not info.batch_size:
         raise ValueError("ktlib.moe_experts: got a batch of torch.func.vmap without elements, needs at least one")
-    count = len(_Tensors._fields)
-    settings, results = _Settings(*arguments[count:-1]), []
+    count, results = len(_Tensors._fields), []
+    _, stored, settings, _ = _split(arguments)
     batches = (
         itertools.repeat(t, info.batch_size) if dim is None else t.unbind(dim)
         for t, dim in zip(arguments[:count], in_dims, strict=False)
     )
     for tensors in itertools.starmap(_Tensors, zip(*batches, strict=True)):
         whole, save = _for_backward(tensors, settings.stream_rows)
-        results.append(torch.ops.ktlib.moe_experts(*tensors, *settings._replace(whole=whole), save))
+        results.append(torch.ops.ktlib.moe_experts(*tensors, *stored, *settings._replace(whole=whole), save))
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 4
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, settings, _ = _split(inputs)
-    ctx.settings = tuple(settings)
+    tensors, stored, settings, _ = _split(inputs)
+    ctx.settings, ctx.stored = tuple(settings), [len(tensors) for tensors in stored]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.save_for_backward(*output[1:], *tensors, *itertools.chain(*stored))
 
 
 def _autograd_backward(ctx, grad_output, *_):
@@ -437,9 +471,12 @@ def _autograd_backward(ctx, grad_output, *_):
         check_no_tangents(["grad_output"], [grad_output])
         needs = dict(zip(_Tensors._fields, ctx.needs_input_grad, strict=False))
         wanted = [needs[name] for name in _DIFFERENTIABLE]
-        grads = torch.ops.ktlib.moe_experts_backward(grad_output, *ctx.saved_tensors, *ctx.settings, wanted)
+        saved = iter(ctx.saved_tensors)
+        tensors = list(itertools.islice(saved, 3 + len(_Tensors._fields)))
+        stored = [list(itertools.islice(saved, count)) for count in ctx.stored]
+        grads = torch.ops.ktlib.moe_experts_backward(grad_output, *tensors, *stored, *ctx.settings, wanted)
         result |= {name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if needs[name]}
-    return *result.values(), *[None] * (len(ctx.settings) + 1)
+    return *result.values(), *[[None] * count for count in ctx.stored], *[None] * (len(ctx.settings) + 1)
 
 
 def _no_second_derivative(ctx, *_):

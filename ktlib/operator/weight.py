@@ -81,21 +81,53 @@ class Weight:
         _kernels.decode("", operator_threads(), result.data_ptr(), self.kernel_argument("weight"), rows)
         return result
 
+    @classmethod
+    def of_stack(cls, stack):
+        """Of a bf16 tensor (experts, rows, columns) that was checked."""
+        return cls._unchecked("bf16", [stack], [], [], None, stack.shape)
+
+    def placeholder(self):
+        """A tensor of the shape, with one element of memory, for functions that look at shape and dtype alone."""
+        return torch.empty(1, dtype=torch.bfloat16, device="cpu").expand(self.shape)
+
+    def pack(self):
+        """``(tensors, format, numbers)``, which a registered op can take; :meth:`unpack` makes a Weight of them."""
+        return [*self.codes, *self.scales, *self.zeros], self.format, [len(self.codes), *(self.group or ())]
+
+    @classmethod
+    def unpack(cls, name, tensors, format, numbers, shape):
+        """The Weight that was packed. What C++ relies on is checked again: tensors may have changed meanwhile."""
+        count, *group = numbers
+        codes, scales, zeros = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
+        lengths = (count, 0, 0) if format == "bf16" else (count, count, len(zeros) and count)
+        if (len(codes), len(scales), len(zeros)) != lengths or len(tensors) != sum(lengths):
+            raise ValueError(
+                f"{name}: got {len(tensors)} tensors for {count} of codes, needs as many scales (and zeros)"
+            )
+        return cls._unchecked(format, codes, scales, zeros, tuple(group) or None, torch.Size(shape))
+
+    @classmethod
+    def _unchecked(cls, format, codes, scales, zeros, group, shape):
+        weight = cls.__new__(cls)
+        weight.format, weight.codes, weight.scales, weight.zeros = format, codes, scales, zeros
+        weight.group, weight.shape = group, shape
+        return weight
+
     def kernel_argument(self, name):
         """The weight as C++ takes it: addresses, valid while the tensors live. ValueError if memory was freed."""
         experts, rows, columns = self.shape
-        for tensors in (self.codes, self.scales, self.zeros):
-            for tensor in tensors:
-                check_memory(name, tensor)
         group_rows, group_columns = self.group or (1, columns)
+        tensor_rows = experts * rows // len(self.codes)
+        matrix_rows = min(rows, tensor_rows)
+        groups = tensor_rows // matrix_rows * -(-matrix_rows // group_rows) * -(-columns // group_columns)
         return _kernels.Weight(
             format=FORMATS.index(self.format),
-            tensors=[tensor.data_ptr() for tensor in self.codes],
-            tensor_rows=experts * rows // len(self.codes),
+            tensors=_addresses(name, self.codes, tensor_rows * self._row_width),
+            tensor_rows=tensor_rows,
             rows=rows,
             columns=columns,
-            scales=[tensor.data_ptr() for tensor in self.scales],
-            zeros=[tensor.data_ptr() for tensor in self.zeros],
+            scales=_addresses(name, self.scales, groups),
+            zeros=_addresses(name, self.zeros, groups),
             scale_type=_scale_type(self.scales[0]) if self.scales else 0,
             group_rows=group_rows,
             group_columns=group_columns,
@@ -127,6 +159,17 @@ class Weight:
                 )
 
 
+def _addresses(name, tensors, elements):
+    """Of tensors that hold so many elements, one after the other, also after what may have been done to them since."""
+    for tensor in tensors:
+        end = (tensor.storage_offset() + elements) * tensor.itemsize
+        if tensor.dtype != tensors[0].dtype or end > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name}: got {describe(tensor)}, but its memory was freed or is too small: needs {elements}"
+            )
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def _kind(value):
     return describe(value) if isinstance(value, torch.Tensor) else type(value).__name__
 
@@ -140,12 +183,14 @@ def _tensors(name, value, dtypes):
     needs = f"a tensor or a list of tensors of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
     tensors = [value] if isinstance(value, torch.Tensor) else value
     if not isinstance(tensors, list | tuple) or not tensors:
-        raise TypeError(f"{name}: got {_kind(value) if tensors is not value or value else 'nothing'}, needs {needs}")
+        raise TypeError(f"{name}: got {'no tensors' if value == [] else _kind(value)}, needs {needs}")
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes:
             raise TypeError(f"{name}: got {_kind(tensor)}, needs {needs}")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"{name}: got {_kind(tensor)}, needs dense contiguous tensors on the CPU")
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: got a tensor that requires a gradient, needs frozen ones")
         check_memory(name, tensor)
     return list(tensors)
 
@@ -155,7 +200,9 @@ def _check_shape(shape, codes, is_4_bit):
     if shape is None:
         first = codes[0]
         if first.dim() != (3 if len(codes) == 1 else 2):
-            raise ValueError(f"shape: got None with {len(codes)} tensors {tuple(first.shape)}, needs (experts, rows, columns)")
+            raise ValueError(
+                f"shape: got None with {len(codes)} tensors {tuple(first.shape)}, needs (experts, rows, columns)"
+            )
         experts = first.shape[0] if first.dim() == 3 else len(codes)
         shape = (experts, first.shape[-2], first.shape[-1] * (2 if is_4_bit else 1))
     if not isinstance(shape, tuple | list) or len(shape) != 3:
