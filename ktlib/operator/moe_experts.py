@@ -46,14 +46,18 @@ _TENSORS = (
 _SETTINGS = (
     "float gate_up_scaling, float down_scaling, float lora_dropout, str gate, float limit, float alpha, "
     "bool transposed, bool interleaved, str isa, bool recompute, int parts, int stream_rows, str stream_device, "
-    "bool whole, str gate_up_format, int[] gate_up_group, str down_format, int[] down_group"
+    "bool whole"
 )
-# The tensors of weights that are given as a ktlib.Weight; gate_up_proj and down_proj then only have the shape.
-_STORED = "Tensor[] gate_up_stored, Tensor[] down_stored"
+# What Weight.pack returns of weights that are given as one; gate_up_proj and down_proj then only have the shape.
+_STORED = (
+    "Tensor[] gate_up_stored, str gate_up_format, int[] gate_up_numbers, "
+    "Tensor[] down_stored, str down_format, int[] down_numbers"
+)
 _Tensors, _Stored, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
     for name, schema in (("_Tensors", _TENSORS), ("_Stored", _STORED), ("_Settings", _SETTINGS))
 )
+_KINDS = (_Tensors, _Stored, _Settings)
 _NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
 _DIFFERENTIABLE = [name for name in _Tensors._fields if name not in ("top_k_index", "dropout_seed")]
 _BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
@@ -172,7 +176,7 @@ def moe_experts(
         hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, *gate_up_lora[:2], *down_lora[:2]
     )
     tensors = _Tensors(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
-    stored = _Stored(gate_up_stored[0], down_stored[0])
+    stored = _Stored(*gate_up_stored, *down_stored)
     check_no_tangents(_NAMES, tensors)
     stream_device = _stream_device(device) if stream_rows else ""
     whole, save = _for_backward(tensors, stream_rows)
@@ -191,10 +195,6 @@ def moe_experts(
         stream_rows=stream_rows or 0,
         stream_device=stream_device,
         whole=whole,
-        gate_up_format=gate_up_stored[1],
-        gate_up_group=gate_up_stored[2],
-        down_format=down_stored[1],
-        down_group=down_stored[2],
     )
     try:
         output, *_ = torch.ops.ktlib.moe_experts(*tensors, *stored, *settings, save)
@@ -209,14 +209,12 @@ def moe_experts(
 
 
 def _unpack(name, weight, transposed, stream_rows):
-    """``(tensor, stored, format, group)``: a weight as the registered op takes it."""
+    """``(tensor, stored, format, numbers)``: a weight as the registered op takes it."""
     if not isinstance(weight, Weight):
         return weight, [], "", [0]  # not empty, which torch would take for a list of tensors
     for option, value in (("transposed", transposed), ("stream_rows", stream_rows)):
         if value:
-            raise ValueError(
-                f"{option}: got {value} with a ktlib.Weight as {name}, needs {None if value is not True else False}"
-            )
+            raise ValueError(f"{option}: got {value} with a ktlib.Weight as {name}, needs none of it")
     return weight.placeholder(), *weight.pack()
 
 
@@ -258,10 +256,13 @@ def _matrix(tensor):
     return _kernels.Matrix(data=_address(tensor), fp32=tensor is not None and tensor.dtype == torch.float32)
 
 
-def _weight(name, tensor, stored, format, group):
+def _weight(name, tensor, stored, format, numbers):
     """Expert weights as C++ takes them: a bf16 stack (experts, rows, columns), or what is stored in its place."""
-    weight = Weight.unpack(name, stored, format, group, tensor.shape) if format else Weight.of_stack(tensor)
-    return weight.kernel_argument(name)
+    if format:
+        return Weight.unpack(name, stored, format, numbers, tensor.shape).kernel_argument(name)
+    if is_placeholder(tensor):
+        raise ValueError(f"{name}: got strides {tensor.stride()}, needs contiguous")
+    return Weight.of_stack(tensor).kernel_argument(name)
 
 
 def _lora(lora_A, lora_B, scaling, experts):
@@ -290,12 +291,6 @@ def _arguments(tensors, stored, settings):
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
-    for name, tensor, format in (
-        ("gate_up_proj", tensors.gate_up_proj, settings.gate_up_format),
-        ("down_proj", tensors.down_proj, settings.down_format),
-    ):
-        if is_placeholder(tensor) and not format:
-            raise ValueError(f"{name}: got a tensor without memory of its own, needs contiguous")
     tokens, topk = tensors.top_k_index.shape
     held = tensors._replace(
         hidden_states=tensors.hidden_states.to(torch.bfloat16), top_k_weights=tensors.top_k_weights.float()
@@ -319,10 +314,8 @@ def _arguments(tensors, stored, settings):
         hidden_states=held.hidden_states.data_ptr(),
         top_k_index=held.top_k_index.data_ptr(),
         top_k_weights=held.top_k_weights.data_ptr(),
-        gate_up_proj=_weight(
-            "gate_up_proj", held.gate_up_proj, stored.gate_up_stored, settings.gate_up_format, settings.gate_up_group
-        ),
-        down_proj=_weight("down_proj", held.down_proj, stored.down_stored, settings.down_format, settings.down_group),
+        gate_up_proj=_weight("gate_up_proj", held.gate_up_proj, *stored[:3]),
+        down_proj=_weight("down_proj", held.down_proj, *stored[3:]),
         gate_up_bias=_matrix(held.gate_up_bias),
         down_bias=_matrix(held.down_bias),
         gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, gate_up_scaling, experts),
@@ -343,9 +336,9 @@ def _saved_shapes(tensors, settings):
 
 def _split(arguments):
     """The registered ops' arguments as ``(_Tensors, _Stored, _Settings, the one after them)``."""
-    count = len(_Tensors._fields)
-    stored = _Stored(*arguments[count : count + 2])
-    return _Tensors(*arguments[:count]), stored, _Settings(*arguments[count + 2 : -1]), arguments[-1]
+    arguments = iter(arguments)
+    tensors, stored, settings = (kind(*itertools.islice(arguments, len(kind._fields))) for kind in _KINDS)
+    return tensors, stored, settings, next(arguments)
 
 
 def _empty(shape, dtype, pin_memory=False):
@@ -438,31 +431,48 @@ def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
     )
 
 
+def _elements(info, in_dims, arguments):
+    """The arguments of each element of a batch of torch.func.vmap."""
+    if not info.batch_size:
+        raise ValueError("ktlib.moe_experts: got a batch of torch.func.vmap without elements, needs at least one")
+    batches = (
+        value.unbind(dim) if isinstance(dim, int) else itertools.repeat(value, info.batch_size)
+        for value, dim in zip(arguments, in_dims, strict=True)
+    )
+    return zip(*batches, strict=True)
+
+
+def _stack(results):
+    """The results of all elements, and the dimension of the batch in each."""
+    results = tuple(map(torch.stack, zip(*results, strict=True)))
+    return results, (0,) * len(results)
+
+
 def _forward_batched(info, in_dims, *arguments):
-    """Of torch.func.vmap: one element after the other.
+    """One element after the other.
 
     A tensor with a batch says that it requires no gradient, whatever is the case: only its elements know.
     """
-    if not info.batch_size:
-        raise ValueError("ktlib.moe_experts: got a batch of torch.func.vmap without elements, needs at least one")
-    count, results = len(_Tensors._fields), []
-    _, stored, settings, _ = _split(arguments)
-    batches = (
-        itertools.repeat(t, info.batch_size) if dim is None else t.unbind(dim)
-        for t, dim in zip(arguments[:count], in_dims, strict=False)
-    )
-    for tensors in itertools.starmap(_Tensors, zip(*batches, strict=True)):
+    results = []
+    for element in _elements(info, in_dims, arguments):
+        tensors, stored, settings, _ = _split(element)
         whole, save = _for_backward(tensors, settings.stream_rows)
         results.append(torch.ops.ktlib.moe_experts(*tensors, *stored, *settings._replace(whole=whole), save))
-    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 4
+    return _stack(results)
+
+
+def _backward_batched(info, in_dims, *arguments):
+    return _stack([torch.ops.ktlib.moe_experts_backward(*element) for element in _elements(info, in_dims, arguments)])
 
 
 def _setup_context(ctx, inputs, output):
     tensors, stored, settings, _ = _split(inputs)
-    ctx.settings, ctx.stored = tuple(settings), [len(tensors) for tensors in stored]
+    ctx.settings = tuple(settings)
+    # the number of tensors in the place of tensors
+    ctx.stored = stored._replace(gate_up_stored=len(stored.gate_up_stored), down_stored=len(stored.down_stored))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *tensors, *itertools.chain(*stored))
+    ctx.save_for_backward(*output[1:], *tensors, *stored.gate_up_stored, *stored.down_stored)
 
 
 def _autograd_backward(ctx, grad_output, *_):
@@ -473,10 +483,11 @@ def _autograd_backward(ctx, grad_output, *_):
         wanted = [needs[name] for name in _DIFFERENTIABLE]
         saved = iter(ctx.saved_tensors)
         tensors = list(itertools.islice(saved, 3 + len(_Tensors._fields)))
-        stored = [list(itertools.islice(saved, count)) for count in ctx.stored]
+        stored = [list(itertools.islice(saved, value)) if isinstance(value, int) else value for value in ctx.stored]
         grads = torch.ops.ktlib.moe_experts_backward(grad_output, *tensors, *stored, *ctx.settings, wanted)
         result |= {name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if needs[name]}
-    return *result.values(), *[[None] * count for count in ctx.stored], *[None] * (len(ctx.settings) + 1)
+    stored = [[None] * value if isinstance(value, int) else None for value in ctx.stored]
+    return *result.values(), *stored, *[None] * (len(ctx.settings) + 1)
 
 
 def _no_second_derivative(ctx, *_):
@@ -488,5 +499,6 @@ _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
 torch.library.register_vmap("ktlib::moe_experts", _forward_batched, lib=_library)
+torch.library.register_vmap("ktlib::moe_experts_backward", _backward_batched, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts", _autograd_backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("ktlib::moe_experts_backward", _no_second_derivative, lib=_library)
