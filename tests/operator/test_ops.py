@@ -59,7 +59,7 @@ def test_a_wrong_id_writes_nothing(layer):
     """The C++ side checks ids itself, before any output: also when it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
-    call = moe_experts._arguments(*moe_experts._split(arguments_of_the_op(layer))[:2])
+    call = moe_experts._native_call(*moe_experts._unflatten(arguments_of_the_op(layer))[:2])
     with pytest.raises(ValueError, match="1000000000000"):
         moe_experts._kernels.forward("", 2, call.inputs, moe_experts._matrix(output), moe_experts._saved([None] * 3))
     assert (output == 7.0).all()
@@ -273,7 +273,7 @@ def test_a_default_device_changes_nothing(layer, stream_device):
     """Of ``with torch.device(...)`` and torch.set_default_device."""
     settings = {"stream_rows": 1, "recompute": True, "stream_device": stream_device} if stream_device else {}
     layer["hidden_states"].requires_grad_()
-    tensors, given, save = moe_experts._split(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
+    tensors, given, save = moe_experts._unflatten(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
     given, wanted = given._replace(**settings), [name == "hidden_states" for name in moe_experts._DIFFERENTIABLE]
 
     def results():
