@@ -1,4 +1,4 @@
-"""Checks of the operator's arguments: what is wrong is an error that names the argument, before memory is touched."""
+"""Checks of the operator's arguments. They raise errors that name the wrong argument, before C++ reads any memory."""
 
 import math
 
@@ -8,14 +8,15 @@ from torch.autograd import forward_ad
 from ktlib.reference import lora_layout
 from ktlib.reference.gates import ALPHA, GATES
 
-_LARGEST = torch.finfo(torch.float32).max  # C++ has numbers as fp32
-_SIZES = 2**27  # and sizes as int, which must also hold 16 times as much: offsets in a panel (csrc/kernels/kernels.h)
+_FP32_MAX = torch.finfo(torch.float32).max  # C++ stores limit, alpha and scaling as fp32
+# Sizes must be below this: C++ has them as int, and computes offsets of up to 16 times a size (csrc/kernels/kernels.h).
+_SIZE_BOUND = 2**27
 
 
 def check_all(tensors, lora, transposed):
-    """Types, devices and shapes of everything.
+    """Types, devices and shapes of all tensors, of which ``lora`` are the pairs of gate_up and down.
 
-    Returns ``(experts, hidden, intermediate)`` and both LoRA as ``(lora_A or None, lora_B or None, scaling)``.
+    Returns ``(experts, hidden, intermediate)`` and each pair as ``(lora_A or None, lora_B or None, scaling)``.
     """
     sizes = check_inputs(*tensors[:5], transposed)
     experts, hidden, intermediate = sizes
@@ -28,9 +29,9 @@ def check_all(tensors, lora, transposed):
     )
 
 
-def check_kind(name, value, kinds, needs):
-    """TypeError that says what the argument ``name`` needs; a bool is no int, unless ``kinds`` is bool."""
-    if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
+def check_kind(name, value, types, needs):
+    """TypeError unless ``value`` has one of the types. A bool is not accepted as an int."""
+    if not isinstance(value, types) or isinstance(value, bool) and types is not bool:
         raise TypeError(f"{name}: got {type(value).__name__}, needs {needs}")
 
 
@@ -52,12 +53,12 @@ def check_flags(**flags):
 
 
 def check_isa(isa):
-    """The name alone; whether there is such an instruction set is C++'s to say."""
+    """Only the type: C++ raises the error for an unknown or unavailable instruction set."""
     check_kind("isa", isa, str | None, "None or a name")
 
 
 def check_no_tangents(names, tensors):
-    """torch would drop the tangents of a registered op that has no forward-mode derivative, without a word."""
+    """NotImplementedError for forward-mode derivatives, since torch drops tangents of a registered op silently."""
     for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and _has_tangent(tensor):
             raise NotImplementedError(
@@ -68,7 +69,7 @@ def check_no_tangents(names, tensors):
 def _has_tangent(tensor):
     try:
         return forward_ad.unpack_dual(tensor).tangent is not None
-    except RuntimeError:  # a batch of torch.func.vmap inside of torch.func.jvp cannot be unpacked
+    except RuntimeError:  # raised for a batched tensor of torch.func.vmap inside torch.func.jvp
         return True
 
 
@@ -80,9 +81,7 @@ def describe(value):
 
 def check_tensor(name, value, dtypes, ndim):
     needs = f"a {ndim}-d tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {describe(value)}, needs {needs}")
-    if value.dtype not in dtypes:
+    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{name}: got {describe(value)}, needs {needs}")
     if value.dim() != ndim:
         raise ValueError(f"{name}: got {describe(value)}, needs {needs}")
@@ -93,11 +92,11 @@ def check_tensor(name, value, dtypes, ndim):
 
 
 def check_memory(name, tensor):
-    """Someone may have given a tensor's memory back (``untyped_storage().resize_``), also since forward."""
+    """ValueError if the tensor's storage was shrunk (``untyped_storage().resize_``), before or after forward."""
     last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    have = tensor.untyped_storage().nbytes()
-    if tensor.numel() and (last + 1) * tensor.itemsize > have:
-        raise ValueError(f"{name}: got {describe(tensor)}, but its memory was freed: {have} bytes are left of it")
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (last + 1) * tensor.itemsize > stored:
+        raise ValueError(f"{name}: got {describe(tensor)}, but its memory was freed: {stored} bytes are left of it")
 
 
 def is_placeholder(tensor):
@@ -105,9 +104,9 @@ def is_placeholder(tensor):
     return tensor.dim() == 3 and tensor.stride() == (0, 0, 0) and not tensor.is_contiguous()
 
 
-def check_shape(name, value, shape, why):
+def check_shape(name, value, shape, meaning):
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {why}")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs {tuple(shape)} {meaning}")
 
 
 def sizes(down_proj, transposed):
@@ -117,7 +116,7 @@ def sizes(down_proj, transposed):
 
 
 def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, transposed):
-    """``(experts, hidden, intermediate)``, as the weights have them."""
+    """Check all tensors but biases and LoRA; return ``(experts, hidden, intermediate)`` of the weights."""
     floats = (torch.bfloat16, torch.float32)
     check_tensor("hidden_states", hidden_states, floats, 2)
     check_tensor("top_k_index", top_k_index, (torch.int64,), 2)
@@ -127,8 +126,8 @@ def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if weight.device.type != "cpu":
             raise ValueError(f"{name}: got a tensor on {weight.device}, needs expert weights on the CPU")
-        if max(weight.shape) >= _SIZES:
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs each dimension below {_SIZES}")
+        if max(weight.shape) >= _SIZE_BOUND:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, needs each dimension below {_SIZE_BOUND}")
         if not weight.is_contiguous() and not is_placeholder(weight):
             raise ValueError(f"{name}: got strides {weight.stride()} for shape {tuple(weight.shape)}, needs contiguous")
         if 0 in weight.shape:
@@ -144,26 +143,26 @@ def check_inputs(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_p
     check_shape("top_k_weights", top_k_weights, top_k_index.shape, "to match top_k_index")
     if top_k_index.shape[1] == 0:
         raise ValueError("top_k_index: got top_k = 0, needs at least 1")
-    if tokens * top_k_index.shape[1] >= _SIZES:
+    if tokens * top_k_index.shape[1] >= _SIZE_BOUND:
         raise ValueError(
-            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below {_SIZES} slots"
+            f"hidden_states: got {tokens} tokens with top_k {top_k_index.shape[1]}, needs below {_SIZE_BOUND} slots"
         )
     return experts, hidden, intermediate
 
 
-def check_bias(name, bias, shape, why):
+def check_bias(name, bias, shape, meaning):
     if bias is not None:
         check_tensor(name, bias, (torch.bfloat16, torch.float32), 2)
-        check_shape(name, bias, shape, why)
+        check_shape(name, bias, shape, meaning)
 
 
 def check_gate(gate, limit, alpha):
-    """``(limit, alpha)`` as the registered op takes them: infinity is no limit."""
+    """``(limit, alpha)`` as the registered op takes them; a limit of infinity means that there is none."""
     if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, needs one of {', '.join(map(repr, GATES))}")
     for name, value in (("limit", limit), ("alpha", alpha)):
         check_kind(name, value, int | float | None, "None or a number")
-        if value is not None and not abs(value) <= _LARGEST:  # also NaN
+        if value is not None and not abs(value) <= _FP32_MAX:  # true for NaN too
             raise ValueError(f"{name}: got {value}, needs None or a finite number in the range of fp32")
     if limit is not None and limit <= 0:
         raise ValueError(f"limit: got {limit}, needs None or a positive number")
@@ -174,12 +173,12 @@ def check_gate(gate, limit, alpha):
 
 def check_probability(name, value):
     check_kind(name, value, int | float, "a number")
-    if not 0 <= value < 1:  # also NaN
+    if not 0 <= value < 1:  # true for NaN too
         raise ValueError(f"{name}: got {value}, needs a probability, at least 0 and below 1")
 
 
 def check_dropout(lora_dropout, dropout_seed):
-    """The seed as the registered op takes it, a 0-d tensor; None without dropout."""
+    """The seed as the registered op takes it: a 0-d tensor, or None without dropout."""
     check_probability("lora_dropout", lora_dropout)
     if isinstance(dropout_seed, torch.Tensor):
         check_tensor("dropout_seed", dropout_seed, (torch.int64,), 0)
@@ -196,6 +195,7 @@ def check_dropout(lora_dropout, dropout_seed):
 
 
 def check_lora(name, lora, experts, in_features, out_features):
+    """``(lora_A, lora_B, scaling)``; both matrices are None, and scaling is 1, if ``lora`` is None."""
     if lora is None:
         return None, None, 1.0
     if not isinstance(lora, tuple | list) or len(lora) != 3:
@@ -209,13 +209,13 @@ def check_lora(name, lora, experts, in_features, out_features):
     rank = lora_A.shape[0] // experts
     if rank == 0 or lora_A.shape[0] != rank * experts:
         raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs rank * {experts} (experts), rank >= 1")
-    if lora_A.shape[0] >= _SIZES:
-        raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs below {_SIZES}")
+    if lora_A.shape[0] >= _SIZE_BOUND:
+        raise ValueError(f"{name} lora_A: got {lora_A.shape[0]} rows, needs below {_SIZE_BOUND}")
     shape_A, shape_B = lora_layout.shapes(rank, experts, out_features, in_features)
     check_shape(f"{name} lora_A", lora_A, shape_A, "(experts * rank, in)")
     check_shape(f"{name} lora_B", lora_B, shape_B, "(out, rank * experts)")
     if not isinstance(scaling, int | float):
         raise TypeError(f"{name} scaling: got {type(scaling).__name__}, needs a float")
-    if not abs(scaling) <= _LARGEST:  # also NaN
+    if not abs(scaling) <= _FP32_MAX:  # true for NaN too
         raise ValueError(f"{name} scaling: got {scaling}, needs a finite number in the range of fp32")
     return lora_A, lora_B, float(scaling)

@@ -1,14 +1,16 @@
 """The operator: routed experts with LoRA, forward and backward, as a pure function of the tensors of one call.
 
-``torch.ops.ktlib.moe_experts`` is registered with schema, fake kernel and autograd; :func:`moe_experts` is the
-function to call. The C++ side (csrc/) sees addresses of tensors that were checked (checks.py) and are kept alive during
-the call; it stores nothing.
+:func:`moe_experts` is the function to call. It checks its arguments (checks.py) and calls
+``torch.ops.ktlib.moe_experts``, which is registered here with schema, fake kernel and autograd; or, for weights that are
+a :class:`ktlib.Weight`, ``moe_experts_stored``, which has lists of tensors besides. The C++ side (csrc/)
+gets the addresses of checked tensors, to which Python holds references during the call. It stores nothing.
 """
 
 import functools
 import itertools
 import os
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 
@@ -45,10 +47,10 @@ _TENSORS = (
 )
 _SETTINGS = (
     "float gate_up_scaling, float down_scaling, float lora_dropout, str gate, float limit, float alpha, "
-    "bool transposed, bool interleaved, str isa, bool recompute, int parts, int stream_rows, str stream_device, "
+    "bool transposed, bool interleaved, str isa, bool recompute, int numa_parts, int stream_rows, str stream_device, "
     "bool whole"
 )
-# What Weight.pack returns of weights that are given as one; gate_up_proj and down_proj then only have the shape.
+# What Weight.pack returns of each weight that is given as one; gate_up_proj and down_proj then only have the shape.
 _STORED = (
     "Tensor[] gate_up_stored, str gate_up_format, int[] gate_up_numbers, "
     "Tensor[] down_stored, str down_format, int[] down_numbers"
@@ -57,16 +59,17 @@ _Tensors, _Stored, _Settings = (
     namedtuple(name, [argument.split()[-1] for argument in schema.split(",")])
     for name, schema in (("_Tensors", _TENSORS), ("_Stored", _STORED), ("_Settings", _SETTINGS))
 )
-_KINDS = (_Tensors, _Stored, _Settings)
-_NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as moe_experts' arguments
+_NOTHING_STORED = _Stored([], "", [0], [], "", [0])  # [0]: torch takes an empty list for one of tensors
+_NAMES = tuple(name.replace("lora_", "lora lora_") for name in _Tensors._fields)  # as error messages name them
 _DIFFERENTIABLE = [name for name in _Tensors._fields if name not in ("top_k_index", "dropout_seed")]
-_BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-_library.define(f"moe_experts({_TENSORS}, {_STORED}, {_SETTINGS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
-    f"moe_experts_backward(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, Tensor saved_t_down, "
-    f"{_TENSORS}, {_STORED}, {_SETTINGS}, bool[{len(_DIFFERENTIABLE)}] wanted) "
-    f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
-)
+_BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")  # tensors of the base model
+for _suffix, _schema in (("", f"{_TENSORS}, {_SETTINGS}"), ("_stored", f"{_TENSORS}, {_STORED}, {_SETTINGS}")):
+    _library.define(f"moe_experts{_suffix}({_schema}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
+    _library.define(
+        f"moe_experts_backward{_suffix}(Tensor grad_output, Tensor saved_gate_up, Tensor saved_t_gate_up, "
+        f"Tensor saved_t_down, {_schema}, bool[{len(_DIFFERENTIABLE)}] wanted) "
+        f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
+    )
 
 
 def moe_experts(
@@ -94,71 +97,72 @@ def moe_experts(
 ):
     """Routed experts: ``out[t] = sum_j top_k_weights[t, j] * E_{top_k_index[t, j]}(hidden_states[t])``.
 
-    ``E_e(x) = down_e(act(gate_e(x)) * up_e(x))``, where each projection is ``W_e + scaling * B_e A_e`` if it has LoRA,
-    and has a bias if one is given.
+    ``E_e(x) = down_e(act(gate_e(x)) * up_e(x))``. The matrix of a projection with LoRA is ``W_e + scaling * B_e A_e``;
+    biases are optional.
 
     Args:
         hidden_states: (tokens, hidden), bf16 or fp32 (rounded to bf16 on entry).
         top_k_index: (tokens, top_k) int64 expert ids; an id may repeat within a token.
         top_k_weights: (tokens, top_k), fp32 or bf16.
         gate_up_proj: (experts, 2 * intermediate, hidden) bf16, CPU, contiguous, gate rows first; may be a memory map.
-            Or a :class:`ktlib.Weight` of that shape: frozen weights in another format or in several tensors.
-        down_proj: (experts, hidden, intermediate) bf16, CPU, contiguous; may be a memory map. Or a Weight.
+        down_proj: (experts, hidden, intermediate) bf16, CPU, contiguous; may be a memory map.
+            Either may be a :class:`ktlib.Weight` of that shape: frozen weights in another format, or in several tensors.
         gate_up_lora, down_lora: ``None`` or ``(lora_A, lora_B, scaling)`` in PEFT's layout: lora_A
             (experts * rank, in) expert-major, lora_B (out, rank * experts) with the expert as the fastest index; both
             bf16 or both fp32 (rounded to bf16 for the products; gradients come in their dtype). Any rank >= 1.
-        lora_dropout: probability p in [0, 1) with which each element of LoRA's input (the token for gate_up, the
-            activation for down) is dropped, the others being divided by 1 - p, as PEFT does for linear layers: what the
-            weights see stays whole. Each choice of an expert by a token has its own masks, one for gate and up.
-        dropout_seed: what the masks are drawn from, besides p and an element's place: an int, or a 0-d int64 tensor on
-            the CPU. Default: drawn from torch's default generator where p > 0, so ``torch.manual_seed`` repeats a run
-            and activation checkpointing its forward. Backward uses the masks of its forward, whatever the instruction
-            set, the number of threads or ``recompute``.
+        lora_dropout: probability p in [0, 1) with which each element of a LoRA pair's input (the token for gate_up, the
+            activation for down) is dropped; the kept elements are divided by 1 - p, as in PEFT's linear layers. The
+            base weights get their input without dropout. Every choice of an expert by a token has masks of its own;
+            gate and up share one.
+        dropout_seed: an int, or a 0-d int64 tensor on the CPU; with p and an element's position it determines the
+            masks. Default: drawn from torch's default generator if p > 0, so that masks repeat after
+            ``torch.manual_seed`` and in the recomputation of activation checkpointing. Backward uses the masks of its
+            forward. They depend neither on the instruction set, nor on the number of threads, nor on ``recompute``.
         gate_up_bias, down_bias: ``None`` or (experts, 2 * intermediate) and (experts, hidden), bf16 or fp32.
-        gate: what becomes of gate and up: ``"silu"``, ``"gelu"`` (erf) or ``"gelu_tanh"`` of the gate, times up; or
-            ``"swiglu_oai"``, ``gate * sigmoid(alpha * gate) * (up + 1)``.
-        limit: ``None`` or a positive number: before that the gate is clamped to at most ``limit``, and up to
-            ``[-limit, limit]`` (gradients as torch.clamp's: zero beyond; but those of NaN pass).
+        gate: the function of gate and up: ``"silu"``, ``"gelu"`` (erf) or ``"gelu_tanh"`` of gate, times up; or
+            ``"swiglu_oai"``, which is ``gate * sigmoid(alpha * gate) * (up + 1)``.
+        limit: ``None`` or a positive number. Before that function is applied, gate is clamped to at most ``limit`` and
+            up to ``[-limit, limit]``. Beyond these bounds the gradient is 0, as with torch.clamp; at a NaN it passes.
         alpha: of ``"swiglu_oai"`` only, default 1.702.
         transposed: the weights are stored as (experts, in, out): gate_up_proj (experts, hidden, 2 * intermediate),
-            down_proj (experts, intermediate, hidden). LoRA keeps its shapes, as in PEFT.
-        interleaved: the outputs of gate_up alternate, gate 0, up 0, gate 1, ...: in gate_up_proj, gate_up_bias and
-            the rows of gate_up's lora_B.
+            down_proj (experts, intermediate, hidden). The shapes of LoRA do not change, as in PEFT.
+        interleaved: gate and up alternate (gate 0, up 0, gate 1, ...) in the outputs of gate_up_proj, in gate_up_bias
+            and in the rows of gate_up's lora_B.
         isa: instruction set, one of ``ktlib.cpu_info()["isas"]``; default: ``KTLIB_ISA`` or the fastest here.
-        recompute: keep nothing but the arguments for backward, which then computes gate and up again: half a forward
-            more, the same bits.
-        parts: into how many runs of consecutive rows each weight matrix is split for machines with several NUMA nodes,
-            see :func:`ktlib.place_experts`. Says which thread computes what, never a result.
-        stream_rows: ``None``, or a number of rows: where ``hidden_states`` are on a GPU, experts on which at least so
-            many choices of this batch fall are computed there, from weights that are copied to it for the call and
-            again for backward (gpu/streamed_experts.py). The others are computed on the CPU as ever; without a GPU all
-            are. Implies ``recompute``. Not for weights or biases that are trained. Where TF32 is allowed
-            (``torch.set_float32_matmul_precision``), LoRA's products there use it: a call can't switch off for itself
-            what is a setting of the whole process.
+        recompute: save only the arguments for backward, which then computes gate and up again. That is half a forward
+            more work, and the same bits.
+        parts: number of NUMA parts: runs of consecutive rows into which each weight matrix is split on machines with
+            several NUMA nodes, see :func:`ktlib.place_experts`. It decides which thread computes a row, and changes no
+            result.
+        stream_rows: ``None``, or a number of rows. If ``hidden_states`` are on a GPU, an expert on which at least so
+            many choices of this batch fall is computed on that GPU; its weights are copied to the GPU for this call,
+            and again for backward (gpu/streamed_experts.py). All other experts are computed on the CPU. Implies
+            ``recompute``. Refused if weights or biases are trained. LoRA's products on the GPU use TF32 if the process
+            allows it (``torch.set_float32_matmul_precision``): a single call cannot change that for itself alone.
 
     Returns:
         (tokens, hidden) in the dtype and on the device of ``hidden_states``. Differentiable in hidden_states,
         top_k_weights, lora_A, lora_B, the weights and the biases. ``hidden_states``, the routing, biases and LoRA may
-        live on another device: they are copied to the CPU, and the result and the gradients back.
+        be on another device: they are copied to the CPU, and the result and their gradients are copied back.
 
     With a Weight the result and all gradients have the same bits as with its ``decoded()``. It can be neither
     ``transposed`` nor streamed (``stream_rows``).
 
-    Memory: no copy of the weights. Resident after a step on a layer are at most ``weights * 1.05`` plus
-    ``2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)`` bytes that backward needs, plus outputs and
-    gradients, plus scratch that a process has once whatever the number of layers, of which at most 512 MiB are kept.
-    With ``recompute`` the term in ``intermediate`` and ``rank`` is gone.
+    Memory: the weights are not copied. After a step on a layer these are resident: at most ``weights * 1.05``, plus
+    ``2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)`` bytes saved for backward, plus outputs and
+    gradients, plus scratch memory, which all layers of a process share, and of which at most 512 MiB stay allocated.
+    ``recompute`` removes the terms in ``intermediate`` and ``rank``.
 
     Raises:
-        TypeError: an argument is not a tensor (or not such a tuple), has the wrong dtype, or is not of its type.
+        TypeError: an argument has the wrong type, or a tensor the wrong dtype.
         ValueError: wrong shape, device or layout, an expert id out of range, an unknown gate or isa, a limit that is
-            not positive and finite, an alpha that is not finite or not the gate's, parts out of [1, 1024], a
+            not positive and finite, an alpha that is not finite or belongs to another gate, parts outside [1, 1024], a
             lora_dropout outside [0, 1), stream_rows below 1 or with weights or biases that require a gradient, a Weight
             with transposed or stream_rows.
         RuntimeError: ``isa`` cannot run on this machine.
         NotImplementedError: forward-mode derivatives (``torch.autograd.forward_ad``, ``torch.func.jvp``) or
             ``torch.func.grad``, ``vjp``, ``jacrev`` of the call; second derivatives, in backward. ``torch.func.vmap``
-            of CPU tensors works, one element of the batch after the other.
+            of CPU tensors works; it computes one element of the batch after the other.
     """
     check_flags(transposed=transposed, interleaved=interleaved, recompute=recompute)
     check_isa(isa)
@@ -172,11 +176,11 @@ def moe_experts(
     dropout_seed = check_dropout(lora_dropout, dropout_seed)
 
     device = hidden_states.device
-    hidden_states, top_k_index, top_k_weights, *others = to_host(
+    hidden_states, top_k_index, top_k_weights, *biases_and_lora = to_host(
         hidden_states, top_k_index, top_k_weights, gate_up_bias, down_bias, *gate_up_lora[:2], *down_lora[:2]
     )
-    tensors = _Tensors(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *others, dropout_seed)
-    stored = _Stored(*gate_up_stored, *down_stored)
+    routed = (hidden_states, top_k_index, top_k_weights)
+    tensors = _Tensors(*routed, gate_up_proj, down_proj, *biases_and_lora, dropout_seed)
     check_no_tangents(_NAMES, tensors)
     stream_device = _stream_device(device) if stream_rows else ""
     whole, save = _for_backward(tensors, stream_rows)
@@ -191,17 +195,17 @@ def moe_experts(
         interleaved=interleaved,
         isa=isa or os.environ.get("KTLIB_ISA", ""),
         recompute=recompute or bool(stream_device),
-        parts=parts,
+        numa_parts=parts,
         stream_rows=stream_rows or 0,
         stream_device=stream_device,
         whole=whole,
     )
     try:
-        output, *_ = torch.ops.ktlib.moe_experts(*tensors, *stored, *settings, save)
+        output, *_ = _call_op("moe_experts", tensors, _Stored(*gate_up_stored, *down_stored), settings, save)
     except RuntimeError as error:
         if "functorch" not in str(error):
             raise
-        # of ops registered with torch.library (https://github.com/pytorch/pytorch/issues/179652)
+        # torch.func.grad of ops registered with torch.library: https://github.com/pytorch/pytorch/issues/179652
         raise NotImplementedError(
             "ktlib.moe_experts: torch.func.grad and what is made of it are not implemented; use torch.autograd.grad"
         ) from error
@@ -211,27 +215,34 @@ def moe_experts(
 def _unpack(name, weight, transposed, stream_rows):
     """``(tensor, stored, format, numbers)``: a weight as the registered op takes it."""
     if not isinstance(weight, Weight):
-        return weight, [], "", [0]  # not empty, which torch would take for a list of tensors
+        return weight, *_NOTHING_STORED[:3]
     for option, value in (("transposed", transposed), ("stream_rows", stream_rows)):
         if value:
             raise ValueError(f"{option}: got {value} with a ktlib.Weight as {name}, needs none of it")
     return weight.placeholder(), *weight.pack()
 
 
+def _call_op(name, tensors, stored, settings, last):
+    if stored == _NOTHING_STORED:
+        return getattr(torch.ops.ktlib, name)(*tensors, *settings, last)
+    return getattr(torch.ops.ktlib, f"{name}_stored")(*tensors, *stored, *settings, last)
+
+
 def _stream_device(device):
-    """The device that experts may be streamed to for hidden states on ``device``, by name; "" if there is none."""
+    """Name of the device to which experts may be streamed if the hidden states are on ``device``; "" if to none."""
     return str(device) if device.type == "cuda" else ""
 
 
 def _for_backward(tensors, stream_rows):
-    """``(whole, save)``: whether backward will compute gradients of weights or biases, and whether of anything.
+    """``(whole, save)``: whether the batch must be computed as a whole, and whether backward may be called at all.
 
-    ValueError if the former, and experts are to be streamed.
+    C++ computes long batches in chunks. Gradients of weights and biases sum over all tokens, so backward computes them
+    from the whole batch at once. ValueError if these gradients are needed and experts are to be streamed.
     """
 
     def required(names):
-        given = (getattr(tensors, name) for name in names)
-        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+        named = (getattr(tensors, name) for name in names)
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in named)
 
     whole = required(_BASE)
     if stream_rows and whole:
@@ -243,9 +254,13 @@ def _for_backward(tensors, stream_rows):
 
 # ------------------------------------------------------------------------------------------------- the registered op
 
-# A call as C++ takes it: ``held`` are the tensors whose memory ``inputs`` name (hold on to them during the call, and to
-# ``streamed``, which has the list of the experts that C++ leaves out and computes them; None if there are none).
-_Call = namedtuple("_Call", "inputs held streamed")
+
+class _Call(NamedTuple):
+    """One call as C++ takes it; it must be alive until C++ returns, since ``inputs`` hold addresses of its tensors."""
+
+    inputs: _kernels.Inputs
+    tensors: _Tensors
+    streamed: Streamed | None  # computes the chosen experts, which C++ leaves out; None if there are none
 
 
 def _address(tensor):
@@ -257,7 +272,7 @@ def _matrix(tensor):
 
 
 def _weight(name, tensor, stored, format, numbers):
-    """Expert weights as C++ takes them: a bf16 stack (experts, rows, columns), or what is stored in its place."""
+    """The C++ description of expert weights: a bf16 stack (experts, rows, columns), or what is stored in its place."""
     if format:
         return Weight.unpack(name, stored, format, numbers, tensor.shape).kernel_argument(name)
     if is_placeholder(tensor):
@@ -270,37 +285,37 @@ def _lora(lora_A, lora_B, scaling, experts):
     return _kernels.Lora(A=_matrix(lora_A), B=_matrix(lora_B), rank=rank, scaling=scaling)
 
 
-def _arguments(tensors, stored, settings):
-    """A :class:`_Call`.
+def _native_call(tensors, stored, settings):
+    """The :class:`_Call` of these arguments of the registered op.
 
-    All is checked here again, right before addresses are taken: shapes and memory may have changed since forward.
+    Everything is checked again, right before addresses are taken: shapes and memory may have changed since forward.
     """
     seed = check_dropout(settings.lora_dropout, tensors.dropout_seed)
     threshold = 0 if seed is None else drop_threshold(settings.lora_dropout)
-    kept = 1 - threshold / 2**32
-    factors = [
-        None if a is None else (a, b, scaling / kept)
+    share_kept = 1 - threshold / 2**32
+    lora = [
+        None if a is None else (a, b, scaling / share_kept)
         for a, b, scaling in (
             (tensors.gate_up_lora_A, tensors.gate_up_lora_B, settings.gate_up_scaling),
             (tensors.down_lora_A, tensors.down_lora_B, settings.down_scaling),
         )
     ]
     (experts, hidden, intermediate), (*_, gate_up_scaling), (*_, down_scaling) = check_all(
-        tensors, factors, settings.transposed
+        tensors, lora, settings.transposed
     )
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             check_memory(name, tensor)
     tokens, topk = tensors.top_k_index.shape
-    held = tensors._replace(
+    tensors = tensors._replace(
         hidden_states=tensors.hidden_states.to(torch.bfloat16), top_k_weights=tensors.top_k_weights.float()
     )
-    held = _Tensors(*(t if t is None or is_placeholder(t) else t.contiguous() for t in held))
+    tensors = _Tensors(*(t if t is None or is_placeholder(t) else t.contiguous() for t in tensors))
     dropout = _kernels.Dropout(seed=0 if seed is None else seed.item(), threshold=threshold)
-    chosen = choose(held.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
+    chosen = choose(tensors.top_k_index, experts, settings.stream_rows if settings.stream_device else 0)
     streamed = None
     if chosen is not None:
-        streamed = Streamed(held, settings, (gate_up_scaling, down_scaling), dropout, chosen)
+        streamed = Streamed(tensors, settings, (gate_up_scaling, down_scaling), dropout, chosen)
     inputs = _kernels.Inputs(
         shape=_kernels.Shape(tokens=tokens, hidden=hidden, inter=intermediate, experts=experts, topk=topk),
         settings=_kernels.Settings(
@@ -308,37 +323,44 @@ def _arguments(tensors, stored, settings):
             dropout=dropout,
             transposed=settings.transposed,
             interleaved=settings.interleaved,
-            parts=settings.parts,
+            parts=settings.numa_parts,
             whole=settings.whole,
         ),
-        hidden_states=held.hidden_states.data_ptr(),
-        top_k_index=held.top_k_index.data_ptr(),
-        top_k_weights=held.top_k_weights.data_ptr(),
-        gate_up_proj=_weight("gate_up_proj", held.gate_up_proj, *stored[:3]),
-        down_proj=_weight("down_proj", held.down_proj, *stored[3:]),
-        gate_up_bias=_matrix(held.gate_up_bias),
-        down_bias=_matrix(held.down_bias),
-        gate_up_lora=_lora(held.gate_up_lora_A, held.gate_up_lora_B, gate_up_scaling, experts),
-        down_lora=_lora(held.down_lora_A, held.down_lora_B, down_scaling, experts),
+        hidden_states=tensors.hidden_states.data_ptr(),
+        top_k_index=tensors.top_k_index.data_ptr(),
+        top_k_weights=tensors.top_k_weights.data_ptr(),
+        gate_up_proj=_weight("gate_up_proj", tensors.gate_up_proj, *stored[:3]),
+        down_proj=_weight("down_proj", tensors.down_proj, *stored[3:]),
+        gate_up_bias=_matrix(tensors.gate_up_bias),
+        down_bias=_matrix(tensors.down_bias),
+        gate_up_lora=_lora(tensors.gate_up_lora_A, tensors.gate_up_lora_B, gate_up_scaling, experts),
+        down_lora=_lora(tensors.down_lora_A, tensors.down_lora_B, down_scaling, experts),
         elsewhere=_address(None if streamed is None else streamed.chosen),
     )
-    return _Call(inputs, held, streamed)
+    return _Call(inputs, tensors, streamed)
 
 
 def _saved_shapes(tensors, settings):
-    """Shapes of what backward needs: gate and up before the activation, the inner values of both LoRA pairs (twice:
-    csrc/layer/lora.h keeps them as sums of two bf16)."""
+    """Shapes of the bf16 tensors that C++ saves for backward: gate and up before the activation, and the inner values
+    of both LoRA pairs. An inner value is stored as the sum of two bf16 values (csrc/layer/lora.h), hence 2 * rank."""
     slots, (experts, _, intermediate) = tensors.top_k_index.numel(), sizes(tensors.down_proj, settings.transposed)
     lora = (tensors.gate_up_lora_A, tensors.down_lora_A)
     ranks = [0 if a is None else a.shape[0] // experts for a in lora]
     return (slots, 2 * intermediate), (2 * ranks[0], slots), (2 * ranks[1], slots)
 
 
-def _split(arguments):
-    """The registered ops' arguments as ``(_Tensors, _Stored, _Settings, the one after them)``."""
-    arguments = iter(arguments)
-    tensors, stored, settings = (kind(*itertools.islice(arguments, len(kind._fields))) for kind in _KINDS)
-    return tensors, stored, settings, next(arguments)
+def _forward_saved_shapes(tensors, settings, save):
+    """Shapes of the saved tensors that the forward op returns: empty ones if backward recomputes them."""
+    return _saved_shapes(tensors, settings) if save and not settings.recompute else ((0,),) * 3
+
+
+def _unflatten(arguments):
+    """The registered ops' arguments as ``(_Tensors, _Stored, _Settings, last argument)``."""
+    remaining, has_stored = iter(arguments), len(arguments) > len(_Tensors._fields) + len(_Settings._fields) + 1
+    tensors = _Tensors(*itertools.islice(remaining, len(_Tensors._fields)))
+    stored = _Stored(*itertools.islice(remaining, len(_Stored._fields))) if has_stored else _NOTHING_STORED
+    *settings, last = remaining
+    return tensors, stored, _Settings(*settings), last
 
 
 def _empty(shape, dtype, pin_memory=False):
@@ -347,7 +369,7 @@ def _empty(shape, dtype, pin_memory=False):
 
 
 def _empty_like(tensor, dtype=None):
-    """Contiguous; in pinned memory if ``tensor`` is, because what becomes of the one becomes of the other."""
+    """Contiguous. Results are pinned if the tensors they belong to are, so that the copy back is asynchronous too."""
     return _empty(tensor.shape, dtype or tensor.dtype, tensor.is_pinned())
 
 
@@ -355,16 +377,12 @@ def _saved(tensors):
     return _kernels.Saved(**dict(zip(("gate_up", "t_gate_up", "t_down"), map(_address, tensors), strict=True)))
 
 
-def _kept_shapes(tensors, settings, save):
-    return _saved_shapes(tensors, settings) if save and not settings.recompute else ((0,),) * 3
-
-
 def _forward(*arguments):
-    tensors, stored, settings, save = _split(arguments)
-    call = _arguments(tensors, stored, settings)
+    tensors, stored, settings, save = _unflatten(arguments)
+    call = _native_call(tensors, stored, settings)
     output = _empty_like(tensors.hidden_states)
-    saved = [_empty(shape, torch.bfloat16) for shape in _kept_shapes(tensors, settings, save)]
-    # queued before the CPU's share is computed
+    saved = [_empty(shape, torch.bfloat16) for shape in _forward_saved_shapes(tensors, settings, save)]
+    # The GPU's work is queued before the CPU computes its experts.
     streamed = None if call.streamed is None else call.streamed.forward()
     if streamed is None or call.streamed.leaves_rows:
         to_save = saved if save and not settings.recompute else [None] * 3
@@ -375,22 +393,22 @@ def _forward(*arguments):
 
 
 def _backward(grad_output, *arguments):
-    saved, (tensors, stored, settings, wanted) = arguments[:3], _split(arguments[3:])
-    call = _arguments(tensors, stored, settings)
+    saved, (tensors, stored, settings, wanted) = arguments[:3], _unflatten(arguments[3:])
+    call = _native_call(tensors, stored, settings)
     check_tensor("grad_output", grad_output, (torch.bfloat16, torch.float32), 2)
     check_shape("grad_output", grad_output, tensors.hidden_states.shape, "to match hidden_states")
     check_memory("grad_output", grad_output)
     grad_output = grad_output.to(torch.bfloat16).contiguous()
     grads = dict.fromkeys(_DIFFERENTIABLE)
     for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
-        if want and name in _BASE and not settings.whole:  # each part of a long batch would overwrite those before
+        if want and name in _BASE and not settings.whole:  # each chunk of a long batch would overwrite the gradient
             raise ValueError(f"{name}: its gradient is wanted of a call that was made with whole=False")
         if want:
             grads[name] = _empty_like(getattr(tensors, name), torch.float32 if name == "top_k_weights" else None)
     names = [name for name in grads if grads[name] is not None]
     streamed = {} if call.streamed is None else call.streamed.backward(grad_output, names)
     if call.streamed is None or call.streamed.leaves_rows:
-        _backward_here(call, saved, tensors, settings, grad_output, grads)
+        _backward_on_cpu(call, saved, tensors, settings, grad_output, grads)
     if streamed:
         call.streamed.complete([(grads[name], grad) for name, grad in streamed.items()])
     if grads["top_k_weights"] is not None:
@@ -398,8 +416,8 @@ def _backward(grad_output, *arguments):
     return tuple(grad_output.new_empty(0) if grad is None else grad for grad in grads.values())
 
 
-def _backward_here(call, saved, tensors, settings, grad_output, grads):
-    """Write what the CPU has to compute of the gradients, in place."""
+def _backward_on_cpu(call, saved, tensors, settings, grad_output, grads):
+    """Write into ``grads`` the gradients of the experts that the CPU computes."""
     threads, shapes = operator_threads(), _saved_shapes(tensors, settings)
     if settings.recompute:
         saved = [_empty(shape, torch.bfloat16) for shape in shapes]
@@ -409,20 +427,20 @@ def _backward_here(call, saved, tensors, settings, grad_output, grads):
         if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous() or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: changed since forward, which saved {describe(tensor)}; needs bfloat16 {shape}")
         check_memory(name, tensor)
-    one_dtype = ("top_k_weights", "gate_up_proj", "down_proj")
-    to = {name: _address(grad) if name in one_dtype else _matrix(grad) for name, grad in grads.items()}
-    _kernels.backward(settings.isa, threads, call.inputs, _saved(saved), grad_output.data_ptr(), _kernels.Grads(**to))
+    of_fixed_dtype = ("top_k_weights", "gate_up_proj", "down_proj")
+    grads = _kernels.Grads(**{name: (_address if name in of_fixed_dtype else _matrix)(g) for name, g in grads.items()})
+    _kernels.backward(settings.isa, threads, call.inputs, _saved(saved), grad_output.data_ptr(), grads)
 
 
 def _forward_fake(*arguments):
-    tensors, _, settings, save = _split(arguments)
-    shapes = _kept_shapes(tensors, settings, save)
+    tensors, _, settings, save = _unflatten(arguments)
+    shapes = _forward_saved_shapes(tensors, settings, save)
     saved = (tensors.hidden_states.new_empty(shape, dtype=torch.bfloat16) for shape in shapes)
     return torch.empty_like(tensors.hidden_states, memory_format=torch.contiguous_format), *saved
 
 
 def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
-    tensors, _, _, wanted = _split(arguments)
+    tensors, _, _, wanted = _unflatten(arguments)
     return tuple(
         torch.empty_like(getattr(tensors, name), memory_format=torch.contiguous_format)
         if want
@@ -431,44 +449,29 @@ def _backward_fake(grad_output, gate_up, t_gate_up, t_down, *arguments):
     )
 
 
-def _elements(info, in_dims, arguments):
-    """The arguments of each element of a batch of torch.func.vmap."""
+def _forward_batched(info, in_dims, *arguments):
+    """The op under torch.func.vmap: one call for each element of the batch.
+
+    ``requires_grad`` of a batched tensor is always False in vmap, so the tensors of each element are asked instead.
+    """
     if not info.batch_size:
         raise ValueError("ktlib.moe_experts: got a batch of torch.func.vmap without elements, needs at least one")
     batches = (
         value.unbind(dim) if isinstance(dim, int) else itertools.repeat(value, info.batch_size)
         for value, dim in zip(arguments, in_dims, strict=True)
     )
-    return zip(*batches, strict=True)
-
-
-def _stack(results):
-    """The results of all elements, and the dimension of the batch in each."""
-    results = tuple(map(torch.stack, zip(*results, strict=True)))
-    return results, (0,) * len(results)
-
-
-def _forward_batched(info, in_dims, *arguments):
-    """One element after the other.
-
-    A tensor with a batch says that it requires no gradient, whatever is the case: only its elements know.
-    """
     results = []
-    for element in _elements(info, in_dims, arguments):
-        tensors, stored, settings, _ = _split(element)
+    for element in zip(*batches, strict=True):
+        tensors, stored, settings, _ = _unflatten(element)
         whole, save = _for_backward(tensors, settings.stream_rows)
-        results.append(torch.ops.ktlib.moe_experts(*tensors, *stored, *settings._replace(whole=whole), save))
-    return _stack(results)
-
-
-def _backward_batched(info, in_dims, *arguments):
-    return _stack([torch.ops.ktlib.moe_experts_backward(*element) for element in _elements(info, in_dims, arguments)])
+        results.append(_call_op("moe_experts", tensors, stored, settings._replace(whole=whole), save))
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 4
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, stored, settings, _ = _split(inputs)
-    ctx.settings = tuple(settings)
-    # the number of tensors in the place of tensors
+    tensors, stored, settings, _ = _unflatten(inputs)
+    ctx.settings = settings
+    # The numbers of tensors in place of the tensors, which torch saves.
     ctx.stored = stored._replace(gate_up_stored=len(stored.gate_up_stored), down_stored=len(stored.down_stored))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -477,16 +480,22 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad_output, *_):
     result = dict.fromkeys(_Tensors._fields)
+    counts = ctx.stored.gate_up_stored, ctx.stored.down_stored
     if grad_output is not None:
         check_no_tangents(["grad_output"], [grad_output])
         needs = dict(zip(_Tensors._fields, ctx.needs_input_grad, strict=False))
         wanted = [needs[name] for name in _DIFFERENTIABLE]
         saved = iter(ctx.saved_tensors)
-        tensors = list(itertools.islice(saved, 3 + len(_Tensors._fields)))
-        stored = [list(itertools.islice(saved, value)) if isinstance(value, int) else value for value in ctx.stored]
-        grads = torch.ops.ktlib.moe_experts_backward(grad_output, *tensors, *stored, *ctx.settings, wanted)
+        lengths = (3, len(_Tensors._fields), *counts)
+        from_forward, tensors, *lists = (list(itertools.islice(saved, length)) for length in lengths)
+        stored = ctx.stored._replace(gate_up_stored=lists[0], down_stored=lists[1])
+        arguments = [grad_output, *from_forward, *tensors]
+        grads = _call_op("moe_experts_backward", arguments, stored, ctx.settings, wanted)
         result |= {name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if needs[name]}
-    stored = [[None] * value if isinstance(value, int) else None for value in ctx.stored]
+    if ctx.stored == _NOTHING_STORED._replace(gate_up_stored=0, down_stored=0):
+        stored = ()
+    else:
+        stored = _Stored([None] * counts[0], None, None, [None] * counts[1], None, None)
     return *result.values(), *stored, *[None] * (len(ctx.settings) + 1)
 
 
@@ -494,11 +503,14 @@ def _no_second_derivative(ctx, *_):
     raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
 
 
-_library.impl("moe_experts", functools.partial(once, _forward), "CPU")
-_library.impl("moe_experts_backward", _backward, "CPU")
-torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
-torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
-torch.library.register_vmap("ktlib::moe_experts", _forward_batched, lib=_library)
-torch.library.register_vmap("ktlib::moe_experts_backward", _backward_batched, lib=_library)
-torch.library.register_autograd("ktlib::moe_experts", _autograd_backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("ktlib::moe_experts_backward", _no_second_derivative, lib=_library)
+for _suffix in ("", "_stored"):
+    _forward_op, _backward_op = f"moe_experts{_suffix}", f"moe_experts_backward{_suffix}"
+    _library.impl(_forward_op, functools.partial(once, _forward), "CPU")
+    _library.impl(_backward_op, _backward, "CPU")
+    torch.library.register_fake(f"ktlib::{_forward_op}", _forward_fake, lib=_library)
+    torch.library.register_fake(f"ktlib::{_backward_op}", _backward_fake, lib=_library)
+    torch.library.register_vmap(f"ktlib::{_forward_op}", _forward_batched, lib=_library)
+    torch.library.register_autograd(
+        f"ktlib::{_forward_op}", _autograd_backward, setup_context=_setup_context, lib=_library
+    )
+    torch.library.register_autograd(f"ktlib::{_backward_op}", _no_second_derivative, lib=_library)

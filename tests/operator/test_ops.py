@@ -27,9 +27,6 @@ def layer():
     return small_layer()
 
 
-NOTHING_STORED = ([], "", [0]) * 2  # no ktlib.Weight
-
-
 def arguments_of_the_op(
     layer, gate="silu", limit=float("inf"), transposed=False, interleaved=False, save=True, dropout=(None, 0.0)
 ):
@@ -55,14 +52,14 @@ def arguments_of_the_op(
         save and biases[0] is not None,
         save,
     )
-    return (*(layer[name] for name in names), *biases, *lora, seed, *NOTHING_STORED, *settings)
+    return (*(layer[name] for name in names), *biases, *lora, seed, *settings)
 
 
 def test_a_wrong_id_writes_nothing(layer):
     """The C++ side checks ids itself, before any output: also when it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
-    call = moe_experts._arguments(*moe_experts._split(arguments_of_the_op(layer))[:3])
+    call = moe_experts._native_call(*moe_experts._unflatten(arguments_of_the_op(layer))[:3])
     with pytest.raises(ValueError, match="1000000000000"):
         moe_experts._kernels.forward("", 2, call.inputs, moe_experts._matrix(output), moe_experts._saved([None] * 3))
     assert (output == 7.0).all()
@@ -276,12 +273,12 @@ def test_a_default_device_changes_nothing(layer, stream_device):
     """Of ``with torch.device(...)`` and torch.set_default_device."""
     settings = {"stream_rows": 1, "recompute": True, "stream_device": stream_device} if stream_device else {}
     layer["hidden_states"].requires_grad_()
-    tensors, stored, given, save = moe_experts._split(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
+    tensors, _, given, save = moe_experts._unflatten(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
     given, wanted = given._replace(**settings), [name == "hidden_states" for name in moe_experts._DIFFERENTIABLE]
 
     def results():
-        output, *saved = moe_experts._forward(*tensors, *stored, *given, save)
-        gradients = moe_experts._backward(output.detach(), *saved, *tensors, *stored, *given, wanted)
+        output, *saved = moe_experts._forward(*tensors, *given, save)
+        gradients = moe_experts._backward(output.detach(), *saved, *tensors, *given, wanted)
         called = ktlib.moe_experts(**layer, lora_dropout=0.5, dropout_seed=7)
         return output, *saved, *gradients, called, *torch.autograd.grad(called.sum(), layer["hidden_states"])
 
