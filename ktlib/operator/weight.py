@@ -91,7 +91,7 @@ class Weight:
         return torch.empty(1, dtype=torch.bfloat16, device="cpu").expand(self.shape)
 
     def pack(self):
-        """``(tensors, format, numbers)``, as a registered op can take it; :meth:`unpack` makes the Weight of it again."""
+        """``(tensors, format, numbers)``, as a registered op can take it. The opposite of :meth:`unpack`."""
         return [*self.codes, *self.scales, *self.zeros], self.format, [len(self.codes), *(self.group or ())]
 
     @classmethod

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ktlib
-from ktlib.operator import moe_experts
+from ktlib.operator import registered_op
 from ktlib.operator.recompute_once import CHECKPOINTING, _region
 from ktlib.training import sft
 from ktlib.training.tasks import dates
@@ -17,10 +17,10 @@ def calls(monkeypatch):
     seen = []
 
     def watch(name, function):
-        monkeypatch.setattr(moe_experts._kernels, name, lambda *rest: seen.append(name) or function(*rest))
+        monkeypatch.setattr(registered_op._kernels, name, lambda *rest: seen.append(name) or function(*rest))
 
-    watch("forward", moe_experts._kernels.forward)
-    watch("backward", moe_experts._kernels.backward)
+    watch("forward", registered_op._kernels.forward)
+    watch("backward", registered_op._kernels.backward)
     return seen
 
 

@@ -8,7 +8,7 @@ import torch
 import ktlib
 from ktlib import reference
 from ktlib.lab.validation import QUANTITIES, evaluate, random_layer, relative_error
-from ktlib.operator import moe_experts
+from ktlib.operator import moe_experts, registered_op
 
 # Rounding to bf16 changes a number by 2^-8 of it at most, and a tensor by about 0.0017 of its L2 norm
 # (ktlib.lab.validation.ROUNDING). The output sees two such roundings (h and the result), a LoRA gradient up to four
@@ -328,7 +328,7 @@ def test_same_bits_from_weights_in_several_tensors(isa, tensors, transposed, mon
         for piece in stack.reshape(count, -1):
             kept.append(torch.full((piece.numel() + 2,), torch.nan, dtype=torch.bfloat16))
             kept[-1][1:-1] = piece
-        return moe_experts._kernels.Weight(
+        return registered_op._kernels.Weight(
             format=weight.format,
             tensors=[tensor[1:].data_ptr() for tensor in kept[-count:]],
             tensor_rows=experts * rows // count,

@@ -11,7 +11,7 @@ import torch
 import ktlib
 from ktlib import reference
 from ktlib.lab.validation import QUANTITIES, evaluate, random_layer, relative_error
-from ktlib.operator import moe_experts
+from ktlib.operator import registered_op
 
 EXPERTS, HIDDEN, INTERMEDIATE, RANK = 4, 64, 96, 3
 
@@ -59,9 +59,11 @@ def test_a_wrong_id_writes_nothing(layer):
     """The C++ side checks ids itself, before any output: also when it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
-    call = moe_experts._native_call(*moe_experts._unflatten(arguments_of_the_op(layer))[:3])
+    call = registered_op._native_call(*registered_op._unflatten(arguments_of_the_op(layer))[:3])
     with pytest.raises(ValueError, match="1000000000000"):
-        moe_experts._kernels.forward("", 2, call.inputs, moe_experts._matrix(output), moe_experts._saved([None] * 3))
+        registered_op._kernels.forward(
+            "", 2, call.inputs, registered_op._matrix(output), registered_op._saved([None] * 3)
+        )
     assert (output == 7.0).all()
 
 
@@ -75,7 +77,7 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
 assert libc.prctl(22, 2, struct.pack("@HP", len(lines), ctypes.addressof(code))) == 0, "PR_SET_SECCOMP"
 import ktlib
 print(ktlib.cpu_info()["isa"])
-ktlib.operator.moe_experts._kernels.select_isa("amx_bf16")
+ktlib.operator.registered_op._kernels.select_isa("amx_bf16")
 """
 
 
@@ -87,21 +89,21 @@ def test_unavailable_isa_is_an_error_not_a_crash():
     assert done.returncode == 1 and done.stdout.strip() in set(ktlib.cpu_info()["isas"]) - {"amx_bf16"}
     assert "RuntimeError: isa: 'amx_bf16' cannot run on this machine: it " in done.stderr
     with pytest.raises(ValueError, match="known are"):
-        moe_experts._kernels.select_isa("sse9")
+        registered_op._kernels.select_isa("sse9")
 
 
 def test_the_extension_takes_every_field_of_a_call_by_name_and_none_may_be_missing():
     fields = {"tokens": 1, "hidden": 2, "inter": 3, "experts": 4, "topk": 5}
-    shape = moe_experts._kernels.Shape(**fields)
+    shape = registered_op._kernels.Shape(**fields)
     assert {name: getattr(shape, name) for name in fields} == fields
     for name in fields:
         with pytest.raises(TypeError):
-            moe_experts._kernels.Shape(**{other: value for other, value in fields.items() if other != name})
+            registered_op._kernels.Shape(**{other: value for other, value in fields.items() if other != name})
     for wrong in ({"rank": 6}, {"hidden": "2"}):
         with pytest.raises(TypeError):
-            moe_experts._kernels.Shape(**(fields | wrong))
+            registered_op._kernels.Shape(**(fields | wrong))
     with pytest.raises(TypeError):
-        moe_experts._kernels.Shape(*fields.values())
+        registered_op._kernels.Shape(*fields.values())
 
 
 def test_isa_from_the_environment(layer, monkeypatch):
@@ -132,7 +134,7 @@ def emptied(tensor):
     tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
 
 
-@pytest.mark.parametrize("name", moe_experts._NAMES)
+@pytest.mark.parametrize("name", registered_op.NAMES)
 def test_memory_that_was_freed_is_not_read(layer, name):
     """The storage of a tensor that was emptied, before the call or between forward and backward."""
     layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
@@ -273,12 +275,12 @@ def test_a_default_device_changes_nothing(layer, stream_device):
     """Of ``with torch.device(...)`` and torch.set_default_device."""
     settings = {"stream_rows": 1, "recompute": True, "stream_device": stream_device} if stream_device else {}
     layer["hidden_states"].requires_grad_()
-    tensors, _, given, save = moe_experts._unflatten(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
-    given, wanted = given._replace(**settings), [name == "hidden_states" for name in moe_experts._DIFFERENTIABLE]
+    tensors, _, given, save = registered_op._unflatten(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
+    given, wanted = given._replace(**settings), [name == "hidden_states" for name in registered_op.DIFFERENTIABLE]
 
     def results():
-        output, *saved = moe_experts._forward(*tensors, *given, save)
-        gradients = moe_experts._backward(output.detach(), *saved, *tensors, *given, wanted)
+        output, *saved = registered_op._forward(*tensors, *given, save)
+        gradients = registered_op._backward(output.detach(), *saved, *tensors, *given, wanted)
         called = ktlib.moe_experts(**layer, lora_dropout=0.5, dropout_seed=7)
         return output, *saved, *gradients, called, *torch.autograd.grad(called.sum(), layer["hidden_states"])
 
@@ -367,14 +369,14 @@ def test_a_gradient_that_is_none_is_passed_on(layer):
 
 def test_saves_only_for_a_backward(layer, monkeypatch):
     """Three addresses of what backward needs reach the kernels if there will be one, else none."""
-    addresses, forward = [], moe_experts._kernels.forward
+    addresses, forward = [], registered_op._kernels.forward
 
     def watched(*arguments):
         saved = arguments[-1]
         addresses.append((saved.gate_up, saved.t_gate_up, saved.t_down))
         return forward(*arguments)
 
-    monkeypatch.setattr(moe_experts._kernels, "forward", watched)
+    monkeypatch.setattr(registered_op._kernels, "forward", watched)
     x = layer["hidden_states"].clone().requires_grad_()
     ktlib.moe_experts(**layer)
     with torch.no_grad():

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 import ktlib
 from ktlib import _kernels, reference
 from ktlib.lab.validation import QUANTITIES, evaluate, random_layer, relative_error
-from ktlib.operator import moe_experts
+from ktlib.operator import moe_experts, registered_op
 from ktlib.operator.gpu import streamed_experts as streaming
 from ktlib.operator.recompute_once import CHECKPOINTING
 
 ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
-INDEX = moe_experts._Settings._fields.index("stream_rows")
+INDEX = registered_op.Settings._fields.index("stream_rows")
 
 
 @pytest.fixture

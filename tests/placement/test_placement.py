@@ -243,11 +243,11 @@ def test_checkpointing(kind):
 
 @pytest.mark.parametrize("device", ["cpu", SIM], ids=str)
 def test_selective_checkpointing_computes_experts_once(device, monkeypatch):
-    from ktlib.operator import moe_experts
+    from ktlib.operator import registered_op
 
-    calls, forward = [], moe_experts._kernels.forward
+    calls, forward = [], registered_op._kernels.forward
 
-    monkeypatch.setattr(moe_experts._kernels, "forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(registered_op._kernels, "forward", lambda *args: calls.append(1) or forward(*args))
     for enable, wanted in ((hybrid.checkpoint_all_but_experts, 1), (lambda m: m.gradient_checkpointing_enable(), 2)):
         model = adapted(device=device)
         enable(model)

@@ -41,6 +41,6 @@ if path := os.environ.get("KTLIB_TEST_EXTENSION"):
     spec.loader.exec_module(sys.modules[spec.name])
 
 if PAGES:
-    from ktlib.operator import moe_experts
+    from ktlib.operator import registered_op
 
-    moe_experts._empty = guarded
+    registered_op._empty = guarded

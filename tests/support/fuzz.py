@@ -18,9 +18,9 @@ from support import extension
 
 import ktlib
 from ktlib import reference
-from ktlib.operator import checks, moe_experts
+from ktlib.operator import checks, moe_experts, registered_op
 
-NAMES = tuple(name for name in moe_experts._NAMES if name != "dropout_seed")  # which is a setting to the caller
+NAMES = tuple(name for name in registered_op.NAMES if name != "dropout_seed")  # which is a setting to the caller
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 import ktlib
 from ktlib.assets import BASE
-from ktlib.operator import moe_experts
+from ktlib.operator import registered_op
 from ktlib.system import threads
 
 
@@ -49,13 +49,13 @@ def test_the_operator_gets_its_number_forward_and_backward(three_threads, monkey
 
     def watch(name, function):
         monkeypatch.setattr(
-            moe_experts._kernels,
+            registered_op._kernels,
             name,
             lambda isa, count, *rest: seen.append((name, count)) or function(isa, count, *rest),
         )
 
-    watch("forward", moe_experts._kernels.forward)
-    watch("backward", moe_experts._kernels.backward)
+    watch("forward", registered_op._kernels.forward)
+    watch("backward", registered_op._kernels.backward)
     x = torch.randn(4, 32).bfloat16().requires_grad_()
     weights = torch.randn(2, 64, 32).bfloat16(), torch.randn(2, 32, 32).bfloat16()
     with threads.stock_threads(1):
