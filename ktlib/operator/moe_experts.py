@@ -32,7 +32,7 @@ from ktlib.operator.checks import (
 )
 from ktlib.operator.gpu.streamed_experts import Streamed, choose
 from ktlib.operator.host_copies import to_device, to_host
-from ktlib.operator.recompute_once import once
+from ktlib.operator.recompute_once import compute_or_reuse
 from ktlib.reference.layer import drop_threshold
 from ktlib.system.threads import operator_threads
 
@@ -455,7 +455,7 @@ def _no_second_derivative(ctx, *_):
     raise NotImplementedError("ktlib.moe_experts: second derivatives are not implemented (create_graph=True)")
 
 
-_library.impl("moe_experts", functools.partial(once, _forward), "CPU")
+_library.impl("moe_experts", functools.partial(compute_or_reuse, _forward), "CPU")
 _library.impl("moe_experts_backward", _backward, "CPU")
 torch.library.register_fake("ktlib::moe_experts", _forward_fake, lib=_library)
 torch.library.register_fake("ktlib::moe_experts_backward", _backward_fake, lib=_library)
