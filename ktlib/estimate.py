@@ -13,7 +13,7 @@ from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.names import component
 from ktlib.operator.gpu.streamed_experts import BLOCK_VALUES, GROUP_BYTES
-from ktlib.operator.gpu.weight_source import PIECE, PIECES, THERE
+from ktlib.operator.gpu.weight_source import CHUNK_BYTES, DEVICE_BUFFERS, PINNED_BUFFERS
 from ktlib.system.memory import available_memory
 
 GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
@@ -179,7 +179,7 @@ def estimate(
         if streamed:
             streams = streaming_bytes(tokens, top_k, hidden, inner, count)
             device[STREAMED] = max(device.pop("logits and their gradient"), streams)  # not at the same time
-            host["pinned buffers of copies"] += PIECES * PIECE
+            host["pinned buffers of copies"] += PINNED_BUFFERS * CHUNK_BYTES
     else:
         host |= other
 
@@ -217,7 +217,7 @@ def streaming_bytes(tokens, top_k, hidden, intermediate, experts):
     one, widest = 6 * hidden * intermediate, max(2 * intermediate, hidden)
     group = min(experts, max(1, GROUP_BYTES // one)) * one
     block = max(widest, min(BLOCK_VALUES, tokens * top_k * widest))
-    return THERE * group + 6 * tokens * hidden + 28 * block
+    return DEVICE_BUFFERS * group + 6 * tokens * hidden + 28 * block
 
 
 def stream_rate(bus, bandwidth):

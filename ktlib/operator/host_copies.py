@@ -1,9 +1,8 @@
-"""Tensors of one call of the operator between another device and the CPU, differentiably.
+"""Differentiable copies of one call's tensors between another device and the CPU.
 
-On CUDA the copies go through pinned memory of torch's caching host allocator (buffers of the size of this batch, reused
-by later calls): all copies of one direction are queued on the current stream, then the host waits for that stream.
-There is no device-wide synchronisation, and copies back to the device do not block the host at all: the operator
-(moe_experts.py) makes its results in pinned memory where its input is.
+Copies from and to CUDA use pinned memory of torch's caching host allocator, which later calls reuse. Copies to the host
+are all queued on the current stream before the host waits for that stream; the device is never synchronised as a whole.
+Copies back to the device do not block the host: the operator (moe_experts.py) pins its results if its input is pinned.
 """
 
 import torch
@@ -13,26 +12,26 @@ from ktlib.operator.gpu.transfer import download
 
 
 def to_host(*tensors):
-    """CPU copies of the tensors; None and tensors on the CPU come back as they are. Differentiable.
+    """CPU copies of the tensors; None and tensors on the CPU are returned unchanged. Differentiable.
 
-    Copies of CUDA tensors lie in pinned memory and are complete on return. Gradients go back to where each tensor was.
+    Copies of CUDA tensors are pinned, and complete on return. Gradients are copied to the device of each tensor.
     """
-    away = [i for i, t in enumerate(tensors) if t is not None and t.device.type != "cpu"]
+    remote = [i for i, t in enumerate(tensors) if t is not None and t.device.type != "cpu"]
     result = list(tensors)
-    if any(tensors[i].is_cuda for i in away):
-        copies = _ToHost.apply(*(tensors[i] for i in away))
+    if any(tensors[i].is_cuda for i in remote):
+        copies = _ToHost.apply(*(tensors[i] for i in remote))
     else:
-        copies = [tensors[i].to("cpu") for i in away]
-    for i, copy in zip(away, copies, strict=True):
+        copies = [tensors[i].to("cpu") for i in remote]
+    for i, copy in zip(remote, copies, strict=True):
         result[i] = copy
     return result
 
 
 def to_device(tensor, device):
-    """The CPU tensor on ``device``; ``tensor`` itself if that is the CPU. Differentiable.
+    """A copy of the CPU tensor on ``device``, or ``tensor`` itself if ``device`` is the CPU. Differentiable.
 
-    On CUDA the copy is only queued, on the current stream, if the tensor is pinned; its gradient is copied to pinned
-    memory and is complete when the backward of what made ``tensor`` runs.
+    The copy of a pinned tensor to CUDA is queued on the current stream, and the host does not wait for it. The gradient
+    is copied to pinned memory, and the copy is complete before autograd passes it on.
     """
     if device.type == "cpu":
         return tensor
@@ -46,15 +45,15 @@ class _ToHost(torch.autograd.Function):
         ctx.streams = [torch.cuda.current_stream(t.device) if t.is_cuda else None for t in tensors]
         ctx.devices = [t.device for t in tensors]
         copies = _download(tensors)
-        # else torch takes all of floating point for differentiable as soon as one is
+        # By default torch makes every floating-point output differentiable as soon as one input requires a gradient.
         ctx.mark_non_differentiable(*(c for c, needed in zip(copies, ctx.needs_input_grad, strict=True) if not needed))
         return tuple(copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        # The engine knows no stream for this node, since what comes in is on the CPU. So the copies are queued on
-        # forward's stream, and the default stream, with which the engine aligns such results, waits for them.
+        # Autograd assigns no stream to this node, since its incoming gradients are on the CPU. So the copies are queued
+        # on forward's stream, and the default stream, on which autograd takes such results over, waits for them.
         results = []
         for grad, device, stream in zip(grads, ctx.devices, ctx.streams, strict=True):
             if grad is None or stream is None:
@@ -77,11 +76,11 @@ class _ToDevice(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return None, _download([grad])[0]  # on forward's stream, which the engine has made current
+        return None, _download([grad])[0]  # on forward's stream, which autograd has made current
 
 
 def _download(tensors):
-    """CPU copies, pinned where they come from CUDA, when they are complete."""
+    """Complete CPU copies of the tensors, pinned for those on CUDA."""
     copies = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda) for t in tensors]
     download(list(zip(tensors, copies, strict=True)))
     return copies

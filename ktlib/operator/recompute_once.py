@@ -1,34 +1,36 @@
-"""Activation checkpointing in which the routed experts are computed once: a ``context_fn`` for torch.utils.checkpoint.
+"""Activation checkpointing that computes the routed experts once: a ``context_fn`` for torch.utils.checkpoint.
 
-``torch.utils.checkpoint.create_selective_checkpoint_contexts`` can do the same, by sending every operator of a layer
-through Python, forward and in the recomputation. On a GPU that waits for launches this was a sixth of a step. Here the
-one operator that is to be kept looks whether it is being recomputed, and all others run as ever.
+Everything else in a checkpointed region is recomputed in backward as usual. The operator saves its forward results, and
+returns them during the recomputation.
+
+``torch.utils.checkpoint.create_selective_checkpoint_contexts`` can do the same, but sends every operator of a layer
+through Python, in forward and in the recomputation. Where a GPU waits for launches, that took a sixth of a step.
 """
 
 import contextvars
 from collections import deque
 
-_region = contextvars.ContextVar("region", default=None)  # (results kept, whether this is the recomputation)
+_region = contextvars.ContextVar("region", default=None)  # (saved results, whether this is the recomputation)
 
 
 def keep_experts():
     """Contexts for one checkpointed region's forward and its recomputation, as ``context_fn`` has to return them.
 
-    What the operator returns in the first is what it returns in the second, in order. The region owns these tensors:
-    they go when backward has used them, or with the graph. Backward can run once through it.
+    During recomputation the operator returns its saved forward results, in the order of the calls. The region owns
+    these tensors: they are freed when backward has used them, or with the graph. Only one backward can run through it.
     """
-    kept = deque()
-    return _Region(kept, False), _Region(kept, True)
+    saved = deque()
+    return _Region(saved, False), _Region(saved, True)
 
 
 CHECKPOINTING = {"use_reentrant": False, "context_fn": keep_experts}  # for transformers' gradient_checkpointing_kwargs
 
 
 class _Region:
-    """Entered again for each recomputation, which a ``contextlib.contextmanager`` cannot be."""
+    """A context that can be entered again for each recomputation, unlike one of ``contextlib.contextmanager``."""
 
-    def __init__(self, kept, again):
-        self.state = kept, again
+    def __init__(self, saved, recomputing):
+        self.state = saved, recomputing
 
     def __enter__(self):
         self.token = _region.set(self.state)
@@ -37,23 +39,23 @@ class _Region:
         _region.reset(self.token)
 
 
-def once(function, *arguments):
-    """``function(*arguments)``, a tuple of tensors without gradient; or in a recomputation what it returned before.
+def compute_or_reuse(function, *arguments):
+    """``function(*arguments)``, a tuple of tensors without gradient; or during recomputation its saved results.
 
-    Raises RuntimeError if there is nothing left to return, or if it was changed in place since.
+    Raises RuntimeError if no saved results are left, or if they were changed in place since forward.
     """
-    kept, again = _region.get() or (None, False)
-    if not again:
+    saved, recomputing = _region.get() or (None, False)
+    if not recomputing:
         results = function(*arguments)
-        if kept is not None:
-            kept.append([(result.detach(), result._version) for result in results])
+        if saved is not None:
+            saved.append([(result.detach(), result._version) for result in results])
         return results
-    if not kept:
+    if not saved:
         raise RuntimeError(
-            "experts: checkpointing kept nothing more for this recomputation: a second backward through it "
+            "experts: checkpointing has no saved results left for this recomputation: a second backward through it "
             "(retain_graph=True), or a forward that differs; use plain checkpointing for that"
         )
-    results = kept.popleft()
+    results = saved.popleft()
     if any(result._version != version for result, version in results):
         raise RuntimeError("experts: their output was changed in place after forward; use plain checkpointing for that")
     return tuple(result for result, _ in results)

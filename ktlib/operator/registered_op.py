@@ -26,7 +26,7 @@ from ktlib.operator.checks import (
     sizes,
 )
 from ktlib.operator.gpu.streamed_experts import Streamed, choose
-from ktlib.operator.recompute_once import once
+from ktlib.operator.recompute_once import compute_or_reuse
 from ktlib.operator.weight import Weight
 from ktlib.reference.layer import drop_threshold
 from ktlib.system.threads import operator_threads
@@ -339,7 +339,7 @@ def _no_second_derivative(ctx, *_):
 
 for _suffix in ("", "_stored"):
     _forward_op, _backward_op = f"moe_experts{_suffix}", f"moe_experts_backward{_suffix}"
-    _library.impl(_forward_op, functools.partial(once, _forward), "CPU")
+    _library.impl(_forward_op, functools.partial(compute_or_reuse, _forward), "CPU")
     _library.impl(_backward_op, _backward, "CPU")
     torch.library.register_fake(f"ktlib::{_forward_op}", _forward_fake, lib=_library)
     torch.library.register_fake(f"ktlib::{_backward_op}", _backward_fake, lib=_library)

@@ -41,11 +41,11 @@ def test_pinned_weights_give_the_same_bits(layer):
     assert equal(evaluate(ktlib.moe_experts, layer, stream_rows=1), want)
 
 
-@pytest.mark.parametrize("piece", [64, 1000, 2**25])
+@pytest.mark.parametrize("chunk_bytes", [64, 1000, 2**25])
 @pytest.mark.parametrize("group_bytes", [1, 100_000])
-def test_pieces_and_groups(layer, piece, group_bytes, monkeypatch):
+def test_chunks_and_groups(layer, chunk_bytes, group_bytes, monkeypatch):
     want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
-    monkeypatch.setattr(weight_source, "PIECE", piece)
+    monkeypatch.setattr(weight_source, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", group_bytes)
     got = evaluate(ktlib.moe_experts, layer, stream_rows=1)
     # the sums over experts are taken group by group

@@ -8,7 +8,6 @@ import torch
 import ktlib
 from ktlib import reference
 from ktlib.lab.validation import QUANTITIES, evaluate, random_layer, relative_error
-from ktlib.operator import moe_experts, registered_op
 
 # Rounding to bf16 changes a number by 2^-8 of it at most, and a tensor by about 0.0017 of its L2 norm
 # (ktlib.lab.validation.ROUNDING). The output sees two such roundings (h and the result), a LoRA gradient up to four
@@ -93,9 +92,8 @@ def test_outlier_channels(isa):
 @pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32])
 def test_dtypes(lora_dtype, hidden_dtype, weights_dtype):
     cases = layers(48, 8, 4, 96, 80, 8, lora_dtype=torch.bfloat16)
-    for (
-        layer
-    ) in cases:  # fp32 arguments that are exact in bf16: what the rounding on entry would change is not measured
+    # fp32 arguments that are exact in bf16: what the rounding on entry would change is not measured
+    for layer in cases:
         layer["hidden_states"] = layer["hidden_states"].to(hidden_dtype)
         layer["top_k_weights"] = layer["top_k_weights"].bfloat16().to(weights_dtype)
         for name in ("gate_up_lora", "down_lora"):
@@ -311,43 +309,6 @@ def test_instruction_sets_agree(isa):
     portable, other = (evaluate(ktlib.moe_experts, layer, isa=name) for name in ("portable", isa))
     for name in QUANTITIES:
         assert relative_error(other[name], portable[name]) <= 0.0005, name
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tensors", ["one for each expert", "gate and up apart", "one for each row"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_same_bits_from_weights_in_several_tensors(isa, tensors, transposed, monkeypatch):
-    """The tensors lie apart from each other, at addresses that are aligned to an element only."""
-    experts, kept = 3, []
-
-    def cut(stack):
-        weight, (_, rows, columns) = stacked(stack), stack.shape
-        count = {"one for each expert": experts, "gate and up apart": 2 * experts}.get(tensors, experts * rows)
-        if experts * rows % count:  # down_proj, whose rows are no gates and ups
-            count = experts
-        for piece in stack.reshape(count, -1):
-            kept.append(torch.full((piece.numel() + 2,), torch.nan, dtype=torch.bfloat16))
-            kept[-1][1:-1] = piece
-        return registered_op._kernels.Weight(
-            format=weight.format,
-            tensors=[tensor[1:].data_ptr() for tensor in kept[-count:]],
-            tensor_rows=experts * rows // count,
-            rows=rows,
-            columns=columns,
-        )
-
-    stacked = moe_experts._weight
-    for hidden, intermediate in ((75, 41), (96, 64)):
-        layer = random_layer("trained", tokens=60, experts=experts, top_k=2, hidden=hidden, intermediate=intermediate)
-        if transposed:
-            for name in ("gate_up_proj", "down_proj"):
-                layer[name] = layer[name].mT.contiguous()
-        monkeypatch.setattr(moe_experts, "_weight", stacked)
-        expected = evaluate(ktlib.moe_experts, layer, isa=isa, transposed=transposed)
-        monkeypatch.setattr(moe_experts, "_weight", cut)
-        actual = evaluate(ktlib.moe_experts, layer, isa=isa, transposed=transposed)
-        assert [name for name in QUANTITIES if not torch.equal(actual[name], expected[name])] == []
-    assert kept
 
 
 def test_only_what_is_asked_for():

@@ -277,8 +277,8 @@ def test_weights_whose_memory_was_freed_since_forward(place):
 
 
 def gate_gradients(dh, gate, up, kind, limit, alpha):
-    parts, results = streaming.gate_parts(gate, up, kind, limit, alpha), (torch.empty_like(gate), torch.empty_like(up))
-    streaming.gate_backward(dh, gate, up, parts, limit, results)
+    terms, results = streaming.gate_terms(gate, up, kind, limit, alpha), (torch.empty_like(gate), torch.empty_like(up))
+    streaming.gate_backward(dh, gate, up, terms, limit, results)
     return results
 
 
@@ -374,13 +374,13 @@ def test_groups_hold_every_row_once():
     for most_experts, most_rows in itertools.product((1, 2, 100), (1, 13, 50, 1000)):
         groups = streaming._groups(ids.bincount(minlength=9).numpy(), chosen.numpy(), most_experts, most_rows)
         assert sorted(int(e) for experts in groups for e in experts) == chosen.nonzero().flatten().tolist()
-        of_groups = streaming._rows_of(ids.int().numpy(), 3, 9, groups, most_rows)
-        blocks = [rows for blocks in of_groups for rows in blocks]
+        rows_of_groups = streaming._rows_of_groups(ids.int().numpy(), 3, 9, groups, most_rows)
+        blocks = [rows for blocks in rows_of_groups for rows in blocks]
         wanted = [slot for slot, expert in enumerate(ids.tolist()) if chosen[expert]]
         assert sorted(int(slot) for rows in blocks for slot in rows.slots) == wanted
-        for experts, rows in ((e, rows) for e, blocks in zip(groups, of_groups, strict=True) for rows in blocks):
+        for experts, rows in ((e, rows) for e, blocks in zip(groups, rows_of_groups, strict=True) for rows in blocks):
             assert len(experts) == len(rows.padded) <= most_experts and rows.padded.size <= max(most_rows, len(experts))
-            assert np.array_equal(rows.padded.ravel()[rows.places], rows.slots) and (np.diff(rows.slots) > 0).all()
+            assert np.array_equal(rows.padded.ravel()[rows.positions], rows.slots) and (np.diff(rows.slots) > 0).all()
             assert np.array_equal(np.repeat(rows.tokens, np.diff(rows.starts, append=len(rows.slots))), rows.slots // 3)
             assert len(np.unique(rows.tokens)) == len(rows.tokens)
             for expert, line in zip(experts, rows.padded, strict=True):

@@ -1,4 +1,4 @@
-"""The thread that sends weights to a GPU, with a CUDA whose copies are made at once: who waits for whom; failures."""
+"""The thread that sends weights to a GPU: who waits for whom, and failures. The simulated CUDA copies at once."""
 
 import _thread
 import contextlib
@@ -17,7 +17,7 @@ GPU = SimpleNamespace(type="cuda")
 
 
 class Event:
-    """Has been waited for since it was recorded, or not."""
+    """Knows whether it was waited for since it was recorded."""
 
     waited = True
 
@@ -43,7 +43,7 @@ def empty(shape, dtype, device, pin_memory=False):
 
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch):
-    """torch as weight_stream sees it."""
+    """Replaces ``torch`` in weight_source.py."""
     cuda = SimpleNamespace(
         current_stream=lambda device: Stream(),
         stream=lambda stream: contextlib.nullcontext(),
@@ -65,21 +65,21 @@ GROUPS = [[3, 0, 7], [1, 2, 10], [9, 8, 4], [5]]
 
 
 def received(made, groups, wait=0.0):
-    """What is there for each group; the sender gets time to overwrite it too early."""
-    found = []
+    """The groups received, after comparing them; during ``wait`` the sender could overwrite a buffer too early."""
+    groups_received = []
     with weights_on(made, groups, GPU) as stream:
         for group, matrices in zip(groups, stream, strict=True):
             time.sleep(wait)
             assert all(torch.equal(matrix, w[group]) for matrix, w in zip(matrices, made, strict=True)), group
-            found.append(group)
-    return found
+            groups_received.append(group)
+    return groups_received
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("piece", [2, 34, 120, 2**20])
+@pytest.mark.parametrize("chunk_bytes", [2, 34, 120, 2**20])
 @pytest.mark.parametrize("wait", [0.0, 0.01])
-def test_every_group_arrives_whole_and_in_order(pinned, piece, wait, monkeypatch):
-    monkeypatch.setattr(weight_source, "PIECE", piece)
+def test_every_group_arrives_whole_and_in_order(pinned, chunk_bytes, wait, monkeypatch):
+    monkeypatch.setattr(weight_source, "CHUNK_BYTES", chunk_bytes)
     assert received(weights(pinned=pinned), GROUPS, wait) == GROUPS
 
 
@@ -106,12 +106,12 @@ def test_calls_at_the_same_time():
     assert not failed and not any(caller.is_alive() for caller in callers)
 
 
-@pytest.mark.parametrize("pieces, sending", [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3)])
-def test_no_buffer_is_filled_before_it_was_read(pieces, sending, monkeypatch):
-    """What may be begun after each call of ``ready``, with a copy that begins all of it at once."""
-    monkeypatch.setattr(weight_source, "PIECE", 50)
-    monkeypatch.setattr(weight_source, "PIECES", pieces)
-    monkeypatch.setattr(weight_source, "SENDING", sending)
+@pytest.mark.parametrize("buffers, in_flight", [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3)])
+def test_no_buffer_is_filled_before_it_was_read(buffers, in_flight, monkeypatch):
+    """After each call of ``ready``, this ``copy`` fills at once every buffer that a real one may begin to fill."""
+    monkeypatch.setattr(weight_source, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(weight_source, "PINNED_BUFFERS", buffers)
+    monkeypatch.setattr(weight_source, "CHUNKS_IN_FLIGHT", in_flight)
     reads, begun = [], []
     made = weight_source.torch.cuda.Event
 
@@ -123,7 +123,7 @@ def test_no_buffer_is_filled_before_it_was_read(pieces, sending, monkeypatch):
         def begin(until):
             for i in range(len(begun), min(until, len(copies))):
                 begun.append(i)
-                assert reads[-pieces:][i % pieces].waited, (i, "is written where another piece is still on its way")
+                assert reads[-buffers:][i % buffers].waited, (i, "overwrites a chunk that is still being sent")
                 kernels.copy(1, [copies[i]])
 
         begin(ahead)
@@ -139,22 +139,22 @@ def test_no_buffer_is_filled_before_it_was_read(pieces, sending, monkeypatch):
 
 
 def failing(copy, at, error):
-    """``_kernels`` whose ``copy`` fails at piece ``at``."""
+    """``_kernels`` whose ``copy`` fails at chunk ``at``."""
 
-    def fails(threads, pieces, ahead=2, ready=None):
+    def fails(threads, chunks, ahead=2, ready=None):
         def sometimes(i):
             if i == at:
                 raise error
             ready(i)
 
-        copy(threads, pieces, ahead, ready and sometimes)
+        copy(threads, chunks, ahead, ready and sometimes)
 
     return SimpleNamespace(copy=fails)
 
 
 @pytest.mark.parametrize("at", [0, 1, 8, 30])
-def test_what_fails_in_the_sender_is_raised_where_it_is_waited_for(at, monkeypatch):
-    monkeypatch.setattr(weight_source, "PIECE", 50)
+def test_an_error_in_the_sender_is_raised_by_the_consumer(at, monkeypatch):
+    monkeypatch.setattr(weight_source, "CHUNK_BYTES", 50)
     with monkeypatch.context() as patch:
         patch.setattr(weight_source, "_kernels", failing(weight_source._kernels.copy, at, RuntimeError("no memory")))
         with pytest.raises(RuntimeError, match="no memory"):
@@ -173,7 +173,7 @@ def test_a_consumer_that_stops_leaves_no_work_behind(after):
 
 
 def test_an_interruption_waits_for_the_sender_too(monkeypatch, request):
-    """Ctrl-C, and again: the buffers are given back when nothing can be written to them any more."""
+    """Ctrl-C twice: the buffers are released only when the sender can no longer write to them."""
     sending, waiting, release, order = threading.Event(), threading.Event(), threading.Event(), []
     wait = weight_source.wait
 

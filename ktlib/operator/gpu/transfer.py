@@ -1,4 +1,4 @@
-"""Tensors on their way to a GPU and back, through pinned memory that torch's caching host allocator has."""
+"""Copies of tensors to a GPU and back, through pinned memory of torch's caching host allocator."""
 
 import torch
 
@@ -7,14 +7,14 @@ from ktlib.system.threads import operator_threads
 
 
 def sending_and_other_threads():
-    """How many of the operator's threads send weights, and how many the thread has that queues the GPU's work."""
+    """How many of the operator's threads copy weights (weight_source.py), and how many copy other tensors."""
     threads = operator_threads()
     sending = max(1, threads * 3 // 4)
     return sending, max(1, threads - sending)
 
 
 def upload(tensor, device):
-    """A contiguous CPU tensor on the device; the copy is queued on the current stream."""
+    """A copy of the contiguous CPU tensor on the device, queued on the current stream."""
     if device.type == "cpu" or tensor.is_pinned():
         return tensor.to(device, non_blocking=True)
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -23,7 +23,7 @@ def upload(tensor, device):
 
 
 def download(pairs):
-    """Copy each of ``[(tensor on a device, contiguous CPU tensor), ...]`` into the other, converted to its dtype.
+    """Copy each source of ``[(source on a device, contiguous CPU tensor), ...]`` to the CPU tensor, in its dtype.
 
     All copies from a GPU are queued on its current stream before the host waits for that stream.
     """
@@ -40,4 +40,4 @@ def download(pairs):
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     if staged:
-        _kernels.copy(operator_threads(), [[(to.data_ptr(), buffer.data_ptr(), to.nbytes) for to, buffer in staged]])
+        _kernels.copy(operator_threads(), [[(r.data_ptr(), buffer.data_ptr(), r.nbytes) for r, buffer in staged]])
