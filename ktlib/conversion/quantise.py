@@ -83,7 +83,7 @@ def relative_error(weight, decoded):
 
 def _checked(weight, format, group, scale_dtype, symmetric):
     """``(group, scale_dtype)`` with their defaults, where all arguments of :func:`quantise` are right."""
-    if format not in _DEFAULT_GROUP:
+    if format not in FORMATS[1:]:
         raise ValueError(f"format: got {format!r}, needs one of {', '.join(map(repr, FORMATS[1:]))}")
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight: got {type(weight).__name__}, needs a tensor")
@@ -115,8 +115,9 @@ def _checked(weight, format, group, scale_dtype, symmetric):
 def _blocks(weight, group):
     """(..., rows, columns) to (..., row groups, group rows, column groups, group columns), padded with zeros."""
     rows, columns = weight.shape[-2:]
-    weight = torch.nn.functional.pad(weight, (0, -columns % group[1], 0, -rows % group[0]))
-    return weight.unflatten(-1, (-(-columns // group[1]), group[1])).unflatten(-3, (-(-rows // group[0]), group[0]))
+    high, wide = min(group[0], rows or 1), min(group[1], columns or 1)  # a group larger than the weight is not padded
+    weight = torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % high))
+    return weight.unflatten(-1, (-(-columns // wide), wide)).unflatten(-3, (-(-rows // high), high))
 
 
 def _per_block(groups):

@@ -104,8 +104,8 @@ def float64(values):
 
 def _spread(groups, rows, columns, group):
     """One value per group (..., row groups, column groups) to one per weight (..., rows, columns)."""
-    groups = groups.repeat_interleave(group[0], -2)[..., :rows, :]
-    return groups.repeat_interleave(group[1], -1)[..., :columns]
+    row, column = (torch.arange(count, device=groups.device) for count in (rows, columns))
+    return groups[..., row[:, None] // group[0], column // group[1]]
 
 
 def _power_of_two(exponent):

@@ -216,6 +216,14 @@ def test_weights_without_elements_have_codes_without_elements(format, shape):
     assert decoded(format, quantised, shape[-1]).shape == shape
 
 
+@pytest.mark.parametrize("format", QUANTISED)
+def test_a_group_larger_than_the_weight_is_the_whole_weight(format):
+    weight = gaussian(2, 3, 5)
+    whole = quantise(weight, format, group=(10**12, 10**12))
+    assert whole.scales.shape == (2, 1, 1) and equal(whole, quantise(weight, format, group=(3, 5)))
+    assert relative_error(weight, decoded(format, whole, 5)) < 0.15
+
+
 @pytest.mark.parametrize("format", ("int4", "nf4", "e2m1"))
 def test_the_unused_half_byte_of_odd_columns_is_0(format):
     assert not (quantise(gaussian(4, 7), format).codes[:, -1] >> 4).any()
@@ -261,7 +269,7 @@ def test_a_weight_whose_codes_would_be_infinite_is_refused(format, scale_dtype, 
         ({"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, TypeError, "weight: got torch.float8_e4m3fn"),
         ({"weight": torch.ones(2)}, ValueError, r"weight: got shape \(2,\), needs \(\.\.\., rows, columns\)"),
         ({"format": "bf16"}, ValueError, "format: got 'bf16', needs one of 'e4m3', 'int8', 'int4', 'nf4', 'e2m1'"),
-        ({"format": None}, ValueError, "format: got None"),
+        ({"format": ["int4"]}, ValueError, r"format: got \['int4'\]"),
         ({"group": 32}, ValueError, r"group: got 32, needs \(rows, columns\)"),
         ({"group": (1, 0)}, ValueError, r"group: got \(1, 0\)"),
         ({"group": (1, 32.0)}, ValueError, r"group: got \(1, 32\.0\)"),
