@@ -13,11 +13,11 @@ import torch
 FORMATS = ("bf16", "e4m3", "int8", "int4", "nf4", "e2m1")  # in the order of the C++ enum Format
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)  # of the C++ enum ScaleType
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # Open Compute Project, Microscaling Formats 1.0, section 5.3.3
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # Open Compute Project, Microscaling Formats (MX) 1.0
 # The 16 values of each 4-bit format, in the order of their codes
 CODEBOOKS = {
     "int4": tuple(float(value) for value in range(-8, 8)),  # offset binary, as compressed-tensors and Q4_0 store it
-    # Dettmers et al., QLoRA (arXiv:2305.14314), appendix E: quantiles of the normal distribution, fp32 numbers
+    # Dettmers et al., QLoRA (arXiv:2305.14314): quantiles of the normal distribution, fp32 numbers
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -27,7 +27,7 @@ CODEBOOKS = {
     "e2m1": (*_E2M1, *(-value for value in _E2M1)),  # code 8 is -0.0
 }  # fmt: skip
 
-# Floating-point formats of sign, exponent and mantissa: the last two's bits, and the integer of the same size
+# Floating-point formats of sign, exponent and mantissa: (exponent bits, mantissa bits, integer of the same size)
 _FIELDS = {
     torch.float32: (8, 23, torch.int32),
     torch.bfloat16: (8, 7, torch.int16),
@@ -81,7 +81,7 @@ def pack4(values):
 def float64(values):
     """The same numbers in float64, exactly: of one of :data:`SCALE_DTYPES` or of float8_e4m3fn.
 
-    IEEE 754 for fp32, fp16 and bf16; Microscaling Formats 1.0, sections 5.3.1 and 5.4.1, for e4m3 (no infinity, NaN
+    IEEE 754 for fp32, fp16 and bf16; Microscaling Formats 1.0 for e4m3 (no infinity, NaN
     where all bits but the sign are ones) and e8m0 (2**(byte - 127), 255 is NaN).
     """
     if values.dtype == torch.float8_e8m0fnu:
@@ -104,8 +104,8 @@ def float64(values):
 
 def _spread(groups, rows, columns, group):
     """One value per group (..., row groups, column groups) to one per weight (..., rows, columns)."""
-    groups = groups.repeat_interleave(group[0], -2)[..., :rows, :]
-    return groups.repeat_interleave(group[1], -1)[..., :columns]
+    row, column = (torch.arange(count, device=groups.device) for count in (rows, columns))
+    return groups[..., row[:, None] // group[0], column // group[1]]
 
 
 def _power_of_two(exponent):
