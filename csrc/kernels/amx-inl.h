@@ -43,14 +43,14 @@ inline void tile_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const 
 constexpr int kDepthStep = 512;
 
 template <class Tiles>
-void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-              bool accumulate) {
-  const int64_t group_size = int64_t(kColumns) * depth;
+void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int width,
+              int rows, int depth, bool accumulate) {
+  const int64_t group_size = kColumns * panel_depth;
   for (int d = 0; d < depth; d += kDepthStep) {
     const int step = depth - d < kDepthStep ? depth - d : kDepthStep;
     const bool add = accumulate || d > 0;
     for (int j = 0; j < width; j += 32) {
-      const bf16* b = panel + int64_t(j) * depth + d * kColumns;
+      const bf16* b = panel + j * panel_depth + d * kColumns;
       for (int r = 0; r < rows; r += 32) {
         const bf16* rows_a = a + r * lda + d;
         float* block_c = c + r * ldc + j;

@@ -64,11 +64,11 @@ void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* group,
 // Depth in steps: sixteen columns of a panel step stay in L1 while all rows meet them.
 constexpr int kDepthStep = 512;
 
-void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-              bool accumulate) {
+void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int width,
+              int rows, int depth, bool accumulate) {
   for (int d = 0; d < depth; d += kDepthStep)
     for (int j = 0; j < width; j += kColumns)
-      tiles<4>(c + j, ldc, a + d, lda, panel + int64_t(j) * depth + d * kColumns, rows,
+      tiles<4>(c + j, ldc, a + d, lda, panel + j * panel_depth + d * kColumns, rows,
                depth - d < kDepthStep ? depth - d : kDepthStep, accumulate || d > 0);
 }
 

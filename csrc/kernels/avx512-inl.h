@@ -207,7 +207,8 @@ inline __m512 dot(__m512 sum, Pairs a, Pairs b) {
 
 // Rows x 16 * Vectors accumulators live in registers for the whole depth.
 template <int Rows, int Vectors>
-inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int depth, bool accumulate) {
+inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int depth,
+                 bool accumulate) {
   __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
@@ -217,7 +218,7 @@ inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* 
   for (int d = 0; d < depth; d += 2) {
     Pairs b[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; v++) b[v] = load_pairs(panel + (int64_t(v) * depth + d) * kColumns);
+    for (int v = 0; v < Vectors; v++) b[v] = load_pairs(panel + (v * panel_depth + d) * kColumns);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
       const Pairs pair = broadcast_pair(a + r * lda + d);
@@ -233,20 +234,21 @@ inline void tile(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* 
 
 // Full tiles first, then one tile of exactly the rows that are left (a loop over single rows costs 13 %).
 template <int Rows, int Vectors>
-void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int rows, int depth, bool accumulate) {
+void tiles(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int rows, int depth,
+           bool accumulate) {
   for (; rows >= Rows; rows -= Rows, c += Rows * ldc, a += Rows * lda)
-    tile<Rows, Vectors>(c, ldc, a, lda, panel, depth, accumulate);
+    tile<Rows, Vectors>(c, ldc, a, lda, panel, panel_depth, depth, accumulate);
   if constexpr (Rows > 1)
-    if (rows > 0) tiles<Rows - 1, Vectors>(c, ldc, a, lda, panel, rows, depth, accumulate);
+    if (rows > 0) tiles<Rows - 1, Vectors>(c, ldc, a, lda, panel, panel_depth, rows, depth, accumulate);
 }
 
-void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-              bool accumulate) {
+void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int width,
+              int rows, int depth, bool accumulate) {
   switch (width / 16) {
-    case 4: return tiles<kTileRows[4], 4>(c, ldc, a, lda, panel, rows, depth, accumulate);
-    case 3: return tiles<kTileRows[3], 3>(c, ldc, a, lda, panel, rows, depth, accumulate);
-    case 2: return tiles<kTileRows[2], 2>(c, ldc, a, lda, panel, rows, depth, accumulate);
-    case 1: return tiles<kTileRows[1], 1>(c, ldc, a, lda, panel, rows, depth, accumulate);
+    case 4: return tiles<kTileRows[4], 4>(c, ldc, a, lda, panel, panel_depth, rows, depth, accumulate);
+    case 3: return tiles<kTileRows[3], 3>(c, ldc, a, lda, panel, panel_depth, rows, depth, accumulate);
+    case 2: return tiles<kTileRows[2], 2>(c, ldc, a, lda, panel, panel_depth, rows, depth, accumulate);
+    case 1: return tiles<kTileRows[1], 1>(c, ldc, a, lda, panel, panel_depth, rows, depth, accumulate);
   }
 }
 

@@ -22,7 +22,7 @@ const Kernels& kernels_avx512_bf16() {
       .unpermute = unpermute, .activate = activate, .interleave = interleave,
       .store_rows_bf16 = store_rows_bf16, .store_rows_f32 = store_rows_f32, .round = round_to_bf16, .widen = widen,
       .gate_backward = gate_backward, .rank_grad_bf16 = rank_grad<bf16>, .rank_grad_f32 = rank_grad<float>,
-      .combine = combine, .keep_mask = keep_mask, .decode = decode<Avx512Runs>, .burn = burn,
+      .combine = combine, .keep_mask = keep_mask, .decode = decode_avx512, .burn = burn,
   };
   return table;
 }

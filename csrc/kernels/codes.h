@@ -30,14 +30,30 @@ static constexpr float kCodebooks[3][16] = {
 };
 static inline const float* codebook(Format format) { return kCodebooks[int(format) - int(Format::int4)]; }
 
-// One row of a quantised matrix. Its columns form groups, each with a scale, and with a zero unless there are none.
+static inline int64_t scale_bytes(ScaleType type) { return type == ScaleType::fp32 ? 4 : type == ScaleType::e8m0 ? 1 : 2; }
+
+// Rows of a quantised matrix. Rows and columns form groups, each with a scale, and with a zero unless there are none. The
+// pointers are those of the first row.
 struct Codes {
   Format format;
   ScaleType scale_type;
   const uint8_t* codes;
   const void* scales;
   const int8_t* zeros;
-  int64_t group;  // columns of a group; the last one may be short
+  int64_t group;       // columns of a group; the last one may be short
+  int64_t group_rows;  // rows of a group
+  int64_t group_row;   // the first row's place in its group
+  int64_t row_bytes;   // from row to row of the codes
+  int64_t groups;      // of a row
+  int64_t ahead = 0;   // bytes from a code to one that is needed soon, which is fetched meanwhile; 0: none
+
+  void next_row() {
+    codes += row_bytes;
+    if (++group_row < group_rows) return;
+    group_row = 0;
+    scales = static_cast<const char*>(scales) + groups * scale_bytes(scale_type);
+    if (zeros) zeros += groups;
+  }
 };
 
 }  // namespace ktlib

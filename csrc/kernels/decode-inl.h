@@ -52,18 +52,35 @@ struct ScalarRuns {
   }
 };
 
+// A run within one group of a row.
 template <class Runs>
-void decode(bf16* dst, const Codes& row, int64_t first, int64_t count) {
-  const int64_t end = first + count;
-  int64_t group = first / row.group;
-  for (int64_t i = first, stop; i < end; i = stop, group++) {
-    stop = (group + 1) * row.group < end ? (group + 1) * row.group : end;
-    const float scale = scale_of(row, group), zero = row.zeros ? float(row.zeros[group]) : 0.0f;
-    if (row.format == Format::e4m3)
-      Runs::e4m3(dst + i - first, row.codes + i, stop - i, scale);
-    else if (row.format == Format::int8)
-      Runs::int8(dst + i - first, row.codes + i, stop - i, scale, zero);
-    else
-      Runs::four_bits(dst + i - first, row.codes, i, stop - i, codebook(row.format), scale, zero);
+inline void decode_run(bf16* dst, const Codes& row, int64_t first, int64_t count, float scale, float zero) {
+  if (row.format == Format::e4m3)
+    Runs::e4m3(dst, row.codes + first, count, scale);
+  else if (row.format == Format::int8)
+    Runs::int8(dst, row.codes + first, count, scale, zero);
+  else
+    Runs::four_bits(dst, row.codes, first, count, codebook(row.format), scale, zero);
+}
+
+inline void fetch_ahead(const Codes& row, int64_t first, int64_t count) {
+  if (row.ahead == 0) return;
+  const uint8_t* codes = row.codes + row.ahead;
+  const int64_t end = row_bytes(row.format, first + count);
+  for (int64_t i = row_bytes(row.format, first); i < end; i += 64) __builtin_prefetch(codes + i);
+}
+
+template <class Runs>
+void decode(bf16* dst, int64_t ldd, const Codes& codes, int rows, int64_t first, int64_t count) {
+  const int64_t end = first + count, first_group = first / codes.group;
+  Codes row = codes;
+  for (int r = 0; r < rows; r++, dst += ldd, row.next_row()) {
+    fetch_ahead(row, first, count);
+    int64_t group = first_group;
+    for (int64_t i = first, stop; i < end; i = stop, group++) {
+      stop = (group + 1) * row.group < end ? (group + 1) * row.group : end;
+      decode_run<Runs>(dst + i - first, row, i, stop - i, scale_of(row, group),
+                       row.zeros ? float(row.zeros[group]) : 0.0f);
+    }
   }
 }

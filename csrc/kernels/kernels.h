@@ -74,9 +74,11 @@ struct Kernels {
   void (*pack_pairs)(bf16* panel, int64_t panel_depth, int width, const bf16* src, int64_t ld, const int32_t* rows,
                      int depth, int columns);
 
-  // c[r][0..width) (+)= sum_d a[r][d] * panel[d][0..width), fp32 accumulation over the whole depth.
-  void (*multiply)(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows,
-                   int depth, bool accumulate);
+  // c[r][0..width) (+)= sum_d a[r][d] * panel[d][0..width), fp32 accumulation over the whole depth. `panel` points at the
+  // first of these depths in a panel of panel_depth. The sum of several depths after
+  // each other, accumulated, has the bits of one call for all of them.
+  void (*multiply)(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int width,
+                   int rows, int depth, bool accumulate);
   void (*unpermute)(float* c, int64_t ldc, int rows, int width);
 
   // [feature][token] results of the forward pass.
@@ -114,8 +116,8 @@ struct Kernels {
   // mask[i] = all ones where element first + i of the input of one LoRA pair (`projection`) is kept for a slot, else zero.
   void (*keep_mask)(bf16* mask, const Dropout& dropout, uint32_t projection, int64_t slot, int first, int count);
 
-  // dst[i] = the weight in column first + i of a quantised row, for i < count
-  void (*decode)(bf16* dst, const Codes& row, int64_t first, int64_t count);
+  // dst[r][i] = the weight in column first + i of row r of the codes, for i < count
+  void (*decode)(bf16* dst, int64_t ldd, const Codes& codes, int rows, int64_t first, int64_t count);
 
   // The instruction set's ceiling: `iterations` of independent products on registers alone; returns the number of
   // floating-point operations done. Null where there is no such ceiling to speak of.

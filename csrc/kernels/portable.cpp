@@ -13,7 +13,9 @@ constexpr int kDepthUnit = 2;
 // Blocks of 4 rows x 16 columns: wide enough for the compiler's baseline vectors, small enough for its registers.
 template <int Rows>
 void multiply_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* group, int depth, bool accumulate) {
-  float sum[Rows][kColumns] = {};
+  float sum[Rows][kColumns];
+  for (int r = 0; r < Rows; r++)
+    for (int j = 0; j < kColumns; j++) sum[r][j] = accumulate ? c[r * ldc + j] : 0.0f;
   for (int d = 0; d < depth; d += 2) {
     const bf16* pairs = group + d * kColumns;
     for (int r = 0; r < Rows; r++) {
@@ -26,13 +28,13 @@ void multiply_block(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf1
     }
   }
   for (int r = 0; r < Rows; r++)
-    for (int j = 0; j < kColumns; j++) c[r * ldc + j] = sum[r][j] + (accumulate ? c[r * ldc + j] : 0.0f);
+    for (int j = 0; j < kColumns; j++) c[r * ldc + j] = sum[r][j];
 }
 
-void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int width, int rows, int depth,
-              bool accumulate) {
+void multiply(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* panel, int64_t panel_depth, int width,
+              int rows, int depth, bool accumulate) {
   for (int j = 0; j < width; j += kColumns) {
-    const bf16* group = panel + int64_t(j) * depth;
+    const bf16* group = panel + j * panel_depth;
     int r = 0;
     for (; r + 4 <= rows; r += 4) multiply_block<4>(c + r * ldc + j, ldc, a + r * lda, lda, group, depth, accumulate);
     for (; r < rows; r++) multiply_block<1>(c + r * ldc + j, ldc, a + r * lda, lda, group, depth, accumulate);

@@ -18,7 +18,7 @@ void multiply_kept(const Kernels& k, const InputMask& mask, float* c, const Lora
       bf16* group = kept + int64_t(i) * depth;
       keep(group, group, panel + i * lora.in_depth + first * kColumns, int64_t(depth) * kColumns);
     }
-    k.multiply(c, width, lora.a(expert) + first, lora.in_depth, kept, width, lora.rank, depth, first > 0);
+    k.multiply(c, width, lora.a(expert) + first, lora.in_depth, kept, depth, width, lora.rank, depth, first > 0);
   }
 }
 

@@ -21,6 +21,11 @@ namespace {
 constexpr int kFeatures = 32;  // gate rows (and as many up rows) of one task
 constexpr int kOutputs = 128;  // down rows of one task
 
+// Weights that are codes are decoded in blocks that stay in L1 while the token panels of a run meet them.
+constexpr int kDecodedRows = 32;
+constexpr int kDecodedDepth = 512;
+constexpr int kRun = 8;
+
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
 template <class Body>
 void for_panels(const Call& call, const Plan& plan, const Task& task, const Body& body) {
@@ -32,6 +37,55 @@ void for_panels(const Call& call, const Plan& plan, const Task& task, const Body
   }
 }
 
+// The rows of a task in runs that decode its weights once: body(run). Weights in place need no more than a panel at a time.
+template <class Body>
+void for_runs(const Call& call, const Weight& weight, const Task& task, const Body& body) {
+  const int rows = call.kernels.panel_width * (weight.is_coded() ? kRun : 1);
+  for (int i = 0; i < task.rows && !interrupted(call); i += rows) {
+    Task run = task;
+    run.row += i;
+    run.rows = std::min(rows, task.rows - i);
+    body(run);
+  }
+}
+
+// Rows [first, first + count) of a weight. In place they are found once for all panels of a task; codes are left to
+// `products`.
+Rows rows_in_place(const Kernels& k, const Weight& weight, int expert, int64_t first, int count, bf16* scratch) {
+  if (weight.is_coded()) return {};
+  return padded_rows(k, weight, expert, first, count, 0, weight.columns, scratch);
+}
+
+// Scratch, in elements, for rows of a weight as the two functions here need it.
+int64_t rows_size(const Kernels& k, const Weight& weight, int count) {
+  return weight.is_coded() ? padded_size(k, kDecodedRows, kDecodedDepth) : padded_size(k, count, weight.columns);
+}
+
+// c[panel][c_row + i][width] = row first + i of a weight . the panels of a run, `depth` deep; panels c_size apart.
+void products(const Call& call, const Plan& plan, const Task& run, const Weight& weight, const Rows& in_place,
+              int64_t first, int count, const bf16* panels, int64_t depth, float* c, int64_t c_size, int c_row, bf16* scratch) {
+  const Kernels& k = call.kernels;
+  const bool coded = weight.is_coded();
+  const int rows = coded ? kDecodedRows : count;
+  const int64_t step = coded ? kDecodedDepth : depth;
+  for (int r = 0; r < count; r += rows)
+    for (int64_t d = 0; d < depth; d += step) {
+      const int row_count = std::min(rows, count - r);
+      const int64_t columns = std::min(step, weight.columns - d);
+      // The block after this one: to its right, or below and at the left end.
+      const int64_t next = d + step < depth ? step : rows * weight.columns - d;
+      const Rows w = coded ? padded_rows(k, weight, run.expert, first + r, row_count, d, columns, scratch,
+                                         row_bytes(weight.format, next))
+                           : in_place;
+      float* panel_c = c;
+      for_panels(call, plan, run, [&](int64_t, int, int width, int64_t column) {
+        k.multiply(panel_c + (c_row + r) * width, width, w.data, w.ld, panels + column * depth + d * kColumns, depth, width,
+                   row_count, int(std::min(step, depth - d)), d > 0);
+        panel_c += c_size;
+      });
+    }
+}
+
 // t = scaling * lora_A . panel, as the panel that continues the product with the weights: [depth][width], high then low.
 // The panel's tokens are the rows from `row` on. kept: scratch (layer/dropout.h).
 void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask, int expert, const bf16* panel, int width,
@@ -40,7 +94,7 @@ void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask,
   if (mask)
     multiply_kept(k, mask, c, lora, expert, panel, width, row, tokens, kept);
   else
-    k.multiply(c, width, lora.a(expert), lora.in_depth, panel, width, lora.rank, int(lora.in_depth), false);
+    k.multiply(c, width, lora.a(expert), lora.in_depth, panel, lora.in_depth, width, lora.rank, int(lora.in_depth), false);
   for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
   low_part(c + size, c, width, lora.rank, width);
   std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
@@ -67,13 +121,15 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
   const Buffer<bf16> down_t(columns * down_lora.depth);
   const int range = output_range(rows, hidden);
   const Buffer<float> y(output ? rows * range : 0, call.threads);     // [row][range]: each expert's output
-  const int64_t rank_rows = std::max({kFeatures * 3 + k.row_unit, gate_up_lora.rows + gate_up_lora.depth,
-                                      down_lora.rows + down_lora.depth, kOutputs + k.row_unit});
-  const ThreadBuffer<float> c_scratch(call.threads, rank_rows * k.panel_width);
+  const int64_t gate_up_size = (kFeatures * 2 + k.row_unit) * k.panel_width, down_size = (kOutputs + k.row_unit) * k.panel_width;
+  const int64_t gate_up_run = in.gate_up_proj.is_coded() ? kRun : 1, down_run = in.down_proj.is_coded() ? kRun : 1;
+  const int64_t rank_rows = std::max(gate_up_lora.rows + gate_up_lora.depth, down_lora.rows + down_lora.depth);
+  const ThreadBuffer<float> c_scratch(call.threads, std::max({gate_up_run * gate_up_size + kFeatures * k.panel_width,
+                                                              down_run * down_size, rank_rows * k.panel_width}));
   const InputMask x_mask(k, in, gate_up_lora, plan, InputMask::gate_up), h_mask(k, in, down_lora, plan, InputMask::down);
   const ThreadBuffer<bf16> kept_scratch(call.threads, x_mask || h_mask ? kKeptScratch : 0);
-  const int64_t padded_features = padded_size(k, kFeatures, hidden);
-  const ThreadBuffer<bf16> w_scratch(call.threads, std::max(2 * padded_features, padded_size(k, kOutputs, inter)));
+  const int64_t w_size = rows_size(k, in.gate_up_proj, kFeatures);
+  const ThreadBuffer<bf16> w_scratch(call.threads, std::max(2 * w_size, rows_size(k, in.down_proj, kOutputs)));
 
   // 1. tokens -> panels; t of gate_up
   const std::vector<Task> panels = row_tasks(plan, k.panel_width);
@@ -96,42 +152,46 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
     const int64_t first_row = int64_t(task.expert) * gate_up_width;
     Rows w[2];
     for (int p = 0; p < block.size; p++)
-      w[p] = padded_rows(k, in.gate_up_proj, task.expert, block.ranges[p].first, block.ranges[p].count,
-                         w_scratch[thread] + p * padded_features);
+      w[p] = rows_in_place(k, in.gate_up_proj, task.expert, block.ranges[p].first, block.ranges[p].count,
+                           w_scratch[thread] + p * w_size);
     const bool last = task.first + task.count == inter;
-    for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
-      const bf16* panel = x_panels + column * hidden_depth;
-      float* gate = c_scratch[thread];                 // [count][width], or with up [2 * count][width] alternating
-      float* up = gate + kFeatures * width;            // [count][width]
-      float* h = up + kFeatures * width;
-      float* const parts[2] = {gate, up};
+    float* c = c_scratch[thread];  // by panel: gate [count][width], and from row kFeatures on up; or both alternating
+    float* const h = c + gate_up_run * gate_up_size;
+    for_runs(call, in.gate_up_proj, task, [&](const Task& run) {
       for (int p = 0; p < block.size; p++)
-        k.multiply(parts[p], width, w[p].data, w[p].ld, panel, width, block.ranges[p].count, int(hidden_depth), false);
-      for (int p = 0; p < block.size; p++) {
-        const GateUp::Range range = block.ranges[p];
-        if (gate_up_lora)
-          k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
-                     gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, width, range.count,
-                     gate_up_lora.depth, true);
-        if (in.gate_up_bias)
-          add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
-      }
-      const int run = settings.interleaved ? width : task.count * width;  // where gates, and ups, are contiguous
-      for (int64_t i = 0; i < int64_t(task.count) * width; i += run) {
-        float* gates = settings.interleaved ? gate + 2 * i : gate;
-        float* ups = settings.interleaved ? gates + width : up;
-        k.activate(settings.gate, h + i, gates, ups, 1, run);
-        if (saved.gate_up && settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, 1, run);
-      }
-      for (int p = 0; saved.gate_up && p < block.size; p++)
-        k.store_rows_bf16(saved.gate_up + row * gate_up_width + block.ranges[p].first, gate_up_width, parts[p], width,
-                          block.ranges[p].count, tokens);
-      k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
-      for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
-        const int64_t filled = round_up(inter, 2);
-        std::memset(h_panels + (column + i) * inter_depth + filled * kColumns, 0,
-                    size_t((inter_depth - filled) * kColumns) * sizeof(bf16));
-      }
+        products(call, plan, run, in.gate_up_proj, w[p], block.ranges[p].first, block.ranges[p].count, x_panels.get(),
+                 hidden_depth, c, gate_up_size, p * kFeatures, w_scratch[thread]);
+      float* gate = c;
+      for_panels(call, plan, run, [&](int64_t row, int tokens, int width, int64_t column) {
+        float* up = gate + kFeatures * width;
+        float* const parts[2] = {gate, up};
+        for (int p = 0; p < block.size; p++) {
+          const GateUp::Range range = block.ranges[p];
+          if (gate_up_lora)
+            k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
+                       gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, gate_up_lora.depth, width,
+                       range.count, gate_up_lora.depth, true);
+          if (in.gate_up_bias)
+            add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
+        }
+        const int contiguous = settings.interleaved ? width : task.count * width;  // gates, and as many ups
+        for (int64_t i = 0; i < int64_t(task.count) * width; i += contiguous) {
+          float* gates = settings.interleaved ? gate + 2 * i : gate;
+          float* ups = settings.interleaved ? gates + width : up;
+          k.activate(settings.gate, h + i, gates, ups, 1, contiguous);
+          if (saved.gate_up && settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, 1, contiguous);
+        }
+        for (int p = 0; saved.gate_up && p < block.size; p++)
+          k.store_rows_bf16(saved.gate_up + row * gate_up_width + block.ranges[p].first, gate_up_width, parts[p], width,
+                            block.ranges[p].count, tokens);
+        k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
+        for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
+          const int64_t filled = round_up(inter, 2);
+          std::memset(h_panels + (column + i) * inter_depth + filled * kColumns, 0,
+                      size_t((inter_depth - filled) * kColumns) * sizeof(bf16));
+        }
+        gate += gate_up_size;
+      });
     });
   });
 
@@ -155,16 +215,20 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
     };
     for_tasks(call, outputs, settings.parts, part_of_outputs, [&](const Task& task, int thread) {
       const int64_t feature = first + task.first;
-      const Rows w = padded_rows(k, in.down_proj, task.expert, feature, task.count, w_scratch[thread]);
-      for_panels(call, plan, task, [&](int64_t row, int tokens, int width, int64_t column) {
-        float* c = c_scratch[thread];  // [count][width]
-        k.multiply(c, width, w.data, w.ld, h_panels + column * inter_depth, width, task.count, int(inter_depth), false);
-        if (down_lora)
-          k.multiply(c, width, down_lora.b(task.expert) + feature * down_lora.depth, down_lora.depth,
-                     down_t + column * down_lora.depth, width, task.count, down_lora.depth, true);
-        if (in.down_bias)
-          add_bias_to_rows(c, width, in.down_bias, task.expert * shape.hidden + feature, task.count, width);
-        k.store_rows_f32(y + row * range + task.first, range, c, width, task.count, tokens);
+      const Rows w = rows_in_place(k, in.down_proj, task.expert, feature, task.count, w_scratch[thread]);
+      for_runs(call, in.down_proj, task, [&](const Task& run) {
+        float* c = c_scratch[thread];  // by panel: [count][width]
+        products(call, plan, run, in.down_proj, w, feature, task.count, h_panels.get(), inter_depth, c, down_size, 0,
+                 w_scratch[thread]);
+        for_panels(call, plan, run, [&](int64_t row, int tokens, int width, int64_t column) {
+          if (down_lora)
+            k.multiply(c, width, down_lora.b(task.expert) + feature * down_lora.depth, down_lora.depth,
+                       down_t + column * down_lora.depth, down_lora.depth, width, task.count, down_lora.depth, true);
+          if (in.down_bias)
+            add_bias_to_rows(c, width, in.down_bias, task.expert * shape.hidden + feature, task.count, width);
+          k.store_rows_f32(y + row * range + task.first, range, c, width, task.count, tokens);
+          c += down_size;
+        });
       });
     });
 

@@ -31,7 +31,7 @@ void product(const Call& call, float* c, const Term& term, int rows, int columns
                        depth, std::min(kMaxWidth, columns - j));
       }
     for (int j = 0; j < columns; j += kMaxWidth)
-      k.multiply(c + j, kLdc, term.a + d, term.lda, panels + j * padded, panel_width(columns, j), rows, int(padded),
+      k.multiply(c + j, kLdc, term.a + d, term.lda, panels + j * padded, padded, panel_width(columns, j), rows, int(padded),
                  accumulate || d > 0);
   }
 }

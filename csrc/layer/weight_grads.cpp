@@ -78,7 +78,8 @@ void outer_products(const Call& call, const Plan& plan, int64_t experts, const F
     for (int j = begin; j < end && !interrupted(call); j += kMaxWidth) {
       const int count = std::min(kMaxWidth, end - j), width = int(round_up(count, kColumns));
       if (depth > 0) {
-        k.multiply(c, width, turned + first * ld + plan.depth[expert], ld, panel(expert, j), width, rows, depth, false);
+        k.multiply(c, width, turned + first * ld + plan.depth[expert], ld, panel(expert, j), depth, width, rows, depth,
+                   false);
         k.unpermute(c, width, rows, width);
       }
       for (int r = 0; r < rows; r++) {

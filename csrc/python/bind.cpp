@@ -140,7 +140,7 @@ NB_MODULE(_kernels, m) {
   m.def("decode", [](const std::string& isa, int threads, uintptr_t dst, const Weight& weight, int64_t rows) {
     interruptible(isa, threads, [&](const Call& call) {
       parallel_tasks(call, rows, [&](int64_t row, int) {
-        weight.write_row(call.kernels, 0, row, 0, weight.columns, at<bf16>(dst) + row * weight.columns);
+        weight.write(call.kernels, 0, row, 1, 0, weight.columns, at<bf16>(dst) + row * weight.columns, weight.columns);
       });
     });
   });
@@ -199,7 +199,7 @@ NB_MODULE(_kernels, m) {
                        int width, int rows, int depth, bool accumulate) {
     const Kernels& k = select_isa(isa);
     if (k.thread_begin) k.thread_begin();
-    k.multiply(at<float>(c), ldc, at<const bf16>(a), lda, at<const bf16>(panel), width, rows, depth, accumulate);
+    k.multiply(at<float>(c), ldc, at<const bf16>(a), lda, at<const bf16>(panel), depth, width, rows, depth, accumulate);
     if (k.thread_end) k.thread_end();
   });
   m.def("unpermute", [](const std::string& isa, uintptr_t c, int64_t ldc, int rows, int width) {
@@ -252,7 +252,7 @@ NB_MODULE(_kernels, m) {
   m.def("decode_row", [](const std::string& isa, uintptr_t dst, const Weight& weight, int64_t expert, int64_t row,
                          int64_t first, int64_t count) {
     const DefaultFloats floats;
-    weight.write_row(select_isa(isa), expert, row, first, count, at<bf16>(dst));
+    weight.write(select_isa(isa), expert, row, 1, first, count, at<bf16>(dst), count);
   });
   m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const Dropout& dropout, uint32_t projection,
                         int64_t slot, int first, int count) {
