@@ -57,7 +57,7 @@ def streamed_experts(monkeypatch):
         seen.append([] if chosen is None else chosen.nonzero().flatten().tolist())
         return chosen
 
-    monkeypatch.setattr(moe_experts, "choose", watch)
+    monkeypatch.setattr(registered_op, "choose", watch)
     return seen
 
 
