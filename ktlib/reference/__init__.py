@@ -1,4 +1,4 @@
-"""What everything computes, in plain torch at float64: the truth that kernels are tested against."""
+"""The layer of routed experts in plain torch at float64: the definition that kernels are tested against."""
 
 from ktlib.reference.gates import apply_gate, clamp_gate
 from ktlib.reference.layer import drop_threshold, keep_mask, lora_delta, moe_experts, philox

@@ -1,6 +1,6 @@
-"""The layer of routed experts in plain torch at float64: the definition every kernel is tested against.
+"""The layer of routed experts in plain torch at float64, without any rounding to smaller types, and not fast.
 
-Nothing here is fast and nothing is rounded. It is differentiable, so that its gradients are the reference too.
+It is differentiable: its gradients are the reference for those of the kernels.
 """
 
 import numpy as np
@@ -19,28 +19,29 @@ def philox(counter, key):
         key: two such integers.
     """
     a, b, c, d = (np.asarray(word, dtype=np.uint64) for word in counter)
-    low, word = np.uint64(2**32 - 1), np.uint64(32)
+    low_mask, high_shift = np.uint64(2**32 - 1), np.uint64(32)
     for i in range(10):
         key_a, key_c = np.uint64((key[0] + i * 0x9E3779B9) % 2**32), np.uint64((key[1] + i * 0xBB67AE85) % 2**32)
-        of_a, of_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (of_c >> word) ^ b ^ key_a, of_c & low, (of_a >> word) ^ d ^ key_c, of_a & low
+        product_a, product_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, c = (product_c >> high_shift) ^ b ^ key_a, (product_a >> high_shift) ^ d ^ key_c
+        b, d = product_c & low_mask, product_a & low_mask
     return a, b, c, d
 
 
 def drop_threshold(p):
-    """Dropout with probability ``p`` drops where a random uint32 is below this: in effect p is this over 2**32."""
+    """Dropout drops an element if its random uint32 is below this; its probability is exactly threshold / 2**32."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def keep_mask(seed, p, projection, slots, columns):
-    """Which elements of the input of a LoRA pair dropout keeps, (len(slots), columns) bool.
+    """Mask of the elements that dropout keeps of a LoRA pair's input, (len(slots), columns) bool.
 
     Args:
-        seed: an int of 64 bits, or a tensor of one.
+        seed: an int of 64 bits, or a 0-d tensor of it.
         p: the probability to drop, in [0, 1).
         projection: 0 for gate_up, 1 for down.
         slots: int64 numbers ``token * top_k + j`` of a token's choices of experts.
-        columns: number of elements of each.
+        columns: number of elements in each slot's input.
     """
     seed, slots, column = int(seed) % 2**64, np.asarray(slots)[:, None], np.arange(columns)
     counter = column // 64 * 16 + column % 16, slots % 2**32, slots >> 32, projection
@@ -50,12 +51,12 @@ def keep_mask(seed, p, projection, slots, columns):
 
 
 def expert_weight(weight, expert, transposed):
-    """One expert's (out, in) of a stack of weights, as it is stored."""
+    """One expert's matrix (out, in) of a stack of weights, a view in the stored dtype."""
     return weight[expert].T if transposed else weight[expert]
 
 
 def expert_lora(lora, expert, num_experts):
-    """One expert's A (r, in) and B (out, r) of ``(lora_A, lora_B, scaling)`` in PEFT's layout."""
+    """One expert's A (rank, in) and B (out, rank) from ``(lora_A, lora_B, scaling)`` in PEFT's layout."""
     lora_A, lora_B, _ = lora
     return lora_layout.split_a(lora_A, num_experts)[expert], lora_layout.split_b(lora_B, num_experts)[expert]
 
@@ -68,19 +69,20 @@ def lora_delta(lora, expert, num_experts):
     return lora[2] * (b.double() @ a.double())
 
 
-def project(x, expert, weight, lora=None, bias=None, transposed=False, dropped=None):
+def project(x, expert, weight, lora=None, bias=None, transposed=False, lora_input=None):
     """``x @ (W + scaling * B A).T + bias`` of one expert in float64, (rows, out).
 
     Args:
         x: (rows, in) float64.
-        weight, lora, bias, transposed: of all experts, as arguments of :func:`moe_experts`.
-        dropped: what dropout leaves of ``x`` for LoRA; None without dropout.
+        expert: the expert's id.
+        weight, lora, bias, transposed: those of all experts, as :func:`moe_experts` takes them.
+        lora_input: ``x`` after dropout; None without dropout.
     """
     dense, delta = expert_weight(weight, expert, transposed).double(), lora_delta(lora, expert, weight.shape[0])
     bias = None if bias is None else bias[expert].double()
-    if dropped is None:
+    if lora_input is None:
         return F.linear(x, dense + delta, bias)
-    return F.linear(x, dense, bias) + F.linear(dropped, delta)
+    return F.linear(x, dense, bias) + F.linear(lora_input, delta)
 
 
 def moe_experts(
@@ -104,8 +106,8 @@ def moe_experts(
 ):
     """``sum_j top_k_weights[t, j] * expert(top_k_index[t, j])(hidden_states[t])`` in float64, (tokens, hidden).
 
-    Same arguments as :func:`ktlib.moe_experts`; any device, any dtype. With lora_dropout the seed must be given.
-    ValueError if an expert id is out of range.
+    The arguments are those of :func:`ktlib.moe_experts`, on any device and of any dtype. With ``lora_dropout``,
+    ``dropout_seed`` is required. ValueError if an expert id is out of range.
     """
     hidden_states, top_k_weights = hidden_states.double(), top_k_weights.double()
     num_experts = gate_up_proj.shape[0]
@@ -119,11 +121,11 @@ def moe_experts(
     share_kept = 1 - drop_threshold(lora_dropout) / 2**32
 
     def project_all(x, weight, lora, bias, expert, projection, slots):
-        dropped = None
+        lora_input = None
         if lora_dropout and lora is not None:
             kept = keep_mask(dropout_seed, lora_dropout, projection, slots.cpu(), x.shape[1]).to(x.device)
-            dropped = torch.where(kept, x / share_kept, 0.0)  # not x * kept: a NaN is dropped like any other
-        return project(x, expert, weight, lora, bias, transposed, dropped)
+            lora_input = torch.where(kept, x / share_kept, 0.0)  # x * kept would let a dropped NaN pass
+        return project(x, expert, weight, lora, bias, transposed, lora_input)
 
     output = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():

@@ -1,4 +1,4 @@
-"""PEFT's layout of LoRA on a stack of expert weights, and the same matrices expert by expert.
+"""Conversion between PEFT's stacked LoRA matrices of all experts and the matrices of each expert.
 
 PEFT (peft/tuners/lora/layer.py, ``ParamWrapper.get_delta_weight``) stores the factors of E experts as two matrices.
 ``lora_A`` (E*r, in) is expert-major: expert e has rows e*r to e*r + r. ``lora_B`` (out, r*E) is rank-major, and the

@@ -1,8 +1,7 @@
-"""The routed experts stage by stage in plain torch at float64: where a value first leaves the finite range.
+"""The stages of the routed experts in plain torch at float64: at which stage a value first leaves the finite range.
 
-:func:`ktlib.reference.moe_experts` says what the layer's output is; this says what happens on the way, expert by
-expert, with the values of each stage kept. It is slow and used after something has gone wrong, or to measure how far
-a layer is from overflow.
+:func:`ktlib.reference.moe_experts` computes the layer's output alone. This module also returns each intermediate value,
+expert by expert. It is slow: it serves to find the cause of a NaN, or to measure how far a layer is from overflow.
 """
 
 from dataclasses import dataclass
@@ -23,26 +22,26 @@ _OPERANDS = {"gate": "gate_up", "up": "gate_up", "down": "down"}
 
 @dataclass
 class Place:
-    """The first non-finite value of a layer: its stage, expert and token, and ``reason``, the operand to blame."""
+    """The first non-finite value of a layer: its stage, expert, token, and in ``reason`` the operand that caused it."""
 
     stage: str
     expert: int | None
     token: int
     slot: int | None
     reason: str
-    values: torch.Tensor  # (width,), of this stage, expert and token, float64
+    values: torch.Tensor  # (width,) float64: all values of this stage, expert and token
 
 
 def stages(layer, expert, apply_gate, grad_output=None):
-    """``(token, slot, {stage: values})`` of one expert: ``token``, ``slot`` (n,), values (n, width) in float64.
+    """``(token, slot, {stage: values})`` of the n rows of one expert: token and slot (n,), values (n, width) float64.
 
     Args:
         layer: arguments of ``moe_experts`` as a dict; those with a default may be missing.
-        expert: its id.
+        expert: the expert's id.
         apply_gate: function of the (n, 2 * intermediate) gate and up values, such as ``experts._apply_gate``.
-        grad_output: (tokens, hidden) or None; with it the stages of backward follow those of forward.
+        grad_output: (tokens, hidden) or None; if given, the stages of backward follow those of forward.
 
-    Values that the kernels keep in fp32 (the LoRA's inner product) are rounded to fp32, so that they overflow here too.
+    LoRA's inner products are rounded to fp32, their type in the kernels, so that they overflow here as they do there.
     """
     token, slot = torch.where(layer["top_k_index"] == expert)
     interleaved = layer.get("interleaved", False)
@@ -57,30 +56,28 @@ def stages(layer, expert, apply_gate, grad_output=None):
     values = {"input": x, "routing weight": weight, "gate": gate, "up": up, "activation": activation, "down": down}
     values["output"] = output
     if grad_output is not None:
-        gradient = grad_output[token].double()
-        wrt = (down, weight, activation, gate_up, x)
-        grads = torch.autograd.grad(output, wrt, gradient, retain_graph=False)
-        values["gradient of output"] = gradient
-        names = ("down", "routing weight", "activation", "gate", "input")
-        values |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
-        halves = split_gate_up(values["gradient of gate"], interleaved)
-        values["gradient of gate"], values["gradient of up"] = halves
+        values["gradient of output"] = grad_output[token].double()
+        inputs = {"down": down, "routing weight": weight, "activation": activation, "gate_up": gate_up, "input": x}
+        gradients = torch.autograd.grad(output, list(inputs.values()), values["gradient of output"])
+        gradients = {f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+        halves = split_gate_up(gradients.pop("gradient of gate_up"), interleaved)
+        values |= gradients | dict(zip(("gradient of gate", "gradient of up"), halves, strict=True))
     return token, slot, {name: value.detach() for name, value in values.items()}
 
 
 def _project(x, layer, name, expert):
-    weight, lora, bias = (layer.get(f"{name}_{part}") for part in ("proj", "lora", "bias"))
+    weight, lora, bias = (layer.get(f"{name}_{argument}") for argument in ("proj", "lora", "bias"))
     y = project(x, expert, weight, lora, bias, layer.get("transposed", False))
     if lora is not None:
         a, b = expert_lora(lora, expert, len(weight))
         inner = F.linear(x.detach(), a.detach().double())
-        # what rounding to fp32 changes: very little, or Inf and NaN where the inner product leaves its range
+        # The difference that rounding to fp32 makes: tiny, or Inf and NaN where the inner product exceeds fp32's range.
         y = y + lora[2] * F.linear(inner.float().double() - inner, b.detach().double())
     return y
 
 
 def finite(values):
-    """Which float64 values are still finite in bf16 (whose range is all but that of fp32)."""
+    """Which float64 values are finite in bf16, whose range is nearly that of fp32."""
     return values.to(torch.bfloat16).isfinite()
 
 
@@ -96,7 +93,7 @@ def ranges(layer, apply_gate, grad_output=None):
 def locate(layer, apply_gate, grad_output=None):
     """The first :class:`Place` whose value is not finite, or None if the whole layer is finite in float64.
 
-    Ordered by stage, then token. With ``grad_output`` only the stages of backward are searched.
+    First by stage, then by token. With ``grad_output`` only the stages of backward are searched.
     """
     order = FORWARD if grad_output is None else BACKWARD
     first = None
@@ -136,14 +133,14 @@ def _blame(layer, place):
     lora = layer.get(f"{name}_lora")
     if name is not None:
         weight = expert_weight(layer[f"{name}_proj"], place.expert, layer.get("transposed", False))
-        parts = {"proj": weight.detach()}
+        operands = {"proj": weight.detach()}
         if layer.get(f"{name}_bias") is not None:
-            parts["bias"] = layer[f"{name}_bias"][place.expert].detach()
-        for part, values in parts.items():
+            operands["bias"] = layer[f"{name}_bias"][place.expert].detach()
+        for operand, values in operands.items():
             if name == "gate_up":
                 values = split_gate_up(values, layer.get("interleaved", False), dim=0)[place.stage == "up"]
             if not values.isfinite().all():
-                return f"{name}_{part}[{place.expert}] of the base model holds {_count(values)}"
+                return f"{name}_{operand}[{place.expert}] of the base model holds {_count(values)}"
         factors = () if lora is None else expert_lora(lora, place.expert, len(layer[f"{name}_proj"]))
         for letter, matrix in zip("AB", factors, strict=False):
             if not matrix.isfinite().all():

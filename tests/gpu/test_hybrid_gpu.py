@@ -1,4 +1,4 @@
-"""Experts on the CPU, the rest on a real GPU: the numbers of a run on the CPU alone, whatever the order or option."""
+"""Experts on the CPU, the rest on a real GPU: the same numbers as on the CPU alone, in any order, with any option."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ktlib.training import sft
 from ktlib.training.tasks import dates
 
 NOISE = 0.03  # bf16 attention on another device
-SAME = 0.03  # two devices, two threads of the engine: gradients are added, in bf16, in the order in which they come
+SAME = 0.03  # autograd uses a thread per device, so the order in which bf16 gradients are added varies
 FAMILIES = ("deepseek_v2", "qwen3_moe", "mixtral")
 
 
@@ -132,7 +132,7 @@ def test_accumulation():
 
 
 def test_side_streams():
-    """Forward and backward on streams of the user's, results used at once on the stream they were made on."""
+    """Forward and backward on the user's own streams; results are used at once on the stream that made them."""
     model = adapted()
     wanted = loss_and_gradients(model)
     torch.cuda.synchronize()
@@ -157,7 +157,7 @@ def test_side_streams():
 
 
 def test_copies_are_right_while_the_gpu_is_busy():
-    """The copy is queued behind work that takes long, and memory is reused at once."""
+    """The copy is queued behind long work, and the memory is reused at once."""
     big = torch.randn(4096, 4096, device="cuda")
     for i in range(20):
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""tests/operator/test_streaming.py on a GPU, and what only that has: pinned memory, streams, Trainer, interruption."""
+"""tests/operator/test_streaming.py on a GPU, and tests that need one: pinned memory, streams, Trainer, interruption."""
 
 import contextlib
 import gc
@@ -99,7 +99,7 @@ def test_nothing_stays_on_the_gpu(layer):
 @pytest.mark.parametrize("failing", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("where", ["copy", "product"])
 def test_a_call_that_fails_halfway_leaves_nothing_behind(layer, failing, where, monkeypatch):
-    """In the thread that sends weights, or in the one that computes; the next call is right."""
+    """An error in the thread that sends weights or in the one that computes; the next call is right."""
     want = evaluate(ktlib.moe_experts, layer, stream_rows=1)
     monkeypatch.setattr(test_streaming.streaming, "GROUP_BYTES", 1)
     calls, product = [], test_streaming.streaming._product

@@ -1,16 +1,13 @@
 """Measure a hybrid run of DeepSeek-V2-Lite's size on this machine; writes one JSON file, updated after every part.
 
     python tests/gpu/true_size.py --out result.json                     # a GPU and 64 GB of memory: 7 to 10 minutes
-    python tests/gpu/true_size.py --out result.json --tiny              # anywhere, a minute: does it run?
+    python tests/gpu/true_size.py --out result.json --tiny              # a check on any machine, in a minute
     python tests/gpu/true_size.py --compact result.json --out notebooks/recorded/hybrid_true_size.json [--also ...]
 
-The last line makes the smaller file that notebook 08 reads: no paths, no tracebacks, spans as fine as a figure shows.
+The last command writes the smaller file that notebook 08 reads: without paths and tracebacks, with fewer spans.
 
-Parts: weights (checkpoint written and loaded, or made in memory), main (stock Trainer, experts and their adapters on
-the CPU), the same with experts streamed to the GPU and one layer by the size of the batch, all logits, adapters of the
-experts on the GPU, timelines of a step of the first two, audit of the saved adapter, stock PEFT's experts on the CPU,
-and at reduced depth the same curve by stock in fp32 and bf16, hybrid, and on the CPU alone. A part that fails or does
-not fit into the budget says so in the file, and the next one runs.
+The parts of the measurement, in this order, are the functions in ``PARTS``. The file records a part that fails, or that
+the time budget excludes, and the next part runs.
 """
 
 import argparse
@@ -34,8 +31,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as `k
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 import ktlib
 from ktlib import _kernels
@@ -52,7 +49,9 @@ from ktlib.system.memory import available_memory
 
 
 def main():
-    options = parse()
+    options = parser().parse_args()
+    if options.tiny:
+        vars(options).update(tokens=512, length=64, response=32, layers=3, reduced_layers=2)
     ownership.refuse_foreign([options.out], "--out", options.out)
     if options.compact:
         source = json.loads(options.compact.read_text())
@@ -76,46 +75,38 @@ def main():
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        result["parts"][part.__name__] = {**found, "part_seconds": time.perf_counter() - start}
+        found = result["parts"][part.__name__] = found | {"part_seconds": time.perf_counter() - start}
         ownership.write_text(options.out, json.dumps(result, indent=1), "--out", replace=True)
-        brief = {k: v for k, v in result["parts"][part.__name__].items() if not isinstance(v, (list, dict))}
+        brief = {k: v for k, v in found.items() if not isinstance(v, (list, dict))}
         print(f"[{time.perf_counter() - began:5.0f} s] {part.__name__}: {json.dumps(brief)[:1500]}", flush=True)
     return int(any("error" in part for part in result["parts"].values()))
 
 
 def parser():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = made.add_argument
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = command.add_argument
     add("--out", type=Path, default=Path("true_size.json"))
-    add("--tiny", action="store_true", help="a small model, to see that everything runs")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all but the experts")
+    add("--tiny", action="store_true", help="a small model, to check that everything runs")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of everything but the experts")
     add("--tokens", type=int, default=4096, help="per step")
     add("--length", type=int, default=512, help="tokens per row")
-    add("--response", type=int, default=128, help="of them with a loss")
+    add("--response", type=int, default=128, help="tokens per row with a loss")
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=20)
     add("--streamed-steps", type=int, default=20)
-    add("--stream-rows", type=int, default=1, help="experts with as many rows in a batch are streamed, where any are")
+    add("--stream-rows", type=int, default=1, help="stream experts with at least so many rows")
     add("--learning-rate", type=float, default=5e-4)
     add("--layers", type=int, default=27)
     add("--reduced-layers", type=int, default=4)
     add("--checkpoint", type=Path, help="folder to write the checkpoint to and load it from; default: a temporary one")
-    add("--in-memory", action="store_true", help="make the weights in memory, write no checkpoint")
-    add("--disk-rate", type=float, default=0.5e9, help="bytes/s a disk has to take for a checkpoint to be written")
-    add("--host-memory", type=float, help="GB, where the machine shows less than it gives; default: what is free")
-    add("--budget", type=float, default=400, help="seconds; no part is begun after that")
-    add("--parts", help="names of some parts, joined by commas; the first two are always needed")
+    add("--in-memory", action="store_true", help="make the weights in memory; write no checkpoint")
+    add("--disk-rate", type=float, default=0.5e9, help="bytes/s; on a slower disk no checkpoint is written")
+    add("--host-memory", type=float, help="GB that can be used; default: the available memory")
+    add("--budget", type=float, default=400, help="seconds after which no part is begun")
+    add("--parts", help="names of parts, with commas; the first two are required")
     add("--compact", type=Path, help="measure nothing: write this result, smaller, to --out")
-    add("--also", type=Path, nargs="*", default=[], help="with --compact: other runs; their speeds and peaks are kept")
-    return made
-
-
-def parse():
-    options = parser().parse_args()
-    if options.tiny:
-        options.tokens, options.length, options.response, options.layers = 512, 64, 32, 3
-        options.reduced_layers = 2
-    return options
+    add("--also", type=Path, nargs="*", default=[], help="with --compact: runs whose speeds and peaks are added")
+    return command
 
 
 def config_of(options, layers=None):
@@ -135,10 +126,10 @@ def machine(options):
 
 
 def compact(result, others=(), resolution=2e-4):
-    """A result as it is recorded: with the command that made it, without paths and tracebacks.
+    """The result to record: with the command that made it, without paths and tracebacks.
 
-    Spans of a timeline that are less than ``resolution`` seconds apart are one; the shares beside them are of all. Of
-    ``others``, the same measurement on other machines, speeds and peaks of the first two runs are kept.
+    Spans of a timeline that are less than ``resolution`` seconds apart are merged, but not for the shares beside them.
+    ``others`` are results of other machines, of which the speeds and peaks of the first two runs are added.
     """
     result = copy.deepcopy(result)
     parts, options = result["parts"], result.pop("options")
@@ -161,7 +152,7 @@ def compact(result, others=(), resolution=2e-4):
         | {name: {peak: other["parts"][name][peak] for peak in peaks} for name in ("run_main", "streamed")}
         for other in others
     ]
-    parts.get("audit_adapter", {}).pop("table", None)  # its counts are there by name, its first line is a path
+    parts.get("audit_adapter", {}).pop("table", None)  # its first line is a path, and "tensors" has its counts
     return result
 
 
@@ -169,6 +160,7 @@ def compact(result, others=(), resolution=2e-4):
 
 
 def weights(state):
+    """The model, from a checkpoint that is written and loaded, or made in memory; the estimate of the run."""
     options, config = state["options"], config_of(state["options"])
     guess = estimate(
         config, rank=options.rank, tokens=options.tokens, sequence_length=options.length,
@@ -176,9 +168,8 @@ def weights(state):
         cpu_rate=state["result"]["machine"]["bf16_rate"], bandwidth=state["result"]["machine"]["bandwidth"],
     )  # fmt: skip
     print(guess, flush=True)
-    state["result"]["estimate"] = {
-        "host": guess.host, "gpu": guess.gpu, "seconds": guess.seconds, "tokens_per_second": guess.tokens_per_second,
-    }  # fmt: skip
+    estimated = ("host", "gpu", "seconds", "tokens_per_second")
+    state["result"]["estimate"] = {name: getattr(guess, name) for name in estimated}
     state["host_memory"] = options.host_memory * 1e9 if options.host_memory else available_memory()
     guess.check(state["host_memory"])
     found = {}
@@ -208,14 +199,12 @@ def weights(state):
 
 
 def disk_rate(folder, size):
-    """Bytes per second with which the disk takes data for good."""
+    """Bytes per second that the disk writes, including fsync."""
     folder.mkdir(parents=True, exist_ok=True)
-    block = bytes(2**24)
     with ownership.temporary_folder(folder) as temporary:
         start = time.perf_counter()
         with open(temporary / "probe", "wb") as file:
-            for _ in range(size // len(block)):
-                file.write(block)
+            file.writelines([bytes(2**24)] * (size // 2**24))
             file.flush()
             os.fsync(file.fileno())
         return size / (time.perf_counter() - start)
@@ -237,6 +226,7 @@ class Clock(TrainerCallback):
 
 
 def run_main(state):
+    """A run of a stock Trainer with experts and their adapters on the CPU."""
     options, device = state["options"], state["device"]
     start = time.perf_counter()
     hybrid.reset_memory()
@@ -250,7 +240,7 @@ def run_main(state):
 
 
 def trainer_run(state, steps):
-    """Some steps of a stock Trainer: losses, times, peaks of memory."""
+    """``steps`` of a stock Trainer: losses, times, peaks of memory."""
     options, device, model, clock = state["options"], state["device"], state["model"], Clock()
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), max_steps=steps, learning_rate=options.learning_rate, weight_decay=0.0,
@@ -259,19 +249,16 @@ def trainer_run(state, steps):
         remove_unused_columns=False, use_cpu=device.type == "cpu", seed=0,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=state["rows"], data_collator=hybrid.collate, callbacks=[clock])
-    assert type(trainer) is transformers.Trainer
     hybrid.reset_memory()
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = values(trainer.state.log_history, "loss")
     steady = clock.seconds[2:] or clock.seconds
     found = {
         "optimizer": str(arguments.optim), "losses": losses, "seconds": clock.seconds,
-        "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
+        "grad_norms": values(trainer.state.log_history, "grad_norm"),
         "tokens_per_second": options.tokens * len(steady) / sum(steady), "tokens_per_step": options.tokens,
-        **hybrid.memory(),
+        **hybrid.memory(), "finite": all(map(math.isfinite, losses)), "loss_fell_by": losses[0] - losses[-1],
     }  # fmt: skip
-    found["finite"] = all(map(math.isfinite, losses))
-    found["loss_fell_by"] = losses[0] - losses[-1]
     trainer.optimizer = None
     del trainer
     model.zero_grad(set_to_none=True)
@@ -279,8 +266,12 @@ def trainer_run(state, steps):
     return found
 
 
+def values(log, name):
+    return [entry[name] for entry in log if name in entry]
+
+
 def step_timeline(state):
-    """One step under the profiler, and what could be gained by overlapping shared experts."""
+    """One step under the profiler, and the time that overlapping the shared experts could save."""
     found = profiled_step(state)
     if state["device"].type == "cuda":
         found["shared_experts_seconds"] = shared_experts_seconds(state["model"], state["options"].tokens)
@@ -288,7 +279,7 @@ def step_timeline(state):
 
 
 def first_layer(model, tokens):
-    """The experts of the first MoE layer; hidden_states, top_k_index and top_k_weights as if routed evenly."""
+    """Experts of the first MoE layer; random hidden_states, top_k_index and top_k_weights for them."""
     experts = next(module for module in model.modules() if is_experts(module))
     count, hidden, _ = experts.down_proj.shape
     top_k = model.config.num_experts_per_tok
@@ -297,7 +288,7 @@ def first_layer(model, tokens):
 
 
 def shared_experts_seconds(model, tokens):
-    """GPU seconds of a step in shared experts, forward, recomputation and backward: all that overlap could hide."""
+    """GPU seconds of a step's shared experts: forward, recomputation, backward. Overlap could save no more."""
     modules = [m for n, m in model.named_modules() if n.endswith("shared_experts")]
     x = torch.randn(1, tokens, model.config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
@@ -314,7 +305,7 @@ def shared_experts_seconds(model, tokens):
 
 @contextlib.contextmanager
 def streaming(state):
-    """Within, experts are streamed to the GPU."""
+    """A context in which experts are streamed to the GPU."""
     ktlib.pin_experts(state["model"], stream_rows=state["options"].stream_rows)
     try:
         yield
@@ -323,7 +314,7 @@ def streaming(state):
 
 
 def streamed(state):
-    """The Trainer run once more, where it was left, with experts streamed to the GPU; and what one layer takes."""
+    """Continue the Trainer's run with experts streamed to the GPU; also the time of one layer."""
     options, model = state["options"], state["model"]
     with streaming(state):
         found = {"stream_rows": options.stream_rows, **trainer_run(state, options.streamed_steps)}
@@ -331,13 +322,13 @@ def streamed(state):
 
 
 def streamed_timeline(state):
-    """One step of it under the profiler."""
+    """One step with streamed experts under the profiler."""
     with streaming(state):
         return profiled_step(state)
 
 
 def profiled_step(state):
-    """The :func:`ktlib.lab.hybrid.timeline` of one step, after one to warm up, and the shares of its tracks."""
+    """The :func:`ktlib.lab.hybrid.timeline` of one step after a warm-up step, and the shares of its tracks."""
     model, device = state["model"], state["device"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=state["options"].learning_rate, fused=True)
@@ -347,7 +338,7 @@ def profiled_step(state):
 
 
 def layer_seconds(model, *stream_rows):
-    """``[[tokens, seconds with each of stream_rows ...], ...]``: one layer's experts, both passes, without LoRA."""
+    """Seconds of one layer's experts, forward and backward without LoRA: ``[[tokens, *one per stream_rows], ...]``."""
     table = []
     for tokens in (64, 256, 1024, 4096):
         experts, inputs = first_layer(model, tokens)
@@ -363,7 +354,7 @@ def layer_seconds(model, *stream_rows):
 
 
 def arrival_rate(model):
-    """Bytes per second with which the weights of one layer's experts reach the GPU, when nothing is computed."""
+    """Bytes per second at which the weights of one layer's experts reach the GPU while nothing is computed."""
     experts, _ = first_layer(model, 1)
     weights = [experts.gate_up_proj, experts.down_proj]
     groups = torch.arange(len(weights[0])).chunk(4)
@@ -377,28 +368,29 @@ def arrival_rate(model):
 
 
 def all_logits(state):
-    """The memory of two steps in which every token has a loss, not only the response."""
+    """Memory and times of two steps in which every token has a loss."""
     options, model = state["options"], state["model"]
     rows = hybrid.token_rows(model.config, options.tokens // options.length, options.length, options.length - 1)
     hybrid.reset_memory()
     log = hybrid.train_steps(model, hybrid.batches(rows, len(rows)), 2, learning_rate=options.learning_rate)
-    return {"seconds": [entry["seconds"] for entry in log], **hybrid.memory()}
+    return {"seconds": values(log, "seconds"), **hybrid.memory()}
 
 
 def adapters_on_gpu(state):
-    """Pinned again with lora_device="cuda": the same loss on the same batch, and the time of some steps."""
+    """Expert adapters on the GPU: the loss of one batch before and after moving them, and the time of four steps."""
     options, model = state["options"], state["model"]
-    batch = next(state["stream"])
-    placed = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
-    with torch.no_grad():
-        before = model(**placed).loss.item()
+    batch = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in next(state["stream"]).items()}
+
+    def loss():
+        with torch.no_grad():
+            return model(**batch).loss.item()
+
+    found = {"loss_cpu": loss()}
     ktlib.pin_experts(model, "cuda")
-    with torch.no_grad():
-        after = model(**placed).loss.item()
+    found["loss_cuda"] = loss()
     hybrid.reset_memory()
     log = hybrid.train_steps(model, state["stream"], 4, learning_rate=1e-4)
-    found = {"loss_cpu": before, "loss_cuda": after, "log": log, **hybrid.memory()}
-    found["tokens_per_second"] = options.tokens / min(entry["seconds"] for entry in log)
+    found |= {"log": log, **hybrid.memory(), "tokens_per_second": options.tokens / min(values(log, "seconds"))}
     ktlib.pin_experts(model, "cpu")
     return found
 
@@ -418,7 +410,12 @@ def stock_experts(state):
     """The same step with routed experts through stock PEFT and transformers' grouped_mm on the CPU."""
     options, model = state["options"], state["model"]
     base = model.get_base_model()
-    register_stock_on_cpu()
+
+    def grouped_mm_on_cpu(self, hidden_states, top_k_index, top_k_weights):
+        on_cpu = (t.to("cpu") for t in (hidden_states, top_k_index, top_k_weights))
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *on_cpu).to(hidden_states.device)
+
+    ExpertsInterface.register("grouped_mm_on_cpu", grouped_mm_on_cpu)
     base.set_experts_implementation("grouped_mm_on_cpu")
     hybrid.reset_memory()
     experts = state["result"]["parts"]["weights"]["expert_bytes"]
@@ -431,27 +428,17 @@ def stock_experts(state):
         log = hybrid.train_steps(model, state["stream"], 2, learning_rate=1e-4, deadline=time.perf_counter() + 70)
     finally:
         base.set_experts_implementation("ktlib")
-    best = min(entry["seconds"] for entry in log)
-    return {"log": log, "tokens_per_second": options.tokens / best, "checkpointing": recompute, **hybrid.memory()}
-
-
-def register_stock_on_cpu():
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-
-    def grouped_mm_on_cpu(self, hidden_states, top_k_index, top_k_weights):
-        moved = (t.to("cpu") for t in (hidden_states, top_k_index, top_k_weights))
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *moved).to(hidden_states.device)
-
-    ExpertsInterface.register("grouped_mm_on_cpu", grouped_mm_on_cpu)
+    rate = options.tokens / min(values(log, "seconds"))
+    return {"log": log, "tokens_per_second": rate, "checkpointing": recompute, **hybrid.memory()}
 
 
 REFERENCE = "stock in fp32"
 
 
 def reduced(state):
-    """Loss curves of a model with few layers, equal seeds: stock on the GPU, hybrid (both ways), all on the CPU.
+    """Loss curves of a model with few layers and equal seeds: stock on the GPU, hybrid, and all on the CPU.
 
-    The first is of stock in fp32, in which rounding plays no part: what the others differ from it is their rounding.
+    The first curve, stock in fp32, has hardly any rounding; the other curves differ from it by their rounding.
     """
     options = state["options"]
     state.pop("model", None)
@@ -460,7 +447,6 @@ def reduced(state):
     gc.collect()
     config = config_of(options, options.reduced_layers)
     rows = hybrid.token_rows(config, 4 * options.tokens // options.length, options.length, options.response)
-    cuda = state["device"].type == "cuda"
     stock = {"stock": True, "pinned": False}
     variants = {
         REFERENCE: (state["device"].type, stock, 12),
@@ -473,14 +459,14 @@ def reduced(state):
     }
     found = {"layers": options.reduced_layers, "curves": {}}
     for name, (device, adapting, steps) in variants.items():
-        if device == "cuda" and not cuda:
+        if device == "cuda" and state["device"].type != "cuda":
             continue
         if time.perf_counter() > state["began"] + options.budget + 20:
             found["curves"][name] = {"skipped": "the budget is used up"}
             continue
         print(f"  {name}", flush=True)
         model = synthetic.random_model(config, progress=False)
-        if adapting.get("stock"):  # on a GPU grouped_mm wants bf16
+        if adapting.get("stock"):  # on a GPU grouped_mm supports only bf16
             model.set_experts_implementation("eager" if name == REFERENCE else "grouped_mm")
         model = hybrid.adapt(model, device, rank=options.rank, **adapting)
         if name == REFERENCE:
@@ -488,8 +474,8 @@ def reduced(state):
         stream = hybrid.batches(rows, options.tokens // options.length)
         log = hybrid.train_steps(model, stream, steps, learning_rate=options.learning_rate)
         found["curves"][name] = {
-            "losses": [entry["loss"] for entry in log], "grad_norms": [entry["grad_norm"] for entry in log],
-            "tokens_per_second": options.tokens / statistics.median([entry["seconds"] for entry in log[1:] or log]),
+            "losses": values(log, "loss"), "grad_norms": values(log, "grad_norm"),
+            "tokens_per_second": options.tokens / statistics.median(values(log[1:] or log, "seconds")),
         }  # fmt: skip
         del model
         gc.collect()
@@ -502,7 +488,7 @@ def reduced(state):
     return found
 
 
-PARTS = (  # throughput before the profiler, which leaves launches slower: github.com/pytorch/pytorch/issues/144455
+PARTS = (  # profiled parts come late, since launches stay slower afterwards: github.com/pytorch/pytorch/issues/144455
     weights, run_main, streamed, all_logits, adapters_on_gpu, step_timeline, streamed_timeline, audit_adapter,
     stock_experts, reduced,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dropout on LoRA's input in the operator: the masks, the numbers against the reference, the same bits in every way."""
+"""Dropout on LoRA's input: the masks, results against the reference, and the same bits however it is computed."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_masks_are_the_same_bits_in_every_instruction_set(isa):
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
 def test_the_share_that_is_dropped(p):
-    """Over all, by column and by slot, within five standard deviations; six where the worst of thousands is taken."""
+    """Drop rates overall, by column and by slot: within five standard deviations, or six for the worst of thousands."""
     dropped = ~reference.keep_mask(1, p, 0, range(1000), 2000)
     sigma = (p * (1 - p)) ** 0.5
     assert abs(dropped.double().mean() - p) < 5 * sigma / dropped.numel() ** 0.5
@@ -71,13 +71,13 @@ def test_the_share_that_is_dropped(p):
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_slots_columns_projections_and_seeds_are_independent(p):
-    """Correlations of what any two of them drop are what chance allows: zero to some standard deviations."""
+    """The masks of any two slots, or columns, are uncorrelated: within a few standard deviations of zero."""
 
     def standardised(*arguments):
         return (reference.keep_mask(*arguments).double() - (1 - p)) / (p * (1 - p)) ** 0.5
 
     rows, columns = standardised(3, p, 0, range(300), 3000), standardised(3, p, 0, range(3000), 300).T
-    for matrix in (rows, columns):  # each against each
+    for matrix in (rows, columns):  # all pairs
         correlation = matrix @ matrix.T / matrix.shape[1]
         assert correlation.fill_diagonal_(0).abs().max() < 7 / matrix.shape[1] ** 0.5  # 5 %: no normal tail
     others = [
@@ -121,11 +121,13 @@ def test_probabilities_and_dtypes(p, lora_dtype):
 
 
 def test_a_probability_next_to_one():
-    """The one element in 2**32 that is kept is divided by as much, though p says less. With this seed there is one."""
+    """Elements are kept, and divided by, 2**-32, though 1 - p is smaller. With this seed one element is kept."""
     options = {"lora_dropout": 1 - 2**-40, "dropout_seed": 2065177}
     assert reference.keep_mask(2065177, 1 - 2**-40, 0, range(8), 64).nonzero().tolist() == [[1, 18]]
     layer = random_layer("trained", tokens=8, experts=2, top_k=1, hidden=64, intermediate=48, rank=4)
-    assert max(compare([layer], FAST, **options).values()) < 0.03  # one row is nearly all: no errors that average out
+    assert (
+        max(compare([layer], FAST, **options).values()) < 0.03
+    )  # nearly all values come from one row, so errors do not average out
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -160,11 +162,11 @@ def test_long_batches_drop_by_the_slot_in_the_whole_batch():
 
 
 def test_the_mean_of_many_draws_is_the_undropped_output():
-    """Where the output is linear in the mask: LoRA on down alone."""
+    """LoRA on down alone: then the output is linear in the mask."""
     layer = random_layer("trained", tokens=40, experts=4, top_k=2, hidden=64, intermediate=48, rank=4)
     layer["hidden_states"], layer["gate_up_lora"] = layer["hidden_states"].float(), None
     lora_A, lora_B, _ = layer["down_lora"]
-    layer["down_lora"] = (lora_A, lora_B, 20.0)  # LoRA's part is most of the output
+    layer["down_lora"] = (lora_A, lora_B, 20.0)  # most of the output comes from LoRA
     whole = ktlib.moe_experts(**layer).double()
     draws = torch.stack([ktlib.moe_experts(**layer, lora_dropout=0.4).double() for _ in range(400)])
     spread = draws.std(0) / len(draws) ** 0.5
@@ -206,7 +208,7 @@ def test_instruction_sets_agree(isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_dropout_is_no_dropout(isa):
-    """p = 0, with a seed or without, and a p too small to drop anything; without LoRA there is nothing to drop from."""
+    """p = 0 with or without a seed, a p too small to drop anything, and a layer without LoRA."""
     layer = random_layer("trained", tokens=150, experts=4, top_k=2, hidden=75, intermediate=41, rank=5)
     plain = evaluate(ktlib.moe_experts, layer, isa=isa)
     for options in ({"lora_dropout": 0.0}, {"lora_dropout": 0, "dropout_seed": 5}, {"lora_dropout": 1e-11}):
@@ -217,7 +219,7 @@ def test_no_dropout_is_no_dropout(isa):
 
 
 def test_only_what_is_asked_for():
-    """One gradient alone is what it is among all of them: masks are made for each use."""
+    """A gradient computed alone has the bits that it has among all gradients: masks are made for each use."""
     layer = random_layer("trained", tokens=40, experts=4, top_k=2, hidden=96, intermediate=64, rank=4)
     full = evaluate(ktlib.moe_experts, layer, **DROPOUT)
     gradient = torch.randn(full["output"].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -308,7 +310,7 @@ LINKED = pytest.mark.skipif(" " in torch.__file__, reason="torch gives the linke
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=LINKED)])
 def test_a_compiled_call_draws_anew(backend):
-    """The seed is drawn when the graph runs: it is no constant of it, and torch.manual_seed repeats it."""
+    """The seed is drawn when the graph runs: it is not a constant of the graph, and torch.manual_seed repeats it."""
     layer = random_layer("trained", tokens=20, experts=4, top_k=2, hidden=64, intermediate=48, rank=4)
 
     def dropping(x, ids, weights, gate_up_proj, down_proj, *lora):

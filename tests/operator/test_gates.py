@@ -27,12 +27,12 @@ LAYOUTS = {
     "gpt-oss's": {"transposed": True, "interleaved": True},
 }
 BASE = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-# Weights and biases: bounds as for LoRA, one rounding more (weights: the factor that carries the routing weight).
+# Bounds of weights and biases: those of LoRA, and for weights one more rounding, of the factor with the routing weight.
 ALL_BOUNDS = BOUNDS | dict.fromkeys(BASE, 0.005)
 
 
 def layer_of(tokens, experts, top_k, hidden, intermediate, rank, bias_dtype=torch.bfloat16, seed=0):
-    """Arguments of ``moe_experts`` in the plain layout, with biases; values large enough for every part of a gate."""
+    """Arguments of ``moe_experts`` in the plain layout, with biases, and with values in the whole range of a gate."""
     layer = random_layer(
         "trained", tokens=tokens, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate, rank=rank,
         seed=seed,
@@ -133,17 +133,17 @@ def test_a_bias_alone_trains():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_long_batches_go_in_parts(layout):
-    """More slots than one part holds; without gradients of the base model, with which the batch is one part."""
+def test_long_batches_go_in_chunks(layout):
+    """More slots than one chunk holds; gradients of the base model make the whole batch one chunk."""
     options = LAYOUTS[layout] | GATES["gpt-oss"]
     layer = in_layout(layer_of(4200, 8, 7, 64, 32, 2), **LAYOUTS[layout])
     lora = [f"{name} lora_{letter}" for name in ("gate_up", "down") for letter in "AB"]
     wanted = ["hidden_states", "top_k_weights", *lora]
-    parts = results(ktlib.moe_experts, layer, wanted, **options)
+    chunked = results(ktlib.moe_experts, layer, wanted, **options)
     whole = results(ktlib.moe_experts, layer, **options)
-    for name in parts:  # sums over tokens are taken in another order
+    for name in chunked:  # sums over tokens are taken in another order
         same = name in ("output", "hidden_states", "top_k_weights")
-        assert relative_error(parts[name].double(), whole[name].double()) <= (0 if same else 0.002), name
+        assert relative_error(chunked[name].double(), whole[name].double()) <= (0 if same else 0.002), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -184,7 +184,7 @@ def test_same_bits_for_any_number_of_threads(layout):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_whether_or_not_torch_flushes_denormals(layout, isa):
-    """It does so on the thread that asked for it alone; these routing weights make numbers that would be flushed."""
+    """Only the thread that set the mode flushes; these routing weights make numbers that would be flushed."""
     layer = in_layout(layer_of(200, 4, 2, 96, 72, 3), **LAYOUTS[layout])
     layer["top_k_weights"] = layer["top_k_weights"] * 1e-38
     options = LAYOUTS[layout] | {"isa": isa}
@@ -253,10 +253,10 @@ def test_unknown_gate_in_the_reference():
 
 
 def test_gradients_stop_at_the_limit():
-    """Beyond the limit they are exactly zero, below it those of the gate without a limit."""
+    """Beyond the limit gradients are exactly zero; below it they are those of the gate without a limit."""
     layer = layer_of(50, 2, 1, 32, 16, 1)
     layer |= {"gate_up_bias": torch.zeros(2, 32), "gate_up_lora": None, "down_lora": None}
-    layer["gate_up_bias"][:, 3] = 1000.0  # a gate, and an up, far above and below
+    layer["gate_up_bias"][:, 3] = 1000.0  # one gate and one up, far beyond the limit
     layer["gate_up_bias"][:, 16 + 5] = -1000.0
     bias = layer["gate_up_bias"].requires_grad_()
     ktlib.moe_experts(**layer, limit=900.0).sum().backward()

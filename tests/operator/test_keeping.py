@@ -1,4 +1,4 @@
-"""Checkpointing that keeps what the experts computed: once per step, the same bits, and errors where it cannot be."""
+"""Checkpointing that computes the experts once per step: the same bits, and errors where it is impossible."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_regions_do_not_mix(calls):
     assert all(map(torch.equal, got[0] + got[1], wanted[0] + wanted[1]))
 
 
-def test_what_is_gone_or_changed_is_an_error():
+def test_results_that_were_used_or_changed_are_an_error():
     leaves, forward = layer()
     value = checkpoint(forward, *leaves, **CHECKPOINTING)
     torch.autograd.grad(value, leaves, retain_graph=True)

@@ -1,4 +1,4 @@
-"""One place knows how PEFT lays out the factors of a stack of experts; PEFT itself says whether it is right."""
+"""Our description of PEFT's layout of expert LoRA agrees with PEFT."""
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -9,7 +9,7 @@ import pytest
 from ktlib.estimate import saved_bytes
 
 LAYER = {"tokens": 512, "experts": 64, "top_k": 6, "hidden": 2048, "intermediate": 1408, "rank": 8}  # DeepSeek-V2-Lite
-# Taken once per process, whatever the number of layers: 115 MB here on 2 threads, half of it within the 5 percent.
+# Scratch memory of the process, independent of the number of layers: 115 MB on 2 threads, half of it in the 5 percent.
 SCRATCH = 100e6
 
 CHILD = """

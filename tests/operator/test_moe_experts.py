@@ -20,7 +20,7 @@ FAST = ktlib.cpu_info()["isa"]
 
 
 def compare(layers, isa, **options):
-    """Relative L2 error per quantity, taken over all the layers: a single small one may cancel to nearly nothing."""
+    """Relative L2 error per quantity over all layers together, since sums in one small layer may nearly cancel."""
     actual = [evaluate(ktlib.moe_experts, layer, isa=isa, **options) for layer in layers]
     expected = [evaluate(reference.moe_experts, layer, **options) for layer in layers]
     return {
@@ -279,32 +279,32 @@ def test_same_bits_for_any_number_of_threads(isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_token_has_the_same_bits_whatever_else_is_in_the_batch(recompute, isa):
-    """Output and the gradients of a token's own inputs: alone, in part of a batch, and in batches of several blocks of
-    rows, in which some experts have few rows and others many. Also if the other tokens are not finite."""
+    """Output and gradients of a token's inputs: alone, in a slice of a batch, and in batches of several row blocks, in
+    which some experts have few rows and others many. Also if the other tokens are not finite."""
     layer = random_layer("trained", tokens=150, experts=8, top_k=3, hidden=160, intermediate=144, rank=5)
     gradient = torch.randn(150, 160, generator=torch.Generator().manual_seed(1)).bfloat16()
 
-    def of(rows, **changes):
-        own = {name: layer[name][rows].clone() for name in ("hidden_states", "top_k_index", "top_k_weights")}
-        arguments = layer | own | changes
+    def results_of(rows, **changes):
+        selected = {name: layer[name][rows].clone() for name in ("hidden_states", "top_k_index", "top_k_weights")}
+        arguments = layer | selected | changes
         leaves = [arguments[name].requires_grad_() for name in ("hidden_states", "top_k_weights")]
         output = ktlib.moe_experts(**arguments, isa=isa, recompute=recompute)
         output.backward(gradient[rows])
         return [output.detach(), *(leaf.grad for leaf in leaves)]
 
-    whole = of(slice(None))
+    whole = results_of(slice(None))
     for rows in (slice(0, 1), slice(77, 78), slice(149, 150), slice(3, 5), slice(20, 41), slice(60, 149)):
-        for got, want in zip(of(rows), whole, strict=True):
+        for got, want in zip(results_of(rows), whole, strict=True):
             assert torch.equal(got, want[rows]), rows
     others_bad = layer["hidden_states"].clone()
     others_bad[40:] = float("nan")
-    for got, want in zip(of(slice(None), hidden_states=others_bad), whole, strict=True):
+    for got, want in zip(results_of(slice(None), hidden_states=others_bad), whole, strict=True):
         assert torch.equal(got[:40], want[:40])
 
 
 @pytest.mark.parametrize("isa", [name for name in ISAS if name != "portable"])
 def test_instruction_sets_agree(isa):
-    """All round at the same points, so they differ only by the order of fp32 sums and what that flips in bf16."""
+    """All of them round at the same points: results differ by the order of fp32 sums, and the bf16 bits it flips."""
     layer = random_layer("trained", tokens=64, experts=4, top_k=2, hidden=128, intermediate=96, rank=8)
     portable, other = (evaluate(ktlib.moe_experts, layer, isa=name) for name in ("portable", isa))
     for name in QUANTITIES:
@@ -373,8 +373,8 @@ def test_gradients_of_expert_weights(shape, isa):
     assert torch.equal(plain.grad, actual["hidden_states"])
 
 
-def test_long_batches_go_in_parts():
-    """More slots than one part holds: the same numbers as the reference, and as the parts' own for each token."""
+def test_long_batches_go_in_chunks():
+    """More slots than one chunk holds: close to the reference, and each token has the bits of a short batch."""
     layer = random_layer("trained", tokens=4200, experts=8, top_k=7, hidden=64, intermediate=32, rank=2)
     layer["hidden_states"] = torch.randn(4200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert_within(compare([layer], FAST))

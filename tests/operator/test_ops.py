@@ -1,4 +1,4 @@
-"""The operator's boundary: what its tensors may have become, and that a call is a pure function (006, 010)."""
+"""The operator's boundary: tensors that changed or were freed are refused, and a call is a pure function."""
 
 import gc
 import subprocess
@@ -56,7 +56,7 @@ def arguments_of_the_op(
 
 
 def test_a_wrong_id_writes_nothing(layer):
-    """The C++ side checks ids itself, before any output: also when it is called directly."""
+    """C++ checks ids before it writes any output, even if it is called directly."""
     layer["top_k_index"][9, 1] = 10**12
     output = torch.full((10, HIDDEN), 7.0, dtype=torch.bfloat16)
     call = registered_op._native_call(*registered_op._unflatten(arguments_of_the_op(layer))[:3])
@@ -82,7 +82,7 @@ ktlib.operator.registered_op._kernels.select_isa("amx_bf16")
 
 
 def test_unavailable_isa_is_an_error_not_a_crash():
-    """A machine without AMX, or one whose operating system keeps its registers to itself."""
+    """A machine without AMX, or one whose operating system refuses AMX's registers to the process."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, text=True, timeout=120)
     if "PR_SET_SECCOMP" in done.stderr:
         pytest.skip("this system does not let a process filter its own system calls")
@@ -117,7 +117,7 @@ def test_isa_from_the_environment(layer, monkeypatch):
 
 
 def test_tensors_without_memory_are_refused(layer):
-    """On the meta device, or with a storage that someone emptied, before this call or between forward and backward."""
+    """Tensors on the meta device."""
     for name, size in (("gate_up_bias", 2 * INTERMEDIATE), ("down_bias", HIDDEN)):
         with pytest.raises(ValueError, match=f"{name}: got a tensor on meta"):
             ktlib.moe_experts(**layer, **{name: torch.zeros(EXPERTS, size, device="meta")})
@@ -136,7 +136,7 @@ def emptied(tensor):
 
 @pytest.mark.parametrize("name", registered_op.NAMES)
 def test_memory_that_was_freed_is_not_read(layer, name):
-    """The storage of a tensor that was emptied, before the call or between forward and backward."""
+    """The storage of a tensor was shrunk, before the call or between forward and backward."""
     layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
     layer |= {"dropout_seed": torch.tensor(1)}
     for forward_first in (False, True):
@@ -158,7 +158,7 @@ def test_shapes_that_changed_since_forward_are_refused(layer):
     lora_A, lora_B = (t.clone().requires_grad_() for t in layer["down_lora"][:2])
     other = random_layer("trained", tokens=10, experts=EXPERTS, top_k=2, hidden=HIDDEN, intermediate=INTERMEDIATE)
     output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, 2.0)}))
-    lora_A.data, lora_B.data = other["down_lora"][:2]  # rank 8 for 3
+    lora_A.data, lora_B.data = other["down_lora"][:2]  # rank 8 instead of 3
     with pytest.raises(ValueError, match=r"down_lora: changed since forward, which saved bfloat16 \(6, 20\)"):
         output.sum().backward()
     output = ktlib.moe_experts(**(layer | {"down_lora": (lora_A, lora_B, 2.0)}))
@@ -208,7 +208,7 @@ def test_second_derivatives_are_refused(layer):
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
 def test_gradients_of_weights_that_forward_did_not_expect_are_refused(layer, name):
-    """Long batches go through the operator in parts, of which each would overwrite what those before have written."""
+    """Long batches are computed in chunks, and each chunk would overwrite the gradient of the ones before."""
     layer |= {"gate_up_bias": torch.ones(EXPERTS, 2 * INTERMEDIATE), "down_bias": torch.ones(EXPERTS, HIDDEN)}
     layer[name].requires_grad_()
     *arguments, _, save = arguments_of_the_op(layer)
@@ -267,12 +267,12 @@ def test_compiles_without_a_graph_break(layer):
     assert torch.equal(actual, expected) and torch.equal(x.grad, y.grad)
 
 
-# --------------------------------------------------------------------------------- a call is a pure function (006, 010)
+# --------------------------------------------------------------------------------- a call is a pure function
 
 
 @pytest.mark.parametrize("stream_device", ["", "cpu"])
 def test_a_default_device_changes_nothing(layer, stream_device):
-    """Of ``with torch.device(...)`` and torch.set_default_device."""
+    """A default device, as set by ``with torch.device(...)`` or torch.set_default_device."""
     settings = {"stream_rows": 1, "recompute": True, "stream_device": stream_device} if stream_device else {}
     layer["hidden_states"].requires_grad_()
     tensors, _, given, save = registered_op._unflatten(arguments_of_the_op(layer, dropout=(torch.tensor(7), 0.5)))
@@ -368,7 +368,7 @@ def test_a_gradient_that_is_none_is_passed_on(layer):
 
 
 def test_saves_only_for_a_backward(layer, monkeypatch):
-    """Three addresses of what backward needs reach the kernels if there will be one, else none."""
+    """The kernels get the three addresses of saved tensors if backward may follow, else null addresses."""
     addresses, forward = [], registered_op._kernels.forward
 
     def watched(*arguments):

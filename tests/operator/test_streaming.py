@@ -1,4 +1,4 @@
-"""Experts that a call streams to a GPU, with the CPU in its place: everything but the copies and CUDA's arithmetic.
+"""Experts that a call streams to a GPU, on the CPU instead of a GPU: everything but the copies and CUDA's arithmetic.
 
 tests/gpu/test_streaming_gpu.py runs these tests on a GPU.
 """
@@ -26,7 +26,7 @@ INDEX = registered_op.Settings._fields.index("stream_rows")
 
 @pytest.fixture
 def place(monkeypatch):
-    """What puts a layer where its experts are streamed to."""
+    """A function that moves a layer to the device to which its experts are streamed."""
     monkeypatch.setattr(moe_experts, "_stream_device", str)
     return lambda layer: layer
 
@@ -36,20 +36,20 @@ def errors(cases, place, stream_rows, **options):
     want = [evaluate(reference.moe_experts, layer, **options) for layer in cases]
     got = [evaluate(ktlib.moe_experts, place(layer), stream_rows=stream_rows, **options) for layer in cases]
 
-    def together(results, name):
+    def concatenated(results, name):
         return torch.cat([result[name].flatten().cpu() for result in results])
 
-    return {name: relative_error(together(got, name), together(want, name)).item() for name in QUANTITIES}
+    return {name: relative_error(concatenated(got, name), concatenated(want, name)).item() for name in QUANTITIES}
 
 
-def some_of(cases):
-    """A number of rows that about half of the experts have."""
+def common_row_count(cases):
+    """A number of rows that about half of the experts reach."""
     counts = cases[0]["top_k_index"].flatten().bincount()
     return max(1, int(counts[counts > 0].float().quantile(0.6)))
 
 
 def streamed_experts(monkeypatch):
-    """A list that will hold, for each call, the experts that are streamed."""
+    """A list to which each call will append the list of experts that it streams."""
     seen, choose = [], streaming.choose
 
     def watch(*arguments):
@@ -68,7 +68,7 @@ def streamed_experts(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, stream_rows, place):
     cases = layers(*shape)
-    assert_within(errors(cases, place, some_of(cases) if stream_rows == "some" else stream_rows))
+    assert_within(errors(cases, place, common_row_count(cases) if stream_rows == "some" else stream_rows))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,14 +76,14 @@ def test_shapes(shape, stream_rows, place):
 def test_gates_and_layouts(gate, layout, place):
     plain = [layer_of(40, 5, 3, 72, 56, 4, bias_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     cases = [in_layout(layer, **LAYOUTS[layout]) for layer in plain]
-    for stream_rows in (1, some_of(cases)):
+    for stream_rows in (1, common_row_count(cases)):
         assert_within(errors(cases, place, stream_rows, **GATES[gate], **LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dropout(layout, place):
     cases = [in_layout(layer_of(48, 8, 4, 96, 80, 8, seed=seed), **LAYOUTS[layout]) for seed in range(4)]
-    for stream_rows in (1, some_of(cases)):
+    for stream_rows in (1, common_row_count(cases)):
         assert_within(errors(cases, place, stream_rows, **DROPOUT, **LAYOUTS[layout]))
 
 
@@ -93,7 +93,7 @@ def test_dtypes(hidden_dtype, lora_dtype, place):
     layer["hidden_states"] = torch.randn(60, 64, generator=torch.Generator().manual_seed(0)).to(hidden_dtype)
     if hidden_dtype == torch.float32:
         layer["hidden_states"] = layer["hidden_states"].bfloat16().float()  # the rounding on entry is not tested here
-    got = evaluate(ktlib.moe_experts, place(layer), stream_rows=some_of([layer]))
+    got = evaluate(ktlib.moe_experts, place(layer), stream_rows=common_row_count([layer]))
     assert_within(
         {n: relative_error(got[n].cpu(), w).item() for n, w in evaluate(reference.moe_experts, layer).items()}
     )
@@ -122,7 +122,7 @@ def test_groups_and_blocks(group_bytes, rows, place, monkeypatch):
     monkeypatch.setattr(streaming, "GROUP_BYTES", group_bytes)
     monkeypatch.setattr(streaming, "BLOCK_VALUES", rows * 2 * 56)
     cases = layers(90, 7, 3, 72, 56, 4)
-    for stream_rows in (1, some_of(cases)):
+    for stream_rows in (1, common_row_count(cases)):
         assert_within(errors(cases, place, stream_rows))
         assert_within(errors(cases, place, stream_rows, **DROPOUT))
 
@@ -147,8 +147,8 @@ def test_experts_with_as_many_rows_are_streamed_and_no_others(place, monkeypatch
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_others_are_computed_as_ever(transposed, place):
-    """Tokens whose experts all stay on the CPU get the bits that they get there."""
+def test_experts_that_are_not_streamed_have_the_same_bits(transposed, place):
+    """Tokens whose experts all stay on the CPU have the same bits as without streaming."""
     layer = in_layout(layers(64, 6, 2, 96, 80, 8)[0], transposed=transposed)
     layer["top_k_index"] = torch.cat([torch.tensor([[0, 1]]).repeat(48, 1), torch.tensor([[2, 3], [4, 5]] * 8)])
     want = evaluate(ktlib.moe_experts, layer, transposed=transposed)
@@ -159,7 +159,9 @@ def test_the_others_are_computed_as_ever(transposed, place):
         assert torch.equal(got[name].cpu()[2 * 8 :], want[name][2 * 8 :]), name
     for name in ("gate_up lora_B", "down lora_B"):
         assert torch.equal(*(grads[name].cpu().view(-1, 8, 6)[:, :, 2:] for grads in (got, want))), name
-    assert not torch.equal(got["hidden_states"][:48].cpu(), want["hidden_states"][:48])  # rounded elsewhere
+    assert not torch.equal(
+        got["hidden_states"][:48].cpu(), want["hidden_states"][:48]
+    )  # streamed experts round differently
 
 
 def test_more_rows_than_any_expert_has_change_nothing(place):
@@ -180,7 +182,7 @@ def test_hidden_states_on_the_cpu_are_computed_there(monkeypatch):
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 def test_same_bits_again(options, stream_rows, place):
     cases = layers(300, 8, 3, 96, 72, 8)
-    rows = some_of(cases) if stream_rows == "some" else stream_rows
+    rows = common_row_count(cases) if stream_rows == "some" else stream_rows
     first, *others = (evaluate(ktlib.moe_experts, place(cases[0]), stream_rows=rows, **options) for _ in range(3))
     assert all(torch.equal(first[name], other[name]) for other in others for name in QUANTITIES)
 
@@ -273,7 +275,7 @@ def test_weights_whose_memory_was_freed_since_forward(place):
         output.sum().backward()
 
 
-# --------------------------------------------------------------------------------------------------------------- pieces
+# ----------------------------------------------------------------------------------------------------- building blocks
 
 
 def gate_gradients(dh, gate, up, kind, limit, alpha):
@@ -284,7 +286,7 @@ def gate_gradients(dh, gate, up, kind, limit, alpha):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gradients_of_the_gates(gate):
-    """Against float64's, everywhere: small and large values, at and beyond limits."""
+    """Against float64, for small and large values, at and beyond limits."""
     options = GATES[gate]
     arguments = options["gate"], options.get("limit"), options.get("alpha", 1.702)
     values = torch.cat(
@@ -333,19 +335,19 @@ def test_copies(threads):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("size", [1, 1000, 2**20 + 3])
 def test_copies_through_a_ring(threads, size):
-    """Each piece is whole when it is announced, in order, though it lies where an earlier one did."""
+    """A chunk is complete when ``ready`` is called for it, in order, though chunks share the buffers of a ring."""
     source = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 20 * size, np.uint8))
     ring, seen = [torch.zeros(size, dtype=torch.uint8) for _ in range(3)], []
 
     def ready(i):
         seen.append(torch.equal(ring[i % 3], source[i * size : (i + 1) * size]))
 
-    pieces = [[(ring[i % 3].data_ptr(), source.data_ptr() + i * size, size)] for i in range(20)]
-    _kernels.copy(threads, pieces, 3, ready)
+    chunks = [[(ring[i % 3].data_ptr(), source.data_ptr() + i * size, size)] for i in range(20)]
+    _kernels.copy(threads, chunks, 3, ready)
     assert seen == [True] * 20
 
 
-def test_copies_that_could_not_go_on_are_refused():
+def test_copies_that_could_not_work_ahead_are_refused():
     with pytest.raises(ValueError, match="ahead: got 1, needs at least 2"):
         _kernels.copy(2, [[], []], 1)
 
@@ -360,9 +362,9 @@ def test_copies_end_with_what_is_raised_meanwhile(threads, at):
         if i == at:
             raise KeyboardInterrupt("enough")
 
-    pieces = [[(row.data_ptr(), memory[0].data_ptr(), 2**20)] for row in memory]
+    chunks = [[(row.data_ptr(), memory[0].data_ptr(), 2**20)] for row in memory]
     with pytest.raises(KeyboardInterrupt, match="enough"):
-        _kernels.copy(threads, pieces, 2, ready)
+        _kernels.copy(threads, chunks, 2, ready)
     assert seen == list(range(at + 1))
 
 

@@ -31,7 +31,7 @@ def jvp(function, x):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_dual_tensors(grad):
-    """Of each argument; and other tensors may have tangents."""
+    """A tangent of any argument is refused; tensors that are not arguments may have one."""
     factors = {
         f"{name} lora_{letter}": (name, i) for name in ("gate_up_lora", "down_lora") for i, letter in enumerate("AB")
     }
@@ -48,7 +48,7 @@ def test_dual_tensors(grad):
 
 
 def test_forward_over_reverse():
-    """A tangent of the gradient that comes in."""
+    """A tangent of grad_output is refused."""
     output = operator(X.clone().requires_grad_())
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"^grad_output: {TANGENT}"):
         output.backward(forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output)))
@@ -92,7 +92,7 @@ def test_errors_of_the_operator_itself_pass():
 
 
 def test_vmap():
-    """Over any tensor arguments and along any dimension, with gradients to what lies outside."""
+    """Over any tensor arguments and along any dimension, with gradients of tensors outside vmap."""
     batch = torch.stack([X, 2 * X, -X])
     want = torch.stack([operator(x) for x in batch])
     assert torch.equal(torch.func.vmap(operator)(batch), want)
@@ -110,7 +110,7 @@ def test_vmap():
     torch.testing.assert_close(got, factor.grad)
 
 
-LONG = random_layer("trained", tokens=12289, experts=2, top_k=2, hidden=16, intermediate=16, rank=1)  # two parts
+LONG = random_layer("trained", tokens=12289, experts=2, top_k=2, hidden=16, intermediate=16, rank=1)  # two chunks
 LONG |= {"gate_up_bias": torch.full((2, 32), 0.1), "down_bias": torch.full((2, 16), -0.1)}
 
 
@@ -120,7 +120,7 @@ LONG |= {"gate_up_bias": torch.full((2, 32), 0.1), "down_bias": torch.full((2, 1
 )
 @pytest.mark.parametrize("layer", [LAYER, LONG], ids=["short", "long"])
 def test_vmap_over_what_requires_a_gradient(layer, name, recompute):
-    """Also in one vmap within another; and what others need for their gradients is kept."""
+    """Also in a vmap within a vmap; tensors that other gradients need are saved."""
     value = layer[name] if name in layer else LONG[name].new_ones(3, {"gate_up_bias": 32, "down_bias": 32}[name])
     batch, x = torch.stack([value, 2 * value]).requires_grad_(), layer["hidden_states"].clone().requires_grad_()
 

@@ -1,7 +1,7 @@
-"""Random calls of ``moe_experts`` and its backward, valid and invalid, and what must come of each.
+"""Random calls of ``moe_experts`` and its backward, valid and invalid, and checks of their results or errors.
 
-:func:`try_one` makes one call from a source of choices and raises AssertionError if it ends as it must not:
-``test_fuzz.py`` lets hypothesis choose, ``fuzz_long.py`` a seeded generator.
+:func:`try_one` makes one call with random choices, and raises AssertionError if its result or its error is wrong. In
+``test_fuzz.py`` hypothesis makes the choices, in ``fuzz_long.py`` a seeded generator.
 """
 
 import functools
@@ -20,25 +20,25 @@ import ktlib
 from ktlib import reference
 from ktlib.operator import checks, moe_experts, registered_op
 
-NAMES = tuple(name for name in registered_op.NAMES if name != "dropout_seed")  # which is a setting to the caller
+NAMES = tuple(name for name in registered_op.NAMES if name != "dropout_seed")  # among SETTINGS
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place
-# Elements may err by this many roundings of the sum of their terms' magnitudes: gate and up, their derivatives, h, the
-# result, and two LoRA matrices on the way, half a unit each.
+# An element's error is at most this many roundings of the sum of its terms' magnitudes. Half a unit each is lost in
+# gate and up, their derivatives, h, the result, and the products with two LoRA matrices.
 ROUNDINGS = 4
 NO_NUMBERS = (math.nan, math.inf, -math.inf, "1", True, [1.0], torch.tensor(1.0))
 NO_FLAGS = ("no", None, 0, 1, torch.tensor(True))
 
-# Keyword arguments that are no tensors: how a valid value is drawn, and what must be refused. One more goes here, and
-# to REFERENCE where the definition has it too.
+# Keyword arguments that are no tensors: a function that draws a valid value, and values that must be refused. A new
+# argument is added here, and to REFERENCE if the reference has it too.
 SETTINGS = {
     "gate": (lambda choose: choose.pick(checks.GATES), ("relu", "SiLU", None, 0, ["silu"], torch.tensor(0))),
     "limit": (
         lambda choose: choose.pick([None, 1, 10.0, choose.integer(1, 3000) / 1000]),
         (0, -1.5, 1e39, 10**400, *NO_NUMBERS),
     ),
-    # with another gate than its own every alpha is wrong: _computed leaves it out there, the mistake lets it be
+    # other gates than swiglu_oai refuse every alpha: _computed passes None with them
     "alpha": (lambda choose: choose.pick([None, 0, 1, 1.702, -0.8, 20.0]), (1e39, -(10**400), *NO_NUMBERS)),
     "transposed": (lambda choose: choose.chance(50), NO_FLAGS),
     "interleaved": (lambda choose: choose.chance(50), NO_FLAGS),
@@ -56,7 +56,7 @@ REFERENCE = ("gate", "limit", "alpha", "transposed", "interleaved", "lora_dropou
 
 
 class Seeded:
-    """Choices of a seeded generator. :class:`Drawn` in test_fuzz.py has hypothesis make them."""
+    """Choices of a seeded generator; those of its subclass in test_fuzz.py are hypothesis's."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -72,7 +72,7 @@ class Seeded:
 
 
 def try_one(choose):
-    """One random call; returns what kind it was, "valid" or the name of the mistake."""
+    """Make one random call; returns "valid" or the name of the mistake."""
     before = torch.get_num_threads()
     torch.set_num_threads(choose.integer(1, 3))
     try:
@@ -125,7 +125,7 @@ def _layer(choose):
 
 
 def _in_other_memory(choose, tensor, contiguous):
-    """The same values: as they are, at an odd address, in a read-only file, or with other strides."""
+    """The same values: in the same memory, at an odd address, in a read-only file, or with other strides."""
     form = choose.pick(["plain", "odd address", *(["file"] if contiguous else ["strided", "columns"])])
     if extension.PAGES and form == "plain":
         return extension.guarded(tensor.shape, tensor.dtype).copy_(tensor)
@@ -146,22 +146,22 @@ def _mapped(tensor):
         file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
         file.flush()
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)  # warns that nobody may write
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)  # torch warns that it is read-only
 
 
 def call(tensors, options, function=ktlib.moe_experts):
-    """``function`` of the tensors by name and of the settings that it has; ``options``: these and LoRA's scaling."""
+    """``function`` of the tensors and of the settings that it takes; ``options`` also has LoRA's scaling."""
     arguments = {name: options[name] for name in (REFERENCE if function is reference.moe_experts else SETTINGS)}
     for name in ("gate_up_lora", "down_lora"):
         if f"{name} lora_A" in tensors:
             arguments[name] = (tensors[f"{name} lora_A"], tensors[f"{name} lora_B"], options["scaling"])
     arguments |= {name: tensor for name, tensor in tensors.items() if "lora" not in name}
-    with mock.patch.object(moe_experts, "_stream_device", str):  # the CPU in the place of a GPU
+    with mock.patch.object(moe_experts, "_stream_device", str):  # streams to the CPU as if it were a GPU
         return function(**arguments)
 
 
 def _computed(choose, tensors, options):
-    """Output and a random subset of the gradients are those of the reference, and only those are there."""
+    """Assert that the output and a random subset of gradients are the reference's, and no other gradients are made."""
     poison = _poison(choose, tensors, options["limit"]) if choose.chance(25) else None
     if choose.chance(15):
         _overlap(choose, tensors)
@@ -197,8 +197,10 @@ def _computed(choose, tensors, options):
 
 
 def _poison(choose, tensors, limit):
-    """One NaN or Inf somewhere; no Inf in LoRA that a limit bounds: its product with the low part of an inner value
-    (csrc/layer/lora.h) may be NaN."""
+    """Put one NaN or Inf into a tensor, and return it.
+
+    With a limit there is no Inf in LoRA: the product of Inf and the low half of an inner value (csrc/layer/lora.h) may
+    be NaN, where the reference clamps Inf to the limit."""
     value = choose.pick([math.nan, math.inf, -math.inf])
     names = [name for name in tensors if name in DIFFERENTIABLE]
     name = choose.pick([n for n in names if "lora" not in n] if limit and not math.isnan(value) else names)
@@ -209,7 +211,7 @@ def _poison(choose, tensors, limit):
 
 
 def _overlap(choose, tensors):
-    """Two arguments of one dtype in the same memory."""
+    """Make two arguments of one dtype share memory."""
     first, second = (choose.pick([name for name in tensors if name != "top_k_index"]) for _ in range(2))
     a, b = sorted((tensors[first], tensors[second]), key=torch.Tensor.numel)
     if a.dtype == b.dtype and b.isfinite().all():
@@ -229,7 +231,7 @@ def _gradient(choose, output):
 
 
 def _between(choose, tensors, options):
-    """Things that may happen between a forward and its backward."""
+    """Do something that must not matter between a forward and its backward."""
     event = choose.pick(["nothing", "another call", "evaluation", "threads", "garbage"])
     if event == "another call":
         call({name: t.detach() for name, t in tensors.items()}, options)
@@ -243,7 +245,7 @@ def _between(choose, tensors, options):
 
 
 def _in_float64(tensors, change=lambda tensor: tensor):
-    """The arguments as the operator rounds them, each then changed."""
+    """The arguments as the operator rounds them, with ``change`` applied to each."""
     exact = ("top_k_weights", "gate_up_bias", "down_bias")
     return {
         name: t if name == "top_k_index" else change((t if name in exact else t.bfloat16()).detach().double())
@@ -252,27 +254,27 @@ def _in_float64(tensors, change=lambda tensor: tensor):
 
 
 def _magnitudes(options):
-    """With these and the magnitudes of all tensors the reference sums magnitudes of terms, and of derivatives."""
+    """Options with which the reference, given the tensors' magnitudes, sums magnitudes of terms and of derivatives."""
     alpha = None if options["alpha"] is None else abs(options["alpha"])
     return options | {"scaling": abs(options["scaling"]), "alpha": alpha, "limit": None}
 
 
 def _between_values(limit, tensors, options):
-    """``limit``, moved up to where no gate or up is so near that fp32 may see it on the other side: there the gradient
+    """``limit``, increased until no gate or up is so near that fp32 may round it to the other side, where the gradient
     jumps."""
     if limit is None:
         return None
-    seen = []
+    gates_and_ups = []
 
-    def see(gate, up, *_):
-        seen[-1] += [gate.flatten(), up.flatten()]
+    def record(gate, up, *_):
+        gates_and_ups[-1] += [gate.flatten(), up.flatten()]
         return gate
 
-    with mock.patch("ktlib.reference.layer.apply_gate", see):
+    with mock.patch("ktlib.reference.layer.apply_gate", record):
         for settings, change in ((options | {"limit": None}, torch.clone), (_magnitudes(options), torch.abs)):
-            seen.append([torch.zeros(1, dtype=torch.float64)])
+            gates_and_ups.append([torch.zeros(1, dtype=torch.float64)])
             call(_in_float64(tensors, change), settings, reference.moe_experts)
-    values, near = torch.cat(seen[0]).abs(), torch.cat(seen[1]) * 2.0**-15
+    values, near = torch.cat(gates_and_ups[0]).abs(), torch.cat(gates_and_ups[1]) * 2.0**-15
     values, near = values[near.isfinite()], near[near.isfinite()]
     while (close := (values - limit).abs() <= near).any():
         limit = ((values + near)[close].max() * (1 + 2.0**-20)).item()
@@ -280,13 +282,13 @@ def _between_values(limit, tensors, options):
 
 
 def _reference(tensors, options, gradient, wanted, change=torch.clone):
-    """Output and gradients in float64, of the arguments as the operator rounds them. With ``torch.abs`` for ``change``
-    they are sums of magnitudes: where what is summed may cancel, errors are measured by these."""
+    """Output and gradients in float64, of the arguments as the operator rounds them. With ``torch.abs`` as ``change``
+    they are sums of magnitudes, by which errors are measured since the terms themselves may cancel."""
     leaves = {n: t if n == "top_k_index" else t.requires_grad_() for n, t in _in_float64(tensors, change).items()}
     output = call(leaves, options, reference.moe_experts)
     if output.requires_grad:
         output.backward(change(gradient.double()))
-    # an expert, or a whole batch, without tokens leaves no gradient in plain torch
+    # plain torch makes no gradient (None) of experts without tokens
     grads = {name: leaves[name].grad for name in wanted}
     empty = {name: torch.zeros_like(leaves[name]) for name, grad in grads.items() if grad is None}
     return {"output": output.detach()} | grads | empty
@@ -296,8 +298,9 @@ def _reference(tensors, options, gradient, wanted, change=torch.clone):
 
 
 def _refused(choose, mistake, tensors, options):
-    """The mistake is a Python exception whose message begins with the name of an argument. False if it cannot be made
-    with these sizes."""
+    """Assert that the mistake raises an exception whose message begins with an argument's name; returns True.
+
+    Returns False if the mistake is impossible with these sizes."""
     wanted = choose.chance(50)
     options = options | {"alpha": options["alpha"] if options["gate"] == "swiglu_oai" else None}
     options["stream_rows"] = None if wanted else options["stream_rows"]
@@ -325,51 +328,38 @@ def _changed(tensors, options, **changes):
     return functools.partial(call, tensors | changes, options)
 
 
-def _some(choose, tensors):
-    return choose.pick(list(tensors))
+def _replaced(replacement):
+    """The mistake of passing ``replacement(choose, name, tensor)`` for a random tensor."""
+
+    def mistake(choose, tensors, options):
+        name = choose.pick(list(tensors))
+        return _changed(tensors, options, **{name: replacement(choose, name, tensors[name])})
+
+    return mistake
 
 
-def _wrong_dtype(choose, tensors, options):
-    name = _some(choose, tensors)
+def _wrong_dtype(choose, name, tensor):
     right = {"top_k_index": [torch.int64]}.get(name, [torch.bfloat16])
     right += [torch.float32] if name not in ("top_k_index", "gate_up_proj", "down_proj") else []
     dtypes = [torch.float16, torch.float64, torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64]
-    tensors[name] = tensors[name].detach().to(choose.pick([d for d in dtypes if d not in right]))
-    return _changed(tensors, options)
+    return tensor.detach().to(choose.pick([d for d in dtypes if d not in right]))
 
 
-def _no_tensor(choose, tensors, options):
-    name = _some(choose, tensors)
-    others = [1.0, "x", [[1.0]], tensors[name].detach().float().numpy()]
-    tensors[name] = choose.pick(others if name.endswith("bias") else [None, *others])
-    return _changed(tensors, options)
+def _no_tensor(choose, name, tensor):
+    others = [1.0, "x", [[1.0]], tensor.detach().float().numpy()]
+    return choose.pick(others if name.endswith("bias") else [None, *others])
 
 
-def _wrong_ndim(choose, tensors, options):
-    name = _some(choose, tensors)
-    tensors[name] = choose.pick([tensors[name][None], tensors[name].flatten(), tensors[name].sum()])
-    return _changed(tensors, options)
-
-
-def _on_meta(choose, tensors, options):
-    name = _some(choose, tensors)
-    tensors[name] = tensors[name].to("meta")
-    return _changed(tensors, options)
-
-
-def _sparse(choose, tensors, options):
-    name = _some(choose, tensors)
-    tensors[name] = tensors[name].detach().to_sparse()
-    return _changed(tensors, options)
+def _wrong_ndim(choose, name, tensor):
+    return choose.pick([tensor[None], tensor.flatten(), tensor.sum()])
 
 
 def _one_less(choose, tensors, options):
-    name = _some(choose, tensors)
+    name = choose.pick(list(tensors))
     dim = choose.integer(0, tensors[name].dim() - 1)
     if tensors[name].shape[dim] == 0:
         return None
-    tensors[name] = tensors[name].narrow(dim, 0, tensors[name].shape[dim] - 1).contiguous()
-    return _changed(tensors, options)
+    return _changed(tensors, options, **{name: tensors[name].narrow(dim, 0, tensors[name].shape[dim] - 1).contiguous()})
 
 
 def _strided_weights(choose, tensors, options):
@@ -412,7 +402,7 @@ def _wrong_lora(choose, tensors, options):
 
 
 def _wrong_setting(name):
-    """One of the values that must be refused; the message begins with the name."""
+    """A setting has one of the values that must be refused; the message begins with the setting's name."""
 
     def mistake(choose, tensors, options):
         changed = {name: choose.pick(SETTINGS[name][1])}
@@ -427,7 +417,7 @@ def _alpha_of_another_gate(choose, tensors, options):
 
 
 def _other_layout(choose, tensors, options):
-    """No size makes one layout look like the other."""
+    """Refused for all sizes, since gate_up_proj has twice as many rows as down_proj has columns."""
     return _changed(tensors, options | {"transposed": not options["transposed"]})
 
 
@@ -436,7 +426,7 @@ def _freed(tensor):
 
 
 def _freed_before(choose, tensors, options):
-    name = _some(choose, tensors)
+    name = choose.pick(list(tensors))
     if not tensors[name].numel():
         return None
     _freed(tensors[name])
@@ -444,7 +434,7 @@ def _freed_before(choose, tensors, options):
 
 
 def _before_backward(change):
-    """``change(choose, tensors)``, which may return False for "not possible", happens between forward and backward."""
+    """The mistake of calling ``change`` between forward and backward; ``change`` returns False if it is impossible."""
 
     def mistake(choose, tensors, options):
         for name in DIFFERENTIABLE[:2]:
@@ -456,13 +446,13 @@ def _before_backward(change):
 
 
 def _free(choose, tensors):
-    name = _some(choose, tensors)
+    name = choose.pick(list(tensors))
     return _freed(tensors[name]) if tensors[name].numel() else False
 
 
 def _swap(choose, tensors):
-    """Another shape in the place of a saved tensor."""
-    name = _some(choose, tensors)
+    """Give a saved tensor another shape."""
+    name = choose.pick(list(tensors))
     if not tensors[name].numel():
         return False
     dim = choose.integer(0, tensors[name].dim() - 1)
@@ -470,7 +460,7 @@ def _swap(choose, tensors):
 
 
 def _reroute(choose, tensors):
-    """Past autograd's notice: an expert id that there is not."""
+    """Put an id out of range into the saved ids, which autograd does not notice."""
     index = tensors["top_k_index"]
     if not index.numel():
         return False
@@ -478,17 +468,17 @@ def _reroute(choose, tensors):
 
 
 def _edit(choose, tensors):
-    name = _some(choose, tensors)
+    name = choose.pick(list(tensors))
     with torch.no_grad():
         tensors[name].add_(1)
 
 
 MISTAKES = {
-    "dtype": (_wrong_dtype,),
-    "no tensor": (_no_tensor,),
-    "number of dimensions": (_wrong_ndim,),
-    "meta": (_on_meta,),
-    "sparse": (_sparse,),
+    "dtype": (_replaced(_wrong_dtype),),
+    "no tensor": (_replaced(_no_tensor),),
+    "number of dimensions": (_replaced(_wrong_ndim),),
+    "meta": (_replaced(lambda choose, name, tensor: tensor.to("meta")),),
+    "sparse": (_replaced(lambda choose, name, tensor: tensor.detach().to_sparse()),),
     "one row less": (_one_less,),
     "strided weights": (_strided_weights,),
     "expert id": (_id_out_of_range,),

@@ -1,4 +1,4 @@
-"""A device named "sim" for machines without a GPU: its tensors refuse to meet CPU tensors, its arithmetic is the CPU's.
+"""A device named "sim" for machines without a GPU: its tensors cannot be mixed with CPU tensors; the CPU computes.
 
 Every operator on a "sim" tensor unwraps it, runs on the CPU and wraps the result; one that mixes "sim" and CPU tensors
 raises, as on a GPU, but for copies and for 0-d CPU tensors.
@@ -45,9 +45,8 @@ def _raw(value):
 def _wrap(value, same):
     if not isinstance(value, torch.Tensor):
         return value
-    return (
-        same[id(value)] if id(value) in same else SimTensor(value.resolve_conj())
-    )  # lazy conjugation is lost inside dispatch
+    # resolve_conj, because lazy conjugation is lost inside dispatch
+    return same[id(value)] if id(value) in same else SimTensor(value.resolve_conj())
 
 
 def _run(op, *args, **kwargs):
@@ -72,7 +71,7 @@ def _run(op, *args, **kwargs):
 
 
 class _Module(_DummyBackendModule):
-    """torch.sim: what torch asks of a device's module, as far as checkpointing does."""
+    """torch.sim: the functions of a device's module that checkpointing calls."""
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
