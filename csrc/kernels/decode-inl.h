@@ -67,7 +67,7 @@ inline void fetch_ahead(const Codes& row, int64_t first, int64_t count) {
   if (row.ahead == 0) return;
   const uint8_t* codes = row.codes + row.ahead;
   const int64_t end = row_bytes(row.format, first + count);
-  for (int64_t i = row_bytes(row.format, first); i < end; i += 64) __builtin_prefetch(codes + i);
+  for (int64_t i = row_bytes(row.format, first); i < end; i += 64) __builtin_prefetch(codes + i, 0, 2);
 }
 
 template <class Runs>

@@ -34,7 +34,7 @@ struct Term {
 
   // Rows [first, first + count) of w, columns [from, from + width). scratch: kReadBlock elements.
   Rows read(const Kernels& k, int64_t first, int count, int64_t from, int64_t width, bf16* scratch) const {
-    if (weight) 
+    if (weight)
       return weight->read(k, expert, row + first, count, column + from, width, scratch, count * weight->row_bytes());
     return {w + first * ldw + from, ldw};
   }
