@@ -37,9 +37,9 @@ from ktlib.integrations.expert_names import FUSED, ExpertLayout, Part
 from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import (
+    ADAPTER_FILE,
     CONFIG,
     MATRIX,
-    WEIGHTS,
     matches,
     rank_and_alpha,
     read_settings,
@@ -138,9 +138,9 @@ def _read(source, base, allow_nonfinite):
         if settings.get(name) is None:
             raise ValueError(f"{source / CONFIG}: has no {name}, needs a number")
     refuse_unsupported(settings, source / CONFIG)
-    files = [source / name for name in (WEIGHTS, FUSED_FILE) if (source / name).is_file()]
+    files = [source / name for name in (ADAPTER_FILE, FUSED_FILE) if (source / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"source: {source} has neither {WEIGHTS} nor {FUSED_FILE}")
+        raise FileNotFoundError(f"source: {source} has neither {ADAPTER_FILE} nor {FUSED_FILE}")
     tensors = tensor_files.read(*files)
     if not allow_nonfinite:
         _refuse_nonfinite(tensors, source)

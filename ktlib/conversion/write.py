@@ -13,7 +13,7 @@ from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.model_class import meta_model
-from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS
+from ktlib.integrations.peft_settings import ADAPTER_FILE, CONFIG, SAVED_DROPOUT
 from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, first_of, layer_of
 from ktlib.reference import lora_layout
 
@@ -188,8 +188,8 @@ def rename_for_peft(adapted, folder=None):
         )
     if names and folder is not None:
         # copies, because tensors that were read may be views of the file
-        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / ADAPTER_FILE).items()}
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def _dropout(settings):
@@ -233,7 +233,7 @@ def check_against_peft(settings, pairs, saved, config):
 def write_peft(folder, settings, pairs, saved, config):
     """A stock PEFT adapter for transformers 5 in ``folder``."""
     made, tensors = check_against_peft(settings, pairs, saved, config)
-    tensor_files.write(folder / WEIGHTS, tensors)
+    tensor_files.write(folder / ADAPTER_FILE, tensors)
     # PEFT keeps the targets in sets and saves them in the order of the set, which changes with Python's hash seed
     made.target_modules, made.target_parameters = sorted(made.target_modules), sorted(made.target_parameters)
     made.save_pretrained(folder)
@@ -285,7 +285,7 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
     for name, (_, pair) in modules.items():
         tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
     if tensors or saved:
-        tensor_files.write(folder / WEIGHTS, tensors | saved)
+        tensor_files.write(folder / ADAPTER_FILE, tensors | saved)
     tensor_files.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
 
 

@@ -15,7 +15,7 @@ from ktlib.integrations.expert_names import ExpertLayout, Part
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.integrations.peft_settings import rank_and_alpha
 
-WEIGHTS, CONFIG, FUSED = "adapter_model.safetensors", "adapter_config.json", "fused_expert_lora.safetensors"
+ADAPTER_FILE, CONFIG, FUSED = "adapter_model.safetensors", "adapter_config.json", "fused_expert_lora.safetensors"
 
 
 def save_peft(folder, family="deepseek_v2", **options):
@@ -61,7 +61,7 @@ def save_per_expert(folder, family="deepseek_v2", r=3, alpha=5, attention=True, 
     experts = "w1|w2|w3" if family == "mixtral" else "gate_proj|up_proj|down_proj"
     targets = rf".*\.experts\.\d+\.({experts})" + (r"|.*\.o_proj" if attention else "")
     folder.mkdir()
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / ADAPTER_FILE)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha, "target_modules": targets}
     (folder / CONFIG).write_text(json.dumps(config | settings))
     return folder, tiny_config(family)
@@ -87,7 +87,7 @@ def merged_by_hand(folder, family):
         half = fused.chunk(2)[rows[leaf]] if leaf in rows else fused
         half += s * (b.double() @ a.double())
 
-    tensors = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+    tensors = load_file(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).exists() else {}
     for key, a in tensors.items():
         if ".lora_A." in key:
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -119,7 +119,7 @@ def assert_same_weights(got, wanted):
 
 
 def assert_same_files(one, other, *names):
-    for name in names or (WEIGHTS,):
+    for name in names or (ADAPTER_FILE,):
         first, second = load_file(one / name), load_file(other / name)
         assert first.keys() == second.keys()
         for key, value in first.items():
@@ -157,12 +157,12 @@ def test_per_expert_to_peft_and_back(family, settings, tmp_path):
     source, config = save_per_expert(tmp_path / "apart", family, **settings)
     import_adapter(source, tmp_path / "peft", config)
     assert_same_weights(merged_by_peft(tmp_path / "peft", family), merged_by_hand(source, family))
-    experts = [v for k, v in load_file(tmp_path / "peft" / WEIGHTS).items() if "experts.base_layer.lora_A" in k]
+    experts = [v for k, v in load_file(tmp_path / "peft" / ADAPTER_FILE).items() if "experts.base_layer.lora_A" in k]
     assert experts and all(a.shape[0] == 2 * 3 * tiny_experts(family) for a in experts), "gate and up keep their own A"
     export_adapter(tmp_path / "peft", tmp_path / "back", config)
     assert_same_files(source, tmp_path / "back")
     back = json.loads((tmp_path / "back" / CONFIG).read_text())
-    modules = [key.removesuffix(".lora_A.weight") for key in load_file(source / WEIGHTS) if "lora_A" in key]
+    modules = [key.removesuffix(".lora_A.weight") for key in load_file(source / ADAPTER_FILE) if "lora_A" in key]
     assert {tuple(rank_and_alpha(back, f"{module}.weight")) for module in modules} == {(3, 5)}
 
 
@@ -196,7 +196,7 @@ def test_ktransformers_and_back(tmp_path):
         "layers.1.experts.up_lora_a": (8, 4, 64), "layers.1.experts.up_lora_b": (8, 48, 4),
         "layers.1.experts.down_lora_a": (8, 4, 48), "layers.1.experts.down_lora_b": (8, 64, 4),
     }  # fmt: skip
-    assert not any(".experts." in key for key in load_file(tmp_path / "kt" / WEIGHTS))
+    assert not any(".experts." in key for key in load_file(tmp_path / "kt" / ADAPTER_FILE))
     assert_same_weights(merged_by_hand(tmp_path / "kt", "deepseek_v2"), merged_by_peft(source, "deepseek_v2"))
     import_adapter(tmp_path / "kt", tmp_path / "back", config)
     assert_same_files(source, tmp_path / "back")
@@ -253,7 +253,7 @@ def test_some_layers_only(tmp_path):
 
 def test_fp32_adapters_and_live_bases(tmp_path):
     source, config = save_peft(tmp_path / "peft")
-    assert {value.dtype for value in load_file(source / WEIGHTS).values()} == {torch.float32}
+    assert {value.dtype for value in load_file(source / ADAPTER_FILE).values()} == {torch.float32}
     config.save_pretrained(tmp_path / "base")
     for i, base in enumerate((config, tmp_path / "base", tiny_model("deepseek_v2"))):
         export_adapter(source, tmp_path / f"{i}", base)
@@ -277,9 +277,9 @@ def test_an_imported_adapter_takes_the_fast_path(tmp_path):
 
 
 def changed(folder, change):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / ADAPTER_FILE)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / ADAPTER_FILE)
 
 
 def pop(*ends):
@@ -340,7 +340,7 @@ def test_an_adapter_with_nan_or_inf_is_refused_by_name_unless_asked_for(value, t
         assert all(name in str(refused.value) for name in (*broken, "allow_nonfinite=True", "--allow-nonfinite"))
         convert(source, tmp_path / convert.__name__, config, allow_nonfinite=True)
     for folder, count in (("import_adapter", 2), ("export_adapter", 2)):
-        bad = [k for k, v in load_file(tmp_path / folder / WEIGHTS).items() if not v.isfinite().all()]
+        bad = [k for k, v in load_file(tmp_path / folder / ADAPTER_FILE).items() if not v.isfinite().all()]
         assert len(bad) == count, "as many as there were, and no more"
     assert {p.split(":")[0] for p in ktlib.audit(source, config).problems} == {"routed_experts", "shared_experts"}
 
@@ -491,7 +491,7 @@ def test_files_and_folders_are_checked(tmp_path):
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         import_adapter(source, tmp_path / "full", config)
-    (source / WEIGHTS).rename(tmp_path / "elsewhere")
+    (source / ADAPTER_FILE).rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor"):
         import_adapter(source, tmp_path / "out", config)
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
