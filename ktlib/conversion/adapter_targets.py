@@ -41,7 +41,7 @@ def targets_in_files(model, spelling, modules, settings, made=None):
     as_weights = {f"{one}.weight" for name in by_weight for one in both[name]}
 
     everything = {name for name, _ in model.named_modules()}
-    everything |= {spelling.name_in_files(name) for name in everything} | set(spelling.linears(model))
+    everything |= {spelling.module_in_files(name) for name in everything} | set(spelling.linears(model))
     targets = _names_or_pattern(as_modules, everything)
     fused = _converted_by_peft(model, of_experts)
     rest = [one for one in in_peft if any(matches(name, [one]) for name in spelling.experts)]

@@ -33,7 +33,7 @@ from ktlib.conversion.write import FUSED_FILE, Pair, check_against_peft, listed,
 from ktlib.files import tensor_files
 from ktlib.files.ownership import new_folder
 from ktlib.files.tensor_files import Stored
-from ktlib.integrations.expert_names import FUSED, ExpertLayout, Part
+from ktlib.integrations.expert_names import FUSED, ExpertLayout, ExpertProjection
 from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import (
@@ -207,8 +207,8 @@ def fit(settings, tensors, config, where, decide, other_classes=True):
             weight, letter = weight_of(match[1], settings), match[2].lower()
             if not other_classes and not key.startswith(PREFIX):
                 problems.append(f"extra: {key} does not begin with {PREFIX}")
-            if isinstance(place := layout.located(weight, other_classes), Part):
-                matrices = parts.setdefault((place.parameter, place.part), {}).setdefault(place.expert, {})
+            if isinstance(place := layout.located(weight, other_classes), ExpertProjection):
+                matrices = parts.setdefault((place.parameter, place.projection), {}).setdefault(place.expert, {})
             else:
                 matrices = halves.setdefault(place, {})
             matrices.setdefault("name", weight)
@@ -330,7 +330,7 @@ def _fuse(parameter, found, value, settings, problems, layout):
     if value is None:
         problems.append(f"extra: {parameter} is not in the base model")
         return None
-    experts, wanted = value[0], FUSED.get(parameter.rpartition(".")[2]) or layout.parts(parameter)
+    experts, wanted = value[0], FUSED.get(parameter.rpartition(".")[2]) or layout.projections(parameter)
     before = len(problems)
     stacks = {}
     for part in wanted:

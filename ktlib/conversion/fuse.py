@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ktlib.files import ownership, tensor_files
-from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_class import meta_model, untied_state
 from ktlib.names import first_of
 
@@ -95,12 +95,12 @@ def fused_tensors(tensors, layout):
     """
     result, experts = {}, {}
     for name, tensor in tensors.items():
-        if isinstance(place := layout.located(name), Part):
-            experts.setdefault(place.parameter, {})[place.part, place.expert] = tensor
+        if isinstance(place := layout.located(name), ExpertProjection):
+            experts.setdefault(place.parameter, {})[place.projection, place.expert] = tensor
         else:
             result[place] = tensor
     for parameter, found in experts.items():
-        parts = layout.parts(parameter)
+        parts = layout.projections(parameter)
         count = 1 + max(expert for _, expert in found)
         if missing := [f"{part} of expert {e}" for part in parts for e in range(count) if (part, e) not in found]:
             raise ValueError(f"{parameter}: missing {len(missing)}: {', '.join(missing[:8])}")

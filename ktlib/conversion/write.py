@@ -11,7 +11,7 @@ import torch
 from ktlib.conversion.adapter_targets import targets_in_files, warn_of_one_scaling
 from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
-from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import ADAPTER_FILE, CONFIG, SAVED_DROPOUT
 from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, first_of, layer_of
@@ -162,7 +162,7 @@ def names_for_peft(adapted, keys, spelling):
     for key, read in read_by_peft(adapted, keys).items():
         if read != key:
             module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
-            names[key] = f"{PREFIX}{spelling.name_in_files(module)}.lora_{rest}"
+            names[key] = f"{PREFIX}{spelling.module_in_files(module)}.lora_{rest}"
     read = read_by_peft(adapted, [names.get(key, key) for key in keys]) if names else {}
     lost = [key for key, name in names.items() if read[name] != key]
     return {key: name for key, name in names.items() if key not in lost}, lost
@@ -253,8 +253,8 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
         spelling.require_per_expert()
     modules, ours = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {part: Pair of stacks}}
     for weight, pair in pairs.items():
-        if not (parts := spelling.parts(weight)):
-            modules[spelling.old_name(weight).removesuffix(".weight")] = weight, pair
+        if not (parts := spelling.projections(weight)):
+            modules[spelling.weight_in_files(weight).removesuffix(".weight")] = weight, pair
             continue
         apart = _apart(weight, pair, pairs, parts, settings.get("use_rslora"))
         if weight in spelling.experts and layout == "ktransformers":
@@ -262,7 +262,7 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
             continue
         for part, stack in apart.items():
             for expert in range(stack.a.shape[0]):
-                name = spelling.part_name(Part(weight, part, expert)).removesuffix(".weight")
+                name = spelling.projection_in_files(ExpertProjection(weight, part, expert)).removesuffix(".weight")
                 modules[name] = weight, stack._replace(a=_slice(stack.a, expert), b=_slice(stack.b, expert))
     settings = settings | {"target_parameters": None, "exclude_modules": None, "inference_mode": True}
     if layout == "ktransformers":

@@ -11,7 +11,7 @@ from support.models import PER_EXPERT, random_adapter, tiny_config, tiny_model, 
 import ktlib
 from ktlib.conversion.adapters import export_adapter, import_adapter
 from ktlib.files import ownership
-from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.integrations.peft_settings import rank_and_alpha
 
@@ -516,6 +516,6 @@ def test_spellings_are_inverse():
         layout = ExpertLayout(tiny_model(family))
         stem = next(name for name, p in tiny_model(family).named_parameters() if p.dim() == 3).rpartition(".")[0]
         for part, leaf in (("gate", "gate_up_proj"), ("up", "gate_up_proj"), ("down", "down_proj")):
-            one = Part(f"{stem}.{leaf}", part, 3)
-            assert layout.located(layout.part_name(one)) == one
+            one = ExpertProjection(f"{stem}.{leaf}", part, 3)
+            assert layout.located(layout.projection_in_files(one)) == one
         assert layout.located("model.layers.0.self_attn.o_proj.weight") == "model.layers.0.self_attn.o_proj.weight"
