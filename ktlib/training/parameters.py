@@ -207,8 +207,8 @@ def check_notebook(*, output_dir, **parameters):
 
 def other_than_default(parameters):
     """Names of the parameters that decide what is learnt and differ from their defaults in the dict ``parameters``."""
-    without_effect = {"output_dir", "isa", "torch_threads", "stream_rows", "gradient_checkpointing"}
-    defaults = {field.name: field.default for field in fields(Parameters) if field.name not in without_effect}
+    circumstances = {"output_dir", "isa", "torch_threads", "stream_rows", "gradient_checkpointing"}
+    defaults = {field.name: field.default for field in fields(Parameters) if field.name not in circumstances}
     return [name for name, default in defaults.items() if parameters[name] != default]
 
 

@@ -49,9 +49,9 @@ def read_by_stock(family, folder):
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "qwen3_moe", "mixtral", "glm4_moe"])
-@pytest.mark.parametrize("parts", ["everything", "experts and attention", "experts alone"])
-def test_stock_peft_reads_what_was_trained(family, parts, tmp_path):
-    targets = {"everything": None, "experts and attention": attention(family), "experts alone": []}[parts]
+@pytest.mark.parametrize("targeted", ["everything", "experts and attention", "experts alone"])
+def test_stock_peft_reads_what_was_trained(family, targeted, tmp_path):
+    targets = {"everything": None, "experts and attention": attention(family), "experts alone": []}[targeted]
     wanted, folder = exported(family, tmp_path, target_modules=targets)
     got, missing = read_by_stock(family, folder)
     assert missing == []
@@ -75,7 +75,7 @@ def test_stock_peft_reads_what_was_trained(family, parts, tmp_path):
 )
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
 @pytest.mark.filterwarnings("ignore:rank_pattern, alpha_pattern")
-def test_ranks_alphas_and_parts_of_experts_come_out_right(family, options, tmp_path):
+def test_ranks_alphas_and_single_projections_come_out_right(family, options, tmp_path):
     wanted, folder = exported(family, tmp_path, **options)
     got, missing = read_by_stock(family, folder)
     if options.get("target_parameters") == ["mlp.experts.gate_up_proj"]:

@@ -98,7 +98,7 @@ def test_per_expert_to_peft_and_back(family, settings, tmp_path):
     import_adapter(source, tmp_path / "peft", config)
     assert_same_weights(merged_by_peft(tmp_path / "peft", family), merged_by_hand(source, family))
     experts = [v for k, v in load_file(tmp_path / "peft" / ADAPTER_FILE).items() if "experts.base_layer.lora_A" in k]
-    assert experts and all(a.shape[0] == 2 * 3 * tiny_experts(family) for a in experts), "gate and up keep their own A"
+    assert experts and all(a.shape[0] == 2 * 3 * tiny_experts(family) for a in experts), "gate and up have an A each"
     export_adapter(tmp_path / "peft", tmp_path / "back", config)
     assert_same_files(source, tmp_path / "back")
     back = json.loads((tmp_path / "back" / CONFIG).read_text())
@@ -217,7 +217,7 @@ def test_spellings_are_inverse():
     for family in PER_EXPERT:
         layout = ExpertLayout(tiny_model(family))
         stem = next(name for name, p in tiny_model(family).named_parameters() if p.dim() == 3).rpartition(".")[0]
-        for part, leaf in (("gate", "gate_up_proj"), ("up", "gate_up_proj"), ("down", "down_proj")):
-            one = ExpertProjection(f"{stem}.{leaf}", part, 3)
-            assert layout.located(layout.projection_in_files(one)) == one
+        for projection, leaf in (("gate", "gate_up_proj"), ("up", "gate_up_proj"), ("down", "down_proj")):
+            place = ExpertProjection(f"{stem}.{leaf}", projection, 3)
+            assert layout.located(layout.projection_in_files(place)) == place
         assert layout.located("model.layers.0.self_attn.o_proj.weight") == "model.layers.0.self_attn.o_proj.weight"
