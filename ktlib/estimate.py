@@ -1,7 +1,7 @@
-"""What a fine-tuning run needs, said before anything heavy starts: memory on both sides, seconds per step.
+"""Estimates a fine-tuning run before it starts: memory on the host and on the GPU, seconds per step.
 
-The formulas are sums of what is stored and of what is computed; they leave out what no formula knows (fragmentation,
-other programs), for which :meth:`Estimate.check` keeps a margin.
+The formulas add up the bytes of all tensors and the operations of all products. They leave out fragmentation and other
+programs, for which :meth:`Estimate.check` has a margin.
 """
 
 import math
@@ -16,28 +16,29 @@ from ktlib.operator.gpu.streamed_experts import BLOCK_VALUES, GROUP_BYTES
 from ktlib.operator.gpu.weight_source import CHUNK_BYTES, DEVICE_BUFFERS, PINNED_BUFFERS
 from ktlib.system.memory import available_memory
 
-GPU_OVERHEAD = 0.8e9  # CUDA context, libraries and their workspaces (measured on an H100 while training)
-HOST_OVERHEAD = 1.5e9  # Python, torch
-CUDA_ON_HOST = 1e9  # its libraries and buffers on the host (measured beside that H100)
+GPU_OVERHEAD = 0.8e9  # bytes: CUDA context, libraries and their workspaces (measured on an H100 while training)
+HOST_OVERHEAD = 1.5e9  # bytes: Python, torch
+CUDA_ON_HOST = 1e9  # bytes: CUDA's libraries and buffers on the host (measured on the host of that H100)
 MARGIN = 1.05
 # Seconds that Python takes to queue one pass of one layer's GPU work, with adapters (16-CPU Xeon). Streamed experts
-# take as long again, before weights can be sent and after they were.
+# take as long again, while no weights are sent.
 QUEUEING = 9e-3
 PCIE = 25e9  # bytes/s to the GPU: 16 lanes of PCIe 4.0
-STREAMED = "logits, or streamed experts"  # in the place of the logits alone
-TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # how configs call it
+LOGITS = "logits and their gradient"
+STREAMED = "logits, or streamed experts"  # the purpose that replaces LOGITS if experts are streamed
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # its names in configs
 
 
 @dataclass
 class Estimate:
-    """Bytes by purpose on the host and on the GPU, and seconds of one step by part. ``print`` shows the table."""
+    """Bytes by purpose on the host and on the GPU, and seconds of one step by purpose. ``print`` shows the table."""
 
     host: dict = field(default_factory=dict)
     gpu: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     tokens: int = 0
-    rows: float = 0.0  # of an expert in a batch, on average
-    break_even: int | None = None  # rows from which on an expert is faster streamed to the GPU
+    rows: float = 0.0  # average number of an expert's rows in a batch
+    break_even: int | None = None  # an expert with at least this many rows is faster streamed to the GPU
 
     @property
     def host_bytes(self):
@@ -52,7 +53,7 @@ class Estimate:
         return self.tokens / sum(self.seconds.values())
 
     def check(self, host_available=None, gpu_available=None):
-        """Raise MemoryError with the numbers if the run cannot fit. Sizes in bytes; default: what is free here."""
+        """MemoryError with the numbers if the run cannot fit in so many bytes; default: the free bytes here."""
         if host_available is None:
             host_available = available_memory()
         if self.gpu and gpu_available is None and torch.cuda.is_available():
@@ -65,10 +66,10 @@ class Estimate:
     def __str__(self):
         lines = []
         for where, table in (("host", self.host), ("GPU", self.gpu)):
-            lines += [f"{where:<5} {what:<34} {size / 1e9:8.2f} GB" for what, size in table.items()]
+            lines += [f"{where:<5} {purpose:<34} {size / 1e9:8.2f} GB" for purpose, size in table.items()]
             if table:
                 lines.append(f"{where:<5} {'together':<34} {sum(table.values()) / 1e9:8.2f} GB")
-        lines += [f"time  {what:<34} {value:8.2f} s" for what, value in self.seconds.items()]
+        lines += [f"time  {purpose:<34} {value:8.2f} s" for purpose, value in self.seconds.items()]
         if self.seconds:
             lines.append(f"time  {self.tokens} tokens per step: {self.tokens_per_second:.0f} tokens/s")
         if self.break_even:
@@ -102,30 +103,32 @@ def estimate(
     """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on bf16 weights, or those weights.
 
     Args:
-        model: a transformers config, or a model without adapters (the meta device will do); with routed experts or not.
+        model: a transformers config, or a model without adapters (on the meta device, if you like), with routed experts
+            or without.
         finetuning: "lora", or "full": the bf16 weights of ``targets`` are trained, with gradient and moments in bf16.
-        rank, targets, lora_bytes: rank, components with adapters, bytes of an adapter's element (fp32: 4).
-        sequence_length, logits_per_row: tokens per row, and how many of them get logits (default: all).
-        gpu: all but the routed experts on a GPU; False: everything on the host.
-        lora_device: where the adapters of routed experts live.
-        checkpointing: layer inputs are kept and the rest recomputed, except the routed experts.
+        rank, targets, lora_bytes: LoRA's rank, the components with adapters, bytes of an adapter's element (fp32: 4).
+        sequence_length, logits_per_row: tokens of a row, and how many of them get logits (default: all).
+        gpu: whether a GPU computes all but the routed experts; False: the host computes everything.
+        lora_device: the device of the routed experts' adapters.
+        checkpointing: whether backward computes activations again from layer inputs, except for routed experts.
         cpu_rate, bandwidth: FLOP/s of bf16 products and bytes/s of memory; default: measured here, in a second.
         gpu_rate: FLOP/s that the GPU reaches on this model.
         timing: False leaves out the seconds, and the measuring.
-        stream_rows: of :func:`ktlib.pin_experts`. The formulas take tokens as evenly spread over the experts: all of
-            them are streamed, or none.
+        stream_rows: of :func:`ktlib.pin_experts`. The formulas assume that tokens are spread evenly over the experts,
+            so that all of them are streamed, or none.
         bus: bytes/s from the host's pinned memory to the GPU; default: measured if there is a GPU, else that of PCIe 4.
 
-    Host memory = expert weights + 16 bytes per fp32 adapter element there (weight, gradient, two moments; full: 6 bytes
-    per trained weight) + for each MoE layer and token: top_k * (2 * intermediate) bf16 of the experts' inner values,
-    and hidden states in and out; with a GPU, the buffers of one layer's copies. (If one mapped file holds experts and
-    other weights, pages of what went to the GPU stay until something needs the memory; ktlib writes no such files.)
-    Time of the experts = the larger of arithmetic (4 FLOP per active weight and token, forward and backward; full: 6)
-    and of reading every expert twice.
-    Streamed experts keep nothing but hidden states, and take the larger of two copies of all their weights to the GPU
-    (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token: forward is computed twice), and
-    what it takes to queue that. The rest takes the larger of arithmetic and, on a GPU, of queueing it, which does not
-    depend on the number of tokens.
+    Host memory is the sum of expert weights; 16 bytes for each element of an fp32 adapter on the host (weight,
+    gradient, two moments; full: 6 bytes for each trained weight); for each MoE layer and token, in bf16, the experts'
+    inner values (top_k * 2 * intermediate) and hidden states in and out; and with a GPU, the buffers of one layer's
+    copies. If one mapped file holds experts and other weights, pages of weights that went to the GPU stay in memory
+    until another program needs it. ktlib writes no such files.
+
+    The experts' time is the larger of arithmetic (4 FLOP per active weight and token, forward and backward; full: 6)
+    and of reading every expert twice. Streamed experts save hidden states only. Their time is the larger of copying all
+    their weights to the GPU twice (:func:`stream_rate`) and of arithmetic there (6 FLOP per active weight and token,
+    because forward is computed twice), plus the time to queue this work. The time of all other layers is the larger of
+    arithmetic and, on a GPU, of queueing, which does not depend on the number of tokens.
 
     Raises:
         ValueError: another ``finetuning``, or a full one with ``stream_rows``.
@@ -140,23 +143,23 @@ def estimate(
     config = model.config.get_text_config()
     weights, chosen, lora = _count(model, rank, targets)
     trained = "adapters, gradients, moments" if finetuning == "lora" else "gradients, moments"
-    if finetuning == "full":  # nothing beside the weights but their gradient and two moments, all bf16
+    if finetuning == "full":  # besides the weights themselves, their gradient and two moments, all bf16
         rank, lora, lora_bytes = 0, chosen, 2
     top_k = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 0)
     experts = [module for module in model.modules() if is_experts(module)]
     moe_layers = len(experts)
     hidden, inner = config.hidden_size, 0
-    if experts:  # their input is not the model's hidden states in every family
+    if experts:  # in some families their input is not as wide as the model's hidden states
         hidden, inner = experts[0].down_proj.shape[1:][:: -1 if experts[0].is_transposed else 1]
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
-    state = (4 if finetuning == "lora" else 3) * lora_bytes  # an adapter's weight, gradient, two moments
+    state = (4 if finetuning == "lora" else 3) * lora_bytes  # bytes: gradient, two moments, and an adapter's weight
     rows = -(-tokens // sequence_length)
     logits = rows * (logits_per_row or sequence_length)
 
     routed = weights.pop("routed_experts", 0)
-    rest = sum(weights.values())
+    other_weights = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
-    rest_lora = sum(lora.values())
+    other_lora = sum(lora.values())
     count = len(experts[0].down_proj) if experts else 1
     streamed = bool(gpu and stream_rows and tokens * top_k >= stream_rows * count)
     saved = moe_layers * (
@@ -166,10 +169,10 @@ def estimate(
     one_layer = tokens * hidden * 60 if checkpointing else 0
     host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
     other = {
-        "other weights": 2 * rest,
-        f"other {trained}": state * rest_lora,
+        "other weights": 2 * other_weights,
+        f"other {trained}": state * other_lora,
         "activations": layers * per_layer + one_layer,
-        "logits and their gradient": logits * vocabulary * (2 + 3 * 4),
+        LOGITS: logits * vocabulary * (2 + 3 * 4),
     }
     (host if lora_device == "cpu" or not gpu else other)[f"expert {trained}"] = state * routed_lora
     device = other | {"program": GPU_OVERHEAD} if gpu else {}
@@ -178,7 +181,7 @@ def estimate(
         host["pinned buffers of copies"] = staging_bytes(tokens, top_k, hidden) if experts else 0
         if streamed:
             streams = streaming_bytes(tokens, top_k, hidden, inner, count)
-            device[STREAMED] = max(device.pop("logits and their gradient"), streams)  # not at the same time
+            device[STREAMED] = max(device.pop(LOGITS), streams)  # they do not exist at the same time
             host["pinned buffers of copies"] += PINNED_BUFFERS * CHUNK_BYTES
     else:
         host |= other
@@ -198,11 +201,11 @@ def estimate(
     bus = bus or (speed.bus_rates()["h2d"] if gpu and torch.cuda.is_available() else PCIE)
     on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / stream_rate(bus, bandwidth))
     on_gpu += 2 * moe_layers * QUEUEING
-    rest_flops = passes * (rest - 2 * embedding) * tokens + 4 * embedding * logits
+    other_flops = passes * (other_weights - 2 * embedding) * tokens + 4 * embedding * logits
     queueing = QUEUEING * layers * (3 if checkpointing else 2)
     seconds = {
         "routed experts": on_gpu if streamed else on_cpu,
-        "the rest": max(rest_flops / (gpu_rate if gpu else cpu_rate), queueing if gpu else 0),
+        "the rest": max(other_flops / (gpu_rate if gpu else cpu_rate), queueing if gpu else 0),
         "optimizer": (routed_lora * 28 * lora_bytes / 4) / bandwidth,
     }
     if gpu:
@@ -212,55 +215,60 @@ def estimate(
 
 
 def streaming_bytes(tokens, top_k, hidden, intermediate, experts):
-    """Bytes of a GPU's memory for the streamed experts of one layer, in backward: two buffers of weights, the output's
-    gradient and that of hidden_states, and of one block of rows about seven matrices as wide as its widest in fp32."""
-    one, widest = 6 * hidden * intermediate, max(2 * intermediate, hidden)
-    group = min(experts, max(1, GROUP_BYTES // one)) * one
+    """Bytes of GPU memory for one layer's streamed experts in backward.
+
+    They are two buffers of weights, the gradients of the output and of ``hidden_states``, and for one block of rows
+    about seven fp32 matrices of the largest width that occurs.
+    """
+    expert_bytes, widest = 6 * hidden * intermediate, max(2 * intermediate, hidden)
+    group = min(experts, max(1, GROUP_BYTES // expert_bytes)) * expert_bytes
     block = max(widest, min(BLOCK_VALUES, tokens * top_k * widest))
     return DEVICE_BUFFERS * group + 6 * tokens * hidden + 28 * block
 
 
 def stream_rate(bus, bandwidth):
-    """Bytes/s at which weights reach the GPU through pinned buffers, which a cache holds: each byte is read from the
-    host's memory, at ``bandwidth``, and sent over the bus, at ``bus``, at the same time; four fifths of the slower of
-    the two (16-CPU Xeon with an H100, 94 and 55 GB/s: 43)."""
+    """Bytes/s at which weights reach the GPU through pinned buffers, given ``bandwidth`` and ``bus`` in bytes/s.
+
+    Reading from the host's memory, at ``bandwidth``, and sending from the buffers, which are in the CPU's cache, at
+    ``bus``, overlap. The rate is four fifths of the slower (16-CPU Xeon with an H100, 94 and 55 GB/s: 43 GB/s).
+    """
     return 0.8 * min(bus, bandwidth)
 
 
 def break_even_rows(cpu_rate, bus, bandwidth):
-    """From how many rows of a batch on an expert is faster on the GPU, its weights copied there, than on the CPU.
+    """The number of rows from which on an expert streamed to the GPU is faster than on the CPU.
 
-    Both passes take the CPU 4 FLOP per weight and row, at ``cpu_rate`` FLOP/s of bf16 products, and they copy 4 bytes
-    per weight, at :func:`stream_rate`. So it is the quotient of the two rates, for one more expert beside others.
+    For forward and backward the CPU computes 4 FLOP per weight and row, at ``cpu_rate`` FLOP/s of bf16 products.
+    Streaming copies 4 bytes per weight, at :func:`stream_rate`. So the number is the quotient of the two rates.
     """
     return math.ceil(cpu_rate / stream_rate(bus, bandwidth))
 
 
 def saved_bytes(tokens, top_k, hidden, intermediate, rank):
-    """Bytes that one layer's experts keep from forward for backward: for each token ``hidden_states`` in and out, and
-    for each of its experts gate and up and the inner values of LoRA (to 16 bits of mantissa, so twice), all in bf16."""
+    """Bytes that one layer's experts save in forward for backward, all in bf16: for each token ``hidden_states`` in and
+    out, and for each of its experts gate, up and LoRA's inner values (as two bf16 numbers, for 16 bits of mantissa)."""
     return 2 * tokens * (top_k * (2 * intermediate + 4 * rank) + 2 * hidden)
 
 
 def staging_bytes(tokens, top_k, hidden):
-    """Bytes of pinned memory that one layer's copies take beside what is kept: gradients of the output and the hidden
-    states in bf16, of the routing weights in fp32, each rounded up to a power of two by torch's allocator."""
-    parts = (2 * tokens * hidden, 2 * tokens * hidden, 4 * tokens * top_k)
-    return sum(1 << (part - 1).bit_length() for part in parts if part)
+    """Bytes of pinned memory for one layer's copies, in addition to :func:`saved_bytes`: gradients of the output and of
+    hidden states in bf16, of routing weights in fp32, each rounded up to a power of two by torch's allocator."""
+    sizes = (2 * tokens * hidden, 2 * tokens * hidden, 4 * tokens * top_k)
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
 
 
 def _count(model, rank, targets):
-    """By component, the numbers of all parameters, of those of ``targets`` in the language model, and of LoRA
-    parameters of ``rank`` on these."""
+    """Three dicts of numbers of parameters by component: of all, of ``targets`` in the language model, and of LoRA
+    adapters of ``rank`` on the latter."""
     from ktlib.integrations.lora_targets import language_modules
 
     weights, chosen, lora, language = {}, {}, {}, language_modules(model)
     for name, parameter in model.named_parameters():
-        part = component(name)
-        weights[part] = weights.get(part, 0) + parameter.numel()
-        if part in targets and name.rpartition(".")[0] in language:
-            chosen[part] = chosen.get(part, 0) + parameter.numel()
+        label = component(name)
+        weights[label] = weights.get(label, 0) + parameter.numel()
+        if label in targets and name.rpartition(".")[0] in language:
+            chosen[label] = chosen.get(label, 0) + parameter.numel()
             if parameter.dim() > 1:
                 count = parameter.shape[0] if parameter.dim() == 3 else 1
-                lora[part] = lora.get(part, 0) + count * rank * sum(parameter.shape[-2:])
+                lora[label] = lora.get(label, 0) + count * rank * sum(parameter.shape[-2:])
     return weights, chosen, lora

@@ -1,11 +1,11 @@
-"""Names of modules and parameters: what they are a part of, and without what PEFT adds to them."""
+"""Names of modules and parameters: the component and layer that a name tells, and names without what PEFT adds."""
 
 import re
 
-PREFIX = "base_model.model."  # of names in a PeftModel and in files of adapters
+PREFIX = "base_model.model."  # PEFT puts it before every name in a PeftModel and in an adapter file.
 
-# Which part of a model a parameter belongs to: the first pattern found in ".name." decides. Names are those of
-# transformers and PEFT; add a line here for a family that calls its parts differently.
+# The components of a model, each with the names of its parameters: the first pattern found in ".name." decides. Names
+# are those of transformers and PEFT. A family that names a component differently gets an alternative in its pattern.
 COMPONENTS = (
     (
         "self_attn",
@@ -19,11 +19,11 @@ COMPONENTS = (
     ("other", r""),
 )
 
-LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # in f".{name}."
+LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)\.")  # is searched for in f".{name}."
 
 
 def component(name):
-    """The component, one of :data:`COMPONENTS`, of a module or parameter called ``name``."""
+    """The component, a label in :data:`COMPONENTS`, of a module or parameter called ``name``."""
     return next(label for label, pattern in COMPONENTS if re.search(pattern, f".{name}."))
 
 
@@ -34,24 +34,25 @@ def layer_of(name):
 
 
 def first_of(texts, most=6, separator=", "):
-    """The first of some texts for an error, and how many more there are."""
+    """The first ``most`` of ``texts`` in one string for an error message, and how many more there are."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return separator.join(texts[:most]) + more
 
 
 def bare_name(name):
-    """A module's or parameter's name as in the bare model, without what PEFT puts before and between its parts."""
-    return name.removeprefix(PREFIX).replace(".base_layer", "").replace(".default", "")
+    """The name in the bare model of a module or parameter of a PeftModel: without PEFT's prefix, ``base_layer`` and
+    ``default`` (the adapter's name)."""
+    return re.sub(r"\.(?:base_layer|default)(?=\.|$)", "", name.removeprefix(PREFIX))
 
 
 def bare_model(model):
-    """The model that a PeftModel is around, with the layers of its adapters in it; any other model itself."""
+    """The model inside a PeftModel, its adapters still in place; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def bare_modules(model):
-    """``(name, module)`` of the model as it is without adapters: each module once, under its own name."""
+    """``(name, module)`` of a model without its adapters: each module once, under its name in the bare model."""
     for name, module in bare_model(model).named_modules():
         if ".lora_" in f".{name}" or hasattr(module, "base_layer"):
             continue
-        yield name.replace(".base_layer", ""), module
+        yield re.sub(r"\.base_layer(?=\.|$)", "", name), module

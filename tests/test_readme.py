@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import ktlib
 from ktlib import cli
 from ktlib.assets import BASE
-from ktlib.training import sft
+from ktlib.training.parameters import Parameters
 from ktlib.training.tasks import dates
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,9 @@ def test_the_code_runs(family, tmp_path):
     assert any(".experts." in name for name in trained) and all(".lora_" in name for name in trained)
 
 
-def test_every_parameter_of_the_example_is_one_that_runs_have(folder):
-    given = yaml.safe_load((folder / "mine.yaml").read_text())
-    assert set(given) <= set(sft.check_parameters())
+def test_the_example_names_parameters_of_a_run_and_gives_the_right_defaults(folder):
+    chosen, at_default = re.split("# The following are defaults.*", (folder / "mine.yaml").read_text())
+    chosen, at_default = yaml.safe_load(chosen), yaml.safe_load(at_default)
+    defaults = {field.name: field.default for field in fields(Parameters)}
+    assert chosen.keys() < defaults.keys()
+    assert len(at_default) == 3 and at_default.items() < defaults.items()

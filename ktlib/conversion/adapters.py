@@ -9,15 +9,16 @@ per_expert            experts.3.gate_proj.lora_A (r, H), lora_B (I, r), also up 
 ktransformers         layers.1.experts.gate_lora_a (E, r, H), gate_lora_b (E, I, r), ...    experts, dense MLPs
 ====================  ====================================================================  =======================
 
-PEFT gives gate and up one A. Two separate adapters of rank r, ``s B_g A_g`` and ``s B_u A_u``, are one of rank 2r::
+PEFT has one A for gate and up. Two separate adapters of rank r, ``s B_g A_g`` and ``s B_u A_u``, are one of rank 2r::
 
     A = [A_g; A_u] (2r, H)      B = [[B_g, 0], [0, B_u]] (2I, 2r)      alpha doubled (rslora: times sqrt 2): same s
 
-If A_g equals A_u in every expert of a layer, it is ``A = A_g, B = [B_g; B_u]`` of rank r. The other way, any adapter
-of rank R is a pair of rank R, ``A_g = A_u = A``; and one of the block form above, with twice the rank of down_proj's
-adapter (or without one), is the pair of rank R/2. No element is computed, only moved: there and back is bit for bit.
+If A_g equals A_u in every expert of a layer, they become ``A = A_g, B = [B_g; B_u]`` of rank r. In the other direction,
+an adapter of rank R becomes two of rank R with ``A_g = A_u = A``. An adapter of the block form above becomes two of
+rank R/2, if down_proj's adapter has half its rank, too, or does not exist. Elements are moved and never computed, so a
+conversion and its inverse give the same bits.
 
-Files of the first layout by PEFT before 0.19.1 or by Unsloth hold other factors: see
+Files of the first layout by PEFT before 0.19.1 or by Unsloth have other shapes or orders: see
 :mod:`ktlib.integrations.factor_layouts`.
 """
 
@@ -29,17 +30,17 @@ from pathlib import Path
 
 import torch
 
-from ktlib.conversion.write import FUSED_FILE, Pair, check_against_peft, listed, write_apart, write_peft
+from ktlib.conversion.write import FUSED_FILE, Pair, check_against_peft, listed, write_peft, write_per_projection
 from ktlib.files import tensor_files
 from ktlib.files.ownership import new_folder
 from ktlib.files.tensor_files import Stored
-from ktlib.integrations.expert_names import FUSED, ExpertLayout, Part
+from ktlib.integrations.expert_names import FUSED, ExpertLayout, ExpertProjection
 from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of
 from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import (
+    ADAPTER_FILE,
     CONFIG,
     MATRIX,
-    WEIGHTS,
     matches,
     rank_and_alpha,
     read_settings,
@@ -82,8 +83,8 @@ def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, a
             that differ from the settings, or that differ between experts of a layer; a damaged
             ``adapter_config.json``; settings in it that none of the layouts has: DoRA, biases, aLoRA, an
             ``init_lora_weights`` that may change the base when PEFT loads it (PiSSA, OLoRA and others; PEFT can convert
-            these as it saves), and whatever else is not known to be without effect; one of the two options is needed,
-            or says something else than the file; NaN or Inf, with the tensors' names.
+            these as it saves), and any other setting that is not known to have no effect; ``lora_b_order`` or
+            ``lora_a_features`` is needed, or contradicts the file; NaN or Inf, with the tensors' names.
     """
     check_options(lora_b_order, lora_a_features)
     with new_folder(out) as folder:
@@ -105,14 +106,14 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
             experts stacked, such as Qwen3-VL-MoE).
 
     Raises:
-        ValueError: besides the errors of :func:`import_adapter`, an unknown layout, or what it cannot represent:
-            KTransformers has one rank and scaling for all experts and adapts gate, up and down together; a family whose
-            checkpoints have no module per expert, or a weight in another form, has no names for the first layout; PEFT
-            with transformers 5 cannot convert the experts of some families, among them those without a gate and those
-            of some multimodal models, and would load the adapter without them.
+        ValueError: the errors of :func:`import_adapter`, an unknown layout, or an adapter that the layout cannot
+            represent. KTransformers has one rank and scaling for all experts and adapts gate, up and down together. The
+            layout "per_expert" has no names for families whose checkpoints have no module per expert, or have a weight
+            in another form. PEFT with transformers 5 cannot convert the experts of some families, among them those
+            without a gate and those of some multimodal models, and would load the adapter without them.
 
     Warns:
-        UserWarning: parts of the adapter have different scalings, which vLLM up to 0.30 does not know.
+        UserWarning: the adapter's pairs have different scalings, and vLLM up to 0.30 applies one scaling to all.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")
@@ -123,7 +124,7 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
             write_peft(folder, settings, pairs, modules_to_save, config)
         else:
             made, _ = check_against_peft(settings, pairs, modules_to_save, config)
-            write_apart(folder, settings, pairs, modules_to_save, config, layout, made)
+            write_per_projection(folder, settings, pairs, modules_to_save, config, layout, made)
     return Path(out)
 
 
@@ -138,9 +139,9 @@ def _read(source, base, allow_nonfinite):
         if settings.get(name) is None:
             raise ValueError(f"{source / CONFIG}: has no {name}, needs a number")
     refuse_unsupported(settings, source / CONFIG)
-    files = [source / name for name in (WEIGHTS, FUSED_FILE) if (source / name).is_file()]
+    files = [source / name for name in (ADAPTER_FILE, FUSED_FILE) if (source / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"source: {source} has neither {WEIGHTS} nor {FUSED_FILE}")
+        raise FileNotFoundError(f"source: {source} has neither {ADAPTER_FILE} nor {FUSED_FILE}")
     tensors = tensor_files.read(*files)
     if not allow_nonfinite:
         _refuse_nonfinite(tensors, source)
@@ -155,7 +156,7 @@ def _refuse_nonfinite(tensors, source):
 
 
 def config_of(base):
-    """The config of a base model, its checkpoint folder, or itself; it names the model's class."""
+    """The config of a base model, of a checkpoint folder or itself, with the model's class in ``architectures``."""
     from transformers import AutoConfig
 
     if isinstance(base, torch.nn.Module):
@@ -170,11 +171,11 @@ def config_of(base):
 
 
 def _pairs(settings, tensors, config, source, **options):
-    """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)``, experts fused, from any layout."""
+    """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)`` from any layout, experts fused."""
     decide = functools.partial(layouts_of, **options)
     pairs, others, problems, model = fit(settings, tensors, config, source / CONFIG, decide)
-    of_modules = settings.get("modules_to_save") or ()
-    saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in of_modules)}
+    modules_to_save = settings.get("modules_to_save") or ()
+    saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in modules_to_save)}
     problems = [f"unknown: {key}" for key in others if key not in saved] + problems
     if problems:
         raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
@@ -184,60 +185,62 @@ def _pairs(settings, tensors, config, source, **options):
 
 
 def fit(settings, tensors, config, where, decide, other_classes=True):
-    """An adapter's tensors, matched with the base model of this config.
+    """The LoRA pairs of an adapter, found by matching its tensors with the base model of ``config``.
 
     Args:
         settings, tensors: as :func:`ktlib.integrations.peft_settings.read_settings` and
             :func:`ktlib.files.tensor_files.read` return them.
-        where: what errors call the settings.
+        where: the path of the settings, for errors.
         decide: :func:`ktlib.integrations.factor_layouts.layouts_of`, or ``refuse_other_layouts``.
-        other_classes: take the names of the text class for those of the multimodal class around it, and back; and do
-            without the beginning that PEFT gives to names in files. PEFT itself would not find such tensors.
+        other_classes: also match names of the text class with a multimodal model, and names of the multimodal class
+            with a text model, and names without PEFT's prefix. PEFT itself would not find such tensors.
 
     Returns:
-        ``{weight in transformers 5: Pair}``, experts fused, from any layout; ``{name: Stored}`` of what is no matrix of
-        a LoRA pair; problems, such as "missing: lora_A of ..."; the base model on the meta device.
+        ``{weight in transformers 5: Pair}`` from any layout, experts fused; ``{name: Stored}`` of tensors that are not
+        LoRA matrices; a list of problems, such as "missing: lora_A of ..."; the base model on the meta device.
     """
     model = meta_model(config)
-    layout, names = ExpertLayout(model), _shapes(model)
+    layout, shapes = ExpertLayout(model), _shapes(model)
     experts = [name for name, module in model.named_modules() if is_experts(module)]
-    halves, parts, others, problems = {}, {}, {}, []
+    # whole: {weight: {letter: Stored, "name": its name in the file}}, letters "a" and "b"
+    # split: {(weight, projection): {expert or "all": {letter: Stored, "name": its name in the file}}}
+    whole, split, others, problems = {}, {}, {}, []
     for key, tensor in tensors.items():
         if match := MATRIX.fullmatch(key):
             weight, letter = weight_of(match[1], settings), match[2].lower()
             if not other_classes and not key.startswith(PREFIX):
                 problems.append(f"extra: {key} does not begin with {PREFIX}")
-            if isinstance(place := layout.located(weight, other_classes), Part):
-                matrices = parts.setdefault((place.parameter, place.part), {}).setdefault(place.expert, {})
+            if isinstance(place := layout.located(weight, other_classes), ExpertProjection):
+                matrices = split.setdefault((place.parameter, place.projection), {}).setdefault(place.expert, {})
             else:
-                matrices = halves.setdefault(place, {})
+                matrices = whole.setdefault(place, {})
             matrices.setdefault("name", weight)
         elif match := _STACK.fullmatch(key):
-            layer, one, letter = match.groups()
-            parameter = _stacked_parameter(layer, one, experts)
-            matrices = parts.setdefault((parameter, one), {}).setdefault("all", {})
+            layer, projection, letter = match.groups()
+            parameter = _stacked_parameter(layer, projection, experts)
+            matrices = split.setdefault((parameter, projection), {}).setdefault("all", {})
         else:
             matrices, letter = others, key
         if letter in matrices:
             problems.append(f"twice: {key} is another name of a tensor that is there already")
         matrices[letter] = tensor
-    halves |= _experts_as_peft_has_them(halves, names, model, layout, functools.partial(decide, settings, where=where))
-    pairs = _plain_pairs(halves, names, settings, problems)
-    for parameter in dict.fromkeys(parameter for parameter, _ in parts):
-        found = {part: of for (one, part), of in parts.items() if one == parameter}
-        pair = _fuse(parameter, found, names.get(parameter), settings, problems, layout)
+    whole |= _experts_as_peft_has_them(whole, shapes, model, layout, functools.partial(decide, settings, where=where))
+    pairs = _plain_pairs(whole, shapes, settings, problems)
+    for parameter in dict.fromkeys(parameter for parameter, _ in split):
+        found = {projection: by_expert for (name, projection), by_expert in split.items() if name == parameter}
+        pair = _fuse(parameter, found, shapes.get(parameter), settings, problems, layout)
         if pair:
             pairs[parameter] = pair
-    stacked = any("all" in of for of in parts.values())
-    given = [of["name"] for of in halves.values()]
-    targeted = _targeted(settings, model, layout, given, bool(parts), experts if stacked else [])
-    named = {*halves, *pairs, *(parameter for parameter, _ in parts)}
+    stacked = any("all" in by_expert for by_expert in split.values())
+    given = [matrices["name"] for matrices in whole.values()]
+    targeted = _targeted(settings, model, layout, given, bool(split), experts if stacked else [])
+    named = {*whole, *pairs, *(parameter for parameter, _ in split)}
     problems += [f"missing: both matrices of {weight}" for weight in sorted(targeted) if weight not in named]
     return pairs, others, problems, model
 
 
 def _shapes(model):
-    """``{weight: (E, out, in)}`` of everything that LoRA can adapt, E = 1 where there are no experts."""
+    """``{weight: (E, out, in)}`` of all weights that LoRA can adapt; E = 1 for weights without experts."""
     shapes = {}
     for name, module in model.named_modules():
         for parameter, value in module.named_parameters(recurse=False):
@@ -249,101 +252,103 @@ def _shapes(model):
     return shapes
 
 
-def _targeted(settings, model, layout, given, apart, stacked_experts):
-    """Weights that an adapter with these settings must have: a file that lacks a layer is noticed by it.
+def _targeted(settings, model, layout, given, is_split, stacked_experts):
+    """The weights that an adapter with these settings must have, so that a file that lacks a layer is noticed.
 
-    ``given`` are names of weights in the file; ``apart`` says that it has parts of weights, so the names in the
-    settings are those of files.
+    ``given`` are the names of whole weights in the file. ``is_split`` says that the file has tensors per projection;
+    then the settings use the names that checkpoint files have.
     """
     linears = {name: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if apart:
+    if is_split:
         linears = layout.linears(model)
-    elif not any(name.startswith(f"{layout.decoder}.") for name in given):  # of a class that has no towers
-        linears = {of_text: f"{name}.weight" for name in linears if (of_text := layout.of_text_class(name))}
+    elif not any(name.startswith(f"{layout.decoder}.") for name in given):  # the file was made for the text class
+        linears = {text_name: f"{name}.weight" for name in linears if (text_name := layout.of_text_class(name))}
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if str(targets).lower() == "all-linear":
         targets = [name for name in linears if name != "lm_head"]
     chosen = {name: weight for name, weight in linears.items() if not matches(name, excluded)}
     weights = {weight for name, weight in chosen.items() if matches(name, targets)}
     weights |= {name for name in layout.experts if name.rpartition(".")[0] in stacked_experts}
-    # Parameters of experts are named in a file that has them apart for readers that put them together.
-    parameters = layout.names - (set(layout.experts) if apart else set())
+    # A file with tensors per projection names experts in target_parameters only for readers that fuse these tensors.
+    parameters = layout.names - (set(layout.experts) if is_split else set())
     return weights | {name for name in parameters if matches(name, settings.get("target_parameters"))}
 
 
-def _stacked_parameter(layer, part, experts):
+def _stacked_parameter(layer, projection, experts):
     """``"model.layers.1.mlp.experts.gate_up_proj"`` for ``layers.1.experts.gate_lora_a``."""
     module = next((name for name in experts if f".layers.{layer}." in f".{name}."), f"layers.{layer}.mlp.experts")
-    return f"{module}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+    return f"{module}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
 
 
-def _experts_as_peft_has_them(halves, names, model, layout, decide):
-    """Those of ``{weight: {letter: Stored}}`` that adapt routed experts as wholes, in PEFT's layout of now."""
+def _experts_as_peft_has_them(whole, shapes, model, layout, decide):
+    """The entries of ``whole`` for routed experts, in the layout of today's PEFT."""
     of_experts = {
-        weight: of for weight, of in halves.items() if {"a", "b"} <= of.keys() and names.get(weight, (1,))[0] > 1
+        weight: matrices
+        for weight, matrices in whole.items()
+        if {"a", "b"} <= matrices.keys() and shapes.get(weight, (1,))[0] > 1
     }
-    shapes = {weight: (of["a"].shape, of["b"].shape) for weight, of in of_experts.items()}
+    in_file = {weight: (matrices["a"].shape, matrices["b"].shape) for weight, matrices in of_experts.items()}
     transposed = any(module.is_transposed for module in model.modules() if is_experts(module))
-    base = Base(names, transposed, were_modules=layout.per_expert)
-    orders, features = decide(shapes=shapes, base=base)
+    base = Base(shapes, transposed, were_modules=layout.per_expert)
+    orders, features = decide(shapes=in_file, base=base)
     converted = {}
-    for weight, of in of_experts.items():
-        a, b = as_peft_has_it(of["a"], of["b"], names[weight][0], orders[weight], features)
-        converted[weight] = of | {"a": a, "b": b}
+    for weight, matrices in of_experts.items():
+        a, b = as_peft_has_it(matrices["a"], matrices["b"], shapes[weight][0], orders[weight], features)
+        converted[weight] = matrices | {"a": a, "b": b}
     return converted
 
 
-def _plain_pairs(halves, names, settings, problems):
+def _plain_pairs(whole, shapes, settings, problems):
+    """``{weight: Pair}`` of the entries that fit the model and the settings; what does not fit goes to ``problems``."""
     pairs = {}
-    for weight, of in halves.items():
-        if missing := {"a", "b"} - set(of):
+    for weight, matrices in whole.items():
+        if missing := {"a", "b"} - set(matrices):
             problems.append(f"missing: lora_{missing.pop().upper()} of {weight}")
             continue
-        if weight not in names:
+        if weight not in shapes:
             problems.append(f"extra: {weight} is not in the base model")
             continue
-        pair = _pair(weight, of, names[weight], settings, problems)
-        if pair:
-            pairs[weight] = pair
+        a, b = matrices["a"], matrices["b"]
+        rank, alpha = rank_and_alpha(settings, matrices["name"])
+        wanted = lora_layout.shapes(rank, *shapes[weight])
+        if (a.shape, b.shape) == wanted:
+            pairs[weight] = Pair(a, b, rank, alpha)
+        else:
+            problems.append(
+                f"wrong shape: {weight} has lora_A {a.shape} and lora_B {b.shape}, needs {wanted[0]} and {wanted[1]} "
+                f"at rank {rank}"
+            )
     return pairs
 
 
-def _pair(weight, of, shape, settings, problems):
-    """A pair as PEFT stores it, if it fits the parameter and the settings, which know it by its name in the file."""
-    a, b = of["a"], of["b"]
-    rank, alpha = rank_and_alpha(settings, of["name"])
-    wanted = lora_layout.shapes(rank, *shape)
-    if (a.shape, b.shape) != wanted:
-        problems.append(
-            f"wrong shape: {weight} has lora_A {a.shape} and lora_B {b.shape}, needs {wanted[0]} and {wanted[1]} at "
-            f"rank {rank}"
-        )
-        return None
-    return Pair(a, b, rank, alpha)
+# -------------------------------------------------------------------------------- tensors per projection into one pair
 
 
-# ------------------------------------------------------------------------------------------- many tensors into one pair
+def _fuse(parameter, found, shape, settings, problems, layout):
+    """The Pair of a fused parameter from its projections' tensors, or None after adding to ``problems``.
 
-
-def _fuse(parameter, found, value, settings, problems, layout):
-    """One Pair for a fused parameter from the tensors of its parts and experts."""
-    if value is None:
+    ``found`` is ``{projection: {expert or "all": {letter: Stored, "name": ...}}}``, ``shape`` the parameter's (E, out,
+    in), None if the model does not have it.
+    """
+    if shape is None:
         problems.append(f"extra: {parameter} is not in the base model")
         return None
-    experts, wanted = value[0], FUSED.get(parameter.rpartition(".")[2]) or layout.parts(parameter)
+    experts, wanted = shape[0], FUSED.get(parameter.rpartition(".")[2]) or layout.projections(parameter)
     before = len(problems)
     stacks = {}
-    for part in wanted:
-        of = found.get(part, {})
-        stacked = "all" in of
-        for one in ["all"] if stacked else range(experts):
-            where = f"{part} in {parameter}" + ("" if stacked else f", expert {one}")
-            lacking = [letter for letter in "ab" if letter not in of.get(one, {})]
+    for projection in wanted:
+        by_expert = found.get(projection, {})
+        stacked = "all" in by_expert
+        for expert in ["all"] if stacked else range(experts):
+            where = f"{projection} in {parameter}" + ("" if stacked else f", expert {expert}")
+            lacking = [letter for letter in "ab" if letter not in by_expert.get(expert, {})]
             problems += [f"missing: lora_{letter.upper()} of {where}" for letter in lacking]
-        problems += [f"extra: {part} of {parameter}, expert {e}" for e in of if e != "all" and e >= experts]
+        problems += [
+            f"extra: {projection} of {parameter}, expert {e}" for e in by_expert if e != "all" and e >= experts
+        ]
         if len(problems) == before:
-            out, inner = value[1] // len(wanted), value[2]
-            stacks[part] = _stack(parameter, part, of, (experts, out, inner), settings, problems)
+            out, inner = shape[1] // len(wanted), shape[2]
+            stacks[projection] = _stack(parameter, projection, by_expert, (experts, out, inner), settings, problems)
     if len(problems) > before:
         return None
     if len({(pair.rank, pair.alpha) for pair in stacks.values()}) > 1:
@@ -352,61 +357,69 @@ def _fuse(parameter, found, value, settings, problems, layout):
     return _joined(list(stacks.values()), experts, settings.get("use_rslora"))
 
 
-def _stack(parameter, part, of, shape, settings, problems):
-    """``Pair`` of A (E, r, in) and B (E, out, r) of one projection, from one stack or from one tensor per expert."""
+def _stack(parameter, projection, by_expert, shape, settings, problems):
+    """The Pair of A (E, r, in) and B (E, out, r) of one projection, from one stack or from one tensor per expert.
+
+    None after adding to ``problems``.
+    """
     experts, out, inner = shape
-    stacked = "all" in of
+    stacked = "all" in by_expert
     if stacked:
-        names = [f"{parameter.rpartition('.')[0]}.{part}_proj"]
+        names = [f"{parameter.rpartition('.')[0]}.{projection}_proj"]
     else:
-        names = [of[e]["name"] for e in range(experts)]
+        names = [by_expert[e]["name"] for e in range(experts)]
     kinds = {tuple(rank_and_alpha(settings, name)) for name in names}
     rank, alpha = min(kinds)
     if len(kinds) > 1:
-        problems.append(f"wrong rank: experts of {part} in {parameter} have different ranks or alphas: {sorted(kinds)}")
+        problems.append(
+            f"wrong rank: experts of {projection} in {parameter} have different ranks or alphas: {sorted(kinds)}"
+        )
         return None
     for letter, (rows, columns) in (("a", (rank, inner)), ("b", (out, rank))):
         wanted = (experts, rows, columns) if stacked else (rows, columns)
-        for one, tensors in of.items():
-            if tensors[letter].shape != wanted:
-                where = f"lora_{letter.upper()} of {part} in {parameter}" + ("" if stacked else f", expert {one}")
-                problems.append(f"wrong shape: {where} is {tensors[letter].shape}, needs {wanted} at rank {rank}")
+        for expert, matrices in by_expert.items():
+            if matrices[letter].shape != wanted:
+                where = f"lora_{letter.upper()} of {projection} in {parameter}"
+                where += "" if stacked else f", expert {expert}"
+                problems.append(f"wrong shape: {where} is {matrices[letter].shape}, needs {wanted} at rank {rank}")
     if any(text.startswith("wrong shape") for text in problems):
         return None
-    dtypes = {tensors[letter].dtype for tensors in of.values() for letter in "ab"}
+    dtypes = {matrices[letter].dtype for matrices in by_expert.values() for letter in "ab"}
     if len(dtypes) > 1:
-        problems.append(f"wrong dtype: tensors of {part} in {parameter} are {sorted(map(str, dtypes))}, need one")
+        names = sorted(map(str, dtypes))
+        problems.append(f"wrong dtype: tensors of {projection} in {parameter} are {names}, need one")
         return None
+    (dtype,) = dtypes
 
-    def all_of(letter, rows, columns):
+    def stack_of(letter, rows, columns):
         def load():
             if stacked:
-                return of["all"][letter].load()
-            return torch.stack([of[e][letter].load() for e in range(experts)])
+                return by_expert["all"][letter].load()
+            return torch.stack([by_expert[e][letter].load() for e in range(experts)])
 
-        return Stored((experts, rows, columns), min(dtypes, key=str), load)
+        return Stored((experts, rows, columns), dtype, load)
 
-    return Pair(all_of("a", rank, inner), all_of("b", out, rank), rank, alpha)
+    return Pair(stack_of("a", rank, inner), stack_of("b", out, rank), rank, alpha)
 
 
 def _joined(stacks, experts, rslora):
-    """The pair in PEFT's layout of one projection, or of two side by side (see the formula at the top)."""
+    """The pair in PEFT's layout of one projection, or of gate and up together by the module's formula."""
     rank, alpha = stacks[0].rank, stacks[0].alpha
-    shared = len(stacks) == 1 or torch.equal(stacks[0].a.load(), stacks[1].a.load())
+    one_a = len(stacks) == 1 or torch.equal(stacks[0].a.load(), stacks[1].a.load())
     out, inner = stacks[0].b.shape[1], stacks[0].a.shape[2]
-    if not shared:
+    if not one_a:
         rank, alpha = 2 * rank, alpha * (2**0.5 if rslora else 2)
 
     def load_a():
-        return lora_layout.stack_a(torch.cat([pair.a.load() for pair in (stacks[:1] if shared else stacks)], dim=1))
+        return lora_layout.stack_a(torch.cat([pair.a.load() for pair in (stacks[:1] if one_a else stacks)], dim=1))
 
     def load_b():
-        columns = [pair.b.load() for pair in stacks]
-        if shared:
-            b = torch.cat(columns, dim=1)
+        blocks = [pair.b.load() for pair in stacks]
+        if one_a:
+            b = torch.cat(blocks, dim=1)
         else:
-            b = torch.zeros(experts, 2 * out, rank, dtype=columns[0].dtype)
-            b[:, :out, : rank // 2], b[:, out:, rank // 2 :] = columns
+            b = torch.zeros(experts, 2 * out, rank, dtype=blocks[0].dtype)
+            b[:, :out, : rank // 2], b[:, out:, rank // 2 :] = blocks
         return lora_layout.stack_b(b)
 
     shape_a, shape_b = lora_layout.shapes(rank, experts, len(stacks) * out, inner)

@@ -1,8 +1,8 @@
-"""Checkpoints with one tensor per expert, written once as ``from_pretrained`` can use them without a copy.
+"""Rewrites a checkpoint with one tensor per expert so that ``from_pretrained`` can use its files without a copy.
 
-transformers reads the hub's layout of such models (``experts.3.gate_proj.weight``) by stacking, which needs the whole
-model once in memory beside the files, at every load. Files with fused experts are mapped into memory instead: a load
-takes no memory of its own, and processes on one machine share it.
+transformers reads such checkpoints of the hub (``experts.3.gate_proj.weight``) by stacking experts, so that every load
+holds a copy of the whole model in memory. A checkpoint with fused experts is mapped into memory instead: loading it
+takes no memory of its own, and processes on one machine share the mapped files.
 """
 
 import warnings
@@ -11,35 +11,33 @@ from pathlib import Path
 import torch
 
 from ktlib.files import ownership, tensor_files
-from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_class import meta_model, untied_state
 from ktlib.names import first_of
 
 NOTE = "fused_from.json"
 LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
-SAMPLE = 256  # values in each quarter of a tensor that tell a source from another: a few megabytes of a large one
+SAMPLE = 256  # values in each quarter of a tensor that are compared between sources: megabytes of a large checkpoint
 
 
 def fuse_checkpoint(source, out, progress=True):
     """Write the checkpoint folder ``source`` with fused experts to the folder ``out``; returns ``out``.
 
-    Values are copied bit for bit, in their dtype. At most the experts' weight of one layer is in memory. Each file
-    appears whole or not at all, and files that are there already are kept: call it again after an interruption.
-    Everything else in the folder (config, tokenizer, ...) is copied, and no file that ``out`` holds is replaced or
-    removed. A checkpoint that is fused already is copied too, into files whose tensors are aligned to pages.
+    Values are copied bit for bit, in their dtype. At most one fused weight of one layer is in memory at a time. All
+    other files in the folder (config, tokenizer, ...) are copied. A checkpoint that is fused already is copied, too,
+    into files whose tensors are aligned to pages. NaN and Inf are copied with a warning that names the tensors.
 
-    Files are kept only if they came from the same source: the names of its files, its config, and of each of its
-    tensors name, dtype, shape and some values (``stored.digest``). Training changes these; an edit of a few values by
-    hand may not: give that another ``out``.
-
-    NaN and Inf are copied too, with a warning that names the tensors.
+    Each file appears whole or not at all. No file in ``out`` is replaced or removed: after an interruption, call the
+    function again, and it writes the missing files. It does so only if the source is the same: the names of its files,
+    its config, and the name, dtype, shape and some values of each tensor (:func:`ktlib.files.tensor_files.digest`).
+    Training changes these values. An edit of a few values by hand may go unnoticed and needs another ``out``.
 
     Raises:
-        FileNotFoundError: no checkpoint there, or a file of it is missing.
-        ValueError: quantised weights; a family whose layout transformers does not know; tensors missing or of another
-            shape than the config says (they are listed); a damaged file; ``out`` is ``source``, or holds something else
-            or one of the files to be copied with other contents.
-        OSError: too little space on the disk, said before anything is written.
+        FileNotFoundError: ``source`` is no checkpoint folder, or one of its files is missing.
+        ValueError: weights are quantised; transformers does not know the layout of the family; tensors are missing or
+            have another shape than the config says (they are listed); a file is damaged; ``out`` is ``source``, or
+            holds files of another source, or a file that would be copied there with other contents.
+        OSError: the disk has too little space; nothing is written then.
     """
     from transformers import AutoConfig
 
@@ -60,7 +58,7 @@ def fuse_checkpoint(source, out, progress=True):
     _check(tensors, model, source)
 
     about = {
-        "files": [file.name for file in files],  # their order is that of the shards
+        "files": [file.name for file in files],  # in the order of the shards
         "tensors": tensor_files.digest(found, most=SAMPLE),
         "config": tensor_files.read_json(source / "config.json"),
     }
@@ -70,13 +68,13 @@ def fuse_checkpoint(source, out, progress=True):
     tensors = {name: _noting_nonfinite(name, tensor, nonfinite) for name, tensor in tensors.items()}
     try:
         return tensor_files.write_sharded(out, tensor_files.shards_of(tensors), about, NOTE, copied, progress)
-    finally:  # what an interrupted call has written, the next one does not read again
+    finally:  # also after an interruption, because the next call does not read again what this call has written
         if nonfinite:
             warnings.warn(f"source: {source} has NaN or Inf, copied as it is, in {first_of(nonfinite)}", stacklevel=2)
 
 
 def _noting_nonfinite(name, tensor, names):
-    """The same tensor; when it is loaded and holds NaN or Inf, its name goes to the list ``names``."""
+    """The same tensor; loading it appends its name to ``names`` if it holds NaN or Inf."""
 
     def load():
         value = tensor.load()
@@ -95,26 +93,28 @@ def fused_tensors(tensors, layout):
     """
     result, experts = {}, {}
     for name, tensor in tensors.items():
-        if isinstance(place := layout.located(name), Part):
-            experts.setdefault(place.parameter, {})[place.part, place.expert] = tensor
+        if isinstance(place := layout.located(name), ExpertProjection):
+            experts.setdefault(place.parameter, {})[place.projection, place.expert] = tensor
         else:
             result[place] = tensor
     for parameter, found in experts.items():
-        parts = layout.parts(parameter)
+        projections = layout.projections(parameter)
         count = 1 + max(expert for _, expert in found)
-        if missing := [f"{part} of expert {e}" for part in parts for e in range(count) if (part, e) not in found]:
+        needed = [(projection, expert) for projection in projections for expert in range(count)]
+        if missing := [f"{projection} of expert {e}" for projection, e in needed if (projection, e) not in found]:
             raise ValueError(f"{parameter}: missing {len(missing)}: {', '.join(missing[:8])}")
-        kinds = {(found[one].shape, found[one].dtype) for one in found}
+        kinds = {(tensor.shape, tensor.dtype) for tensor in found.values()}
         if len(kinds) > 1:
             raise ValueError(f"{parameter}: its experts differ in shape or dtype: {sorted(map(str, kinds))}")
         ((rows, columns), dtype) = kinds.pop()
 
-        shape = (count, len(parts) * rows, columns)[0 if parameter in layout.experts else 1 :]
+        size = (count, len(projections), rows, columns)
+        shape = (count, len(projections) * rows, columns)[0 if parameter in layout.experts else 1 :]
 
-        def load(found=found, parts=parts, count=count, rows=rows, columns=columns, dtype=dtype, shape=shape):
-            fused = torch.empty(count, len(parts), rows, columns, dtype=dtype)
-            for (part, expert), tensor in found.items():
-                fused[expert, parts.index(part)] = tensor.load()
+        def load(found=found, projections=projections, size=size, dtype=dtype, shape=shape):
+            fused = torch.empty(size, dtype=dtype)
+            for (projection, expert), tensor in found.items():
+                fused[expert, projections.index(projection)] = tensor.load()
             return fused.view(shape)
 
         result[parameter] = tensor_files.Stored(shape, dtype, load)
@@ -122,7 +122,7 @@ def fused_tensors(tensors, layout):
 
 
 def _check(tensors, model, source):
-    """ValueError with the list if the tensors are not those of the model."""
+    """ValueError that lists the tensors of the model that are missing or have another shape."""
     wanted = {name: tuple(value.shape) for name, value in untied_state(model).items()}
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [

@@ -11,9 +11,9 @@ import torch
 from ktlib.conversion.adapter_targets import targets_in_files, warn_of_one_scaling
 from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
-from ktlib.integrations.expert_names import ExpertLayout, Part
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_class import meta_model
-from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS
+from ktlib.integrations.peft_settings import ADAPTER_FILE, CONFIG, SAVED_DROPOUT
 from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, first_of, layer_of
 from ktlib.reference import lora_layout
 
@@ -21,7 +21,7 @@ FUSED_FILE = "fused_expert_lora.safetensors"
 
 
 class Pair(NamedTuple):
-    """A LoRA pair with what makes it a number: its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with rslora."""
+    """A LoRA pair of rank r. Its scaling is ``alpha / r``, or ``alpha / sqrt(r)`` with rslora."""
 
     a: Stored
     b: Stored
@@ -29,24 +29,24 @@ class Pair(NamedTuple):
     alpha: float
 
 
-def listed(problems, what):
-    """One line for an error: how many problems of each kind there are, and the first of each."""
+def listed(problems, title):
+    """The text of an error: ``title``, then one line for each kind of problem with their number and the first ones."""
     kinds = {}
     for problem in problems:
         kind, _, text = problem.partition(": ")
         kinds.setdefault(kind, []).append(text)
     lines = (f"{kind} ({len(texts)}): {first_of(texts, separator='; ')}" for kind, texts in kinds.items())
-    return "\n".join([what, *lines])
+    return "\n".join([title, *lines])
 
 
 # ---------------------------------------------------------------------------------------------------- PEFT's layout
 
 
 def _peft_config(settings, pairs, config):
-    """A stock LoraConfig with these targets, ranks and alphas, and PEFT's own list of the tensors that belong to it.
+    """The stock LoraConfig of these pairs, and the names and shapes of the tensors that PEFT has for it.
 
-    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape}, {key: name in a file})``, the last
-    where PEFT would not find the tensor under its key.
+    Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape}, {key: name in a file})``. The last
+    dict has only tensors that PEFT, loading a file, would not find under their keys.
     """
     from peft import get_peft_model, get_peft_model_state_dict
 
@@ -90,9 +90,9 @@ def _slots(adapted):
 
 
 def _refuse_what_peft_misreads(config, settings, modules):
-    """ValueError if PEFT, loading these ``{module in files: (weight, Pair)}``, has other adapters afterwards.
+    """ValueError if PEFT would not load these ``{module in files: (weight, Pair)}`` as the adapter that they are.
 
-    PEFT has no way to convert the experts of some families: those without a gate, or of a multimodal model. It drops
+    PEFT cannot convert the experts of some families: those without a gate and those of some multimodal models. It drops
     their tensors with a warning.
     """
     import peft
@@ -102,12 +102,12 @@ def _refuse_what_peft_misreads(config, settings, modules):
     fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
     given = {name: settings[name] for name in fields if settings.get(name) is not None}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of patterns for readers that know experts by other names
+        warnings.simplefilter("ignore")  # some patterns match nothing here: they are for other readers of the file
         adapted = peft.get_peft_model(model, peft.LoraConfig(**copy.deepcopy(given)), low_cpu_mem_usage=True)
     tensors = {
-        f"{PREFIX}{name}.lora_{x.upper()}.weight": torch.empty(getattr(pair, x).shape, device="meta")
+        f"{PREFIX}{name}.lora_{letter.upper()}.weight": torch.empty(getattr(pair, letter).shape, device="meta")
         for name, (_, pair) in modules.items()
-        for x in "ab"
+        for letter in "ab"
     }
     read, slots = _as_peft_reads(adapted, tensors), _slots(adapted)
     weights = dict(modules.values())
@@ -123,16 +123,19 @@ def _refuse_what_peft_misreads(config, settings, modules):
 
 
 def _is_read(pair, read, settings, layer, keys):
-    """Whether a LoRA layer, None if there is none, gets both of its matrices from a file, and the pair's scaling."""
+    """Whether the LoRA ``layer`` with these ``keys`` gets both matrices and the scaling of ``pair`` as PEFT loads it.
+
+    ``read`` is ``{key: tensor}`` of all that PEFT loads. No layer (None) has no keys, and gets nothing.
+    """
     if not keys or any(key not in read for key in keys):
         return False
-    sizes = [getattr(layer, f"lora_{letter}")["default"].weight.shape for letter in "AB"]
+    shapes = [getattr(layer, f"lora_{letter}")["default"].weight.shape for letter in "AB"]
     scaling = pair.alpha / (pair.rank**0.5 if settings.get("use_rslora") else pair.rank)
-    return [read[key].shape for key in keys] == sizes and math.isclose(layer.scaling["default"], scaling)
+    return [read[key].shape for key in keys] == shapes and math.isclose(layer.scaling["default"], scaling)
 
 
 def _as_peft_reads(adapted, tensors):
-    """``{key: tensor}`` that PEFT makes of ``{name in a file: tensor}`` as it loads an adapter."""
+    """``{key: tensor}`` that PEFT, loading an adapter, makes of ``{name in a file: tensor}``."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ImportError:
@@ -142,10 +145,10 @@ def _as_peft_reads(adapted, tensors):
 
 
 def read_by_peft(adapted, names):
-    """``{name of a tensor in a file: the key that PEFT takes it for as it loads it}``.
+    """``{name in a file: the key under which PEFT loads the tensor, or None}``.
 
-    PEFT applies transformers' renames of checkpoints to adapters, to those with names of transformers 5 too, and some
-    families' renames change such names: ``mlp.experts`` to ``mlp.mlp.experts``.
+    PEFT applies transformers' renames for checkpoints to every adapter, even to one that has the names of transformers
+    5. Some families' renames then change right names: ``mlp.experts`` becomes ``mlp.mlp.experts``.
     """
     numbered = {name: torch.tensor(i, device="cpu") for i, name in enumerate(names)}
     keys = {int(number): key for key, number in _as_peft_reads(adapted, numbered).items()}
@@ -153,26 +156,30 @@ def read_by_peft(adapted, names):
 
 
 def names_for_peft(adapted, keys, spelling):
-    """Where PEFT does not find a tensor under its own key, the name that checkpoints have for it may be one it finds.
+    """Other names for the tensors that PEFT, loading a file, would not find under their own keys.
 
     Returns:
-        ``{key: name in a file}`` of such tensors, and the list of keys that it finds under neither name.
+        ``{key: name in a file}``, where the name is the one that checkpoints use and PEFT finds; and the list of keys
+        that PEFT finds under neither name.
     """
     names = {}
     for key, read in read_by_peft(adapted, keys).items():
         if read != key:
             module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
-            names[key] = f"{PREFIX}{spelling.name_in_files(module)}.lora_{rest}"
+            names[key] = f"{PREFIX}{spelling.module_in_files(module)}.lora_{rest}"
     read = read_by_peft(adapted, [names.get(key, key) for key in keys]) if names else {}
     lost = [key for key, name in names.items() if read[name] != key]
     return {key: name for key, name in names.items() if key not in lost}, lost
 
 
 def rename_for_peft(adapted, folder=None):
-    """Rename the tensors of the adapter in ``folder``, as PEFT finds them. ``adapted.save_pretrained`` has just written
-    it there, and the folder has not got its final name.
+    """Rename tensors of the adapter in ``folder`` so that PEFT finds all of them when it loads the adapter.
 
-    Without a folder only look whether PEFT can find them. Raises ValueError if it cannot.
+    ``adapted.save_pretrained`` has just written the adapter, and nobody else uses the folder yet. Without a folder this
+    is only a check.
+
+    Raises:
+        ValueError: PEFT would not find a tensor under any known name.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
@@ -187,27 +194,30 @@ def rename_for_peft(adapted, folder=None):
             "these"
         )
     if names and folder is not None:
-        # copies, because tensors that were read may be views of the file
-        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # Tensors that load_file returns may be views of the file, which save_file overwrites: hence copies.
+        tensors = {names.get(key, key): tensor.clone() for key, tensor in load_file(folder / ADAPTER_FILE).items()}
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def _dropout(settings):
-    """By either name: with modules per expert it is stock PEFT's own (see :mod:`ktlib.integrations.peft_lora`)."""
+    """The dropout in the settings of an adapter by ktlib or, under PEFT's own name, by another program."""
     return settings.get(SAVED_DROPOUT) or settings.get("lora_dropout") or 0.0
 
 
 def _pattern(values, default, linears):
-    """PEFT's pattern table of what differs from the default: by kind for experts that all agree, else by name."""
+    """PEFT's ``rank_pattern`` or ``alpha_pattern`` for the weights whose value is not the default.
+
+    Experts have one pattern for each projection if all layers agree, else one for each layer.
+    """
     kinds, table = {}, {}
     for weight, value in values.items():
         name = weight.removesuffix(".weight")
         name = name if name in linears else weight
         _, experts, kind = name.rpartition(".experts.")
         kinds.setdefault(rf"experts\.{kind}" if experts else name, {})[name] = value
-    for kind, of in kinds.items():
-        of = {kind: next(iter(of.values()))} if len(set(of.values())) == 1 else of
-        table |= {name: value for name, value in of.items() if value != default}
+    for kind, by_name in kinds.items():
+        patterns = {kind: next(iter(by_name.values()))} if len(set(by_name.values())) == 1 else by_name
+        table |= {pattern: value for pattern, value in patterns.items() if value != default}
     return table
 
 
@@ -233,8 +243,8 @@ def check_against_peft(settings, pairs, saved, config):
 def write_peft(folder, settings, pairs, saved, config):
     """A stock PEFT adapter for transformers 5 in ``folder``."""
     made, tensors = check_against_peft(settings, pairs, saved, config)
-    tensor_files.write(folder / WEIGHTS, tensors)
-    # PEFT keeps the targets in sets and saves them in the order of the set, which changes with Python's hash seed
+    tensor_files.write(folder / ADAPTER_FILE, tensors)
+    # PEFT holds the targets in sets and would save them in the order of a set, which changes with Python's hash seed.
     made.target_modules, made.target_parameters = sorted(made.target_modules), sorted(made.target_parameters)
     made.save_pretrained(folder)
 
@@ -242,8 +252,8 @@ def write_peft(folder, settings, pairs, saved, config):
 # ----------------------------------------------------------------------------------------------- the other layouts
 
 
-def write_apart(folder, settings, pairs, saved, config, layout, made):
-    """The adapter with one pair per projection: a tensor per expert, or KTransformers' stacks.
+def write_per_projection(folder, settings, pairs, saved, config, layout, made):
+    """Write the adapter with one pair per projection: as tensors per expert, or as KTransformers' stacks.
 
     ``made`` is the LoraConfig of the same adapter in PEFT's layout.
     """
@@ -251,27 +261,29 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
     spelling = ExpertLayout(model)
     if layout == "ktransformers" or any(weight in spelling.experts for weight in pairs):
         spelling.require_per_expert()
-    modules, ours = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {part: Pair of stacks}}
+    modules, stacked = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {projection: Pair of stacks}}
     for weight, pair in pairs.items():
-        if not (parts := spelling.parts(weight)):
-            modules[spelling.old_name(weight).removesuffix(".weight")] = weight, pair
+        if not (projections := spelling.projections(weight)):
+            modules[spelling.weight_in_files(weight).removesuffix(".weight")] = weight, pair
             continue
-        apart = _apart(weight, pair, pairs, parts, settings.get("use_rslora"))
+        by_projection = _split(weight, pair, pairs, projections, settings.get("use_rslora"))
         if weight in spelling.experts and layout == "ktransformers":
-            ours[weight] = apart
+            stacked[weight] = by_projection
             continue
-        for part, stack in apart.items():
+        for projection, stack in by_projection.items():
             for expert in range(stack.a.shape[0]):
-                name = spelling.part_name(Part(weight, part, expert)).removesuffix(".weight")
+                place = ExpertProjection(weight, projection, expert)
+                name = spelling.projection_in_files(place).removesuffix(".weight")
                 modules[name] = weight, stack._replace(a=_slice(stack.a, expert), b=_slice(stack.b, expert))
     settings = settings | {"target_parameters": None, "exclude_modules": None, "inference_mode": True}
     if layout == "ktransformers":
-        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(ours, settings, spelling)
-        stacks = {}
-        for weight, parts in ours.items():
-            for part, pair in parts.items():
-                stacks |= {f"layers.{layer_of(weight)}.experts.{part}_lora_{x}": getattr(pair, x) for x in "ab"}
-        tensor_files.write(folder / FUSED_FILE, stacks)
+        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(stacked, settings, spelling)
+        tensors = {}
+        for weight, by_projection in stacked.items():
+            for projection, pair in by_projection.items():
+                name = f"layers.{layer_of(weight)}.experts.{projection}_lora_"
+                tensors |= {f"{name}{letter}": getattr(pair, letter) for letter in "ab"}
+        tensor_files.write(folder / FUSED_FILE, tensors)
     dropout = _dropout(settings)
     settings.pop(SAVED_DROPOUT, None)
     if layout == "ktransformers":
@@ -283,9 +295,9 @@ def write_apart(folder, settings, pairs, saved, config, layout, made):
         warn_of_one_scaling(modules, settings)
     tensors = {}
     for name, (_, pair) in modules.items():
-        tensors |= {f"{PREFIX}{name}.lora_{x.upper()}.weight": getattr(pair, x) for x in "ab"}
+        tensors |= {f"{PREFIX}{name}.lora_{letter.upper()}.weight": getattr(pair, letter) for letter in "ab"}
     if tensors or saved:
-        tensor_files.write(folder / WEIGHTS, tensors | saved)
+        tensor_files.write(folder / ADAPTER_FILE, tensors | saved)
     tensor_files.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
 
 
@@ -293,29 +305,28 @@ def _slice(stack, expert):
     return Stored(stack.shape[1:], stack.dtype, lambda: tensor_files.recent(stack)[expert])
 
 
-def _apart(weight, pair, pairs, parts, rslora):
-    """``{part: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout, E = 1 where there are no
-    experts."""
+def _split(weight, pair, pairs, projections, rslora):
+    """``{projection: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout; E = 1 without experts."""
     rank, alpha = pair.rank, pair.alpha
     experts, inner = pair.a.shape[0] // rank, pair.a.shape[1]
-    out = pair.b.shape[0] // len(parts)
+    out = pair.b.shape[0] // len(projections)
 
     def b_of_experts():
         return lora_layout.split_b(tensor_files.recent(pair.b), experts)
 
     down = pairs.get(weight.replace("gate_up_proj", "down_proj"))
     half = rank // 2
-    blocks = len(parts) == 2 and rank == 2 * half and (down is None or rank == 2 * down.rank)
-    if blocks:
+    is_block_form = len(projections) == 2 and rank == 2 * half and (down is None or rank == 2 * down.rank)
+    if is_block_form:
         b = b_of_experts()
-        blocks = not b[:, :out, half:].any() and not b[:, out:, :half].any()
-    width = half if blocks else rank
-    if blocks:  # undo what the import did, to the same integer
+        is_block_form = not b[:, :out, half:].any() and not b[:, out:, :half].any()
+    width = half if is_block_form else rank
+    if is_block_form:  # Import multiplied alpha. An integer alpha must come back as that integer.
         alpha = alpha / 2**0.5 if rslora else alpha / 2
         alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
     result = {}
-    for i, part in enumerate(parts):
-        columns = slice(i * width, (i + 1) * width) if blocks else slice(None)
+    for i, projection in enumerate(projections):
+        columns = slice(i * width, (i + 1) * width) if is_block_form else slice(None)
         rows = slice(i * out, (i + 1) * out)
 
         def load_a(columns=columns):
@@ -325,14 +336,14 @@ def _apart(weight, pair, pairs, parts, rslora):
             return b_of_experts()[:, rows, columns]
 
         a = Stored((experts, width, inner), pair.a.dtype, load_a)
-        result[part] = Pair(a, Stored((experts, out, width), pair.b.dtype, load_b), width, alpha)
+        result[projection] = Pair(a, Stored((experts, out, width), pair.b.dtype, load_b), width, alpha)
     return result
 
 
-def _one_rank_and_alpha(ours, settings, spelling):
-    """``(rank, alpha)`` of all experts; ValueError if KTransformers cannot have these adapters."""
-    lacking = [name for name in spelling.experts if name not in ours]
-    kinds = {(pair.rank, pair.alpha) for parts in ours.values() for pair in parts.values()}
+def _one_rank_and_alpha(stacked, settings, spelling):
+    """``(rank, alpha)`` of all experts; ValueError if KTransformers' layout cannot represent these adapters."""
+    lacking = [name for name in spelling.experts if name not in stacked]
+    kinds = {(pair.rank, pair.alpha) for by_projection in stacked.values() for pair in by_projection.values()}
     if lacking:
         more = " ..." if len(lacking) > 4 else ""
         raise ValueError(f"layout: ktransformers adapts all experts, not adapted are {', '.join(lacking[:4])}{more}")

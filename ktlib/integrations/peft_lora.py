@@ -32,7 +32,7 @@ from ktlib.integrations.lora_targets import (
     taken_by_peft,
     unambiguous_ends,
 )
-from ktlib.integrations.peft_settings import CONFIG, SAVED_DROPOUT, WEIGHTS, by_end, matches, read_settings
+from ktlib.integrations.peft_settings import ADAPTER_FILE, CONFIG, SAVED_DROPOUT, by_end, matches, read_settings
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, unserved, warn_once
 from ktlib.names import bare_modules
 from ktlib.operator.checks import check_probability
@@ -196,7 +196,7 @@ def load_lora_config(folder):
     settings = read_settings(file)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"folder: peft_type of the adapter in {folder} is {settings.get('peft_type')!r}, needs 'LORA'")
-    if (weights := Path(folder) / WEIGHTS).is_file():
+    if (weights := Path(folder) / ADAPTER_FILE).is_file():
         refuse_other_layouts(settings, expert_factors(tensor_files.read(weights), settings), file)
     dropout = settings.pop(SAVED_DROPOUT, None)
     config = LoraConfig.from_peft_type(**settings)

@@ -7,7 +7,7 @@ from ktlib.files.tensor_files import read_json
 from ktlib.integrations.expert_names import FUSED
 from ktlib.names import PREFIX
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")  # in a file: the module that a matrix adapts, and which it is
 SAVED_DROPOUT = "ktlib_lora_dropout"  # what lora_dropout is called in an adapter_config.json of expert parameters
 

@@ -25,8 +25,8 @@ from ktlib.reference import gates
 
 IMPLEMENTATION = "ktlib"
 _INTERFACE = "transformers.integrations.moe"
-WEIGHTS = ("gate_up_proj", "down_proj")
-BIASES = ("gate_up_proj_bias", "down_proj_bias")
+WEIGHT_NAMES = ("gate_up_proj", "down_proj")
+BIAS_NAMES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 def is_experts(module):
@@ -81,7 +81,7 @@ def experts_forward(
 
 def layout(experts):
     """How a stock experts module stores its parameters, as keyword arguments of the operator: biases and flags."""
-    biases = [getattr(experts, name) if experts.has_bias else None for name in BIASES]
+    biases = [getattr(experts, name) if experts.has_bias else None for name in BIAS_NAMES]
     return {
         "gate_up_bias": biases[0],
         "down_bias": biases[1],
@@ -112,7 +112,7 @@ def unserved(experts, hidden_states):
         return reason
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are distributed over processes"
-    for name in WEIGHTS:
+    for name in WEIGHT_NAMES:
         weight = _stored(experts, name)
         if weight.dtype != torch.bfloat16:
             return (
@@ -123,7 +123,7 @@ def unserved(experts, hidden_states):
             return f"{name} is on {weight.device}, the operator takes CPU weights"
         if not weight.is_contiguous():
             return f"{name} is not contiguous"
-    for name in BIASES if experts.has_bias else ():
+    for name in BIAS_NAMES if experts.has_bias else ():
         if getattr(experts, name).dtype not in (torch.bfloat16, torch.float32):
             return f"{name} is {getattr(experts, name).dtype}, the operator takes torch.bfloat16 or torch.float32"
     if hidden_states.dtype not in (torch.bfloat16, torch.float32):

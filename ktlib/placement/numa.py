@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ktlib import _kernels
-from ktlib.integrations.transformers_experts import WEIGHTS, is_experts, layout
+from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, layout
 from ktlib.operator.checks import check_parts
 
 WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
@@ -56,7 +56,7 @@ def place_experts(model, parts=None):
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
     if any(layout(module)["transposed"] for module in modules):
         raise ValueError("model: its expert weights are transposed; needs rows that run along the inputs")
-    for name, weight in ((name, getattr(module, name)) for module in modules for name in WEIGHTS):
+    for name, weight in ((name, getattr(module, name)) for module in modules for name in WEIGHT_NAMES):
         if weight.device.type != "cpu":
             raise ValueError(f"model: its experts' {name} is on {weight.device}, needs expert weights on the CPU")
     for module in modules:

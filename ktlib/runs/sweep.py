@@ -132,7 +132,7 @@ def axes(rows):
     return found
 
 
-def is_number(value):
+def is_finite_number(value):
     """Whether a value of a run can be compared with others: a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

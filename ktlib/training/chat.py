@@ -1,11 +1,11 @@
-"""Prompts and responses as token ids, and the check that these are the ids of the tokenizer's chat template.
+"""Prompts and responses as token ids, and the check that the chat template gives the same ids.
 
-A row is trained on as ``prompt + response + end token``: the prompt is what the chat template writes of the user's
-message and of the beginning of an answer (``add_generation_prompt``), as it will be when the model is asked; response
-and end token follow as they are. Many templates write the finished conversation otherwise: they strip the response,
-put an empty ``<think>`` block before it, or end it with another token than the tokenizer's ``eos_token``. A model that
-is trained on the one and asked, or trained further, by the other has learnt tokens that nobody uses. So
-:func:`check_rendering` compares the two for every row, and the first difference is an error.
+A row is trained on as ``prompt + response + end token``. The prompt is what the chat template writes of the user's
+message with ``add_generation_prompt``, as in later use of the model. The response and the tokenizer's ``eos_token``
+follow unchanged. Many templates write a finished conversation in other tokens: they strip the response, put an empty
+``<think>`` block before it, or end it with another token than ``eos_token``. A model trained on tokens that differ from
+those of its template would have learnt tokens that nobody uses. So :func:`check_rendering` compares both for every row,
+and the first difference is an error.
 """
 
 import re
@@ -13,15 +13,17 @@ from itertools import zip_longest
 
 
 def prompt_ids(tokenizer, prompt):
-    """Token ids of a user prompt up to where the answer starts: the chat template if there is one, else a newline."""
+    """Token ids of a user prompt up to the response: by the chat template if there is one, else with a newline."""
     return _prompts(tokenizer, [{"prompt": prompt, "where": "prompt"}])[0]
 
 
 def token_ids(tokenizer, rows):
     """``(prompt, response)`` of each row as lists of token ids, the response with its end token.
 
-    ``rows`` have the keys ``prompt``, ``response`` and ``where``, which is what an error names them by. ValueError for
-    a row that the chat template cannot write, and for a tokenizer that ends prompts itself.
+    ``rows`` are dicts with the keys ``prompt``, ``response`` and ``where``; errors name a row by its ``where``.
+
+    Raises:
+        ValueError: the chat template fails on a row, or the tokenizer puts an end token behind prompts.
     """
     responses = tokenizer([row["response"] for row in rows], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
@@ -29,9 +31,9 @@ def token_ids(tokenizer, rows):
 
 
 def check_text(tokenizer, rows):
-    """ValueError for the first row whose prompt or response holds the text of a special token.
+    """ValueError for the first row whose prompt or response contains the text of a special token.
 
-    The tokenizer would read it as that token: a ``</s>`` in a web page would end the answer there.
+    The tokenizer would turn this text into the special token: a ``</s>`` in a quoted web page would end the response.
     """
     special = sorted(map(tokenizer.convert_ids_to_tokens, _special_ids(tokenizer)), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, special)))
@@ -41,30 +43,30 @@ def check_text(tokenizer, rows):
                 if tokenizer.convert_tokens_to_ids(token) in tokenizer(row[key], add_special_tokens=False)["input_ids"]:
                     raise ValueError(
                         f"{row['where']}: {key!r} holds {token!r}, which this tokenizer reads as a special token; "
-                        "needs other words for it (those of chat template and end of response come by themselves)"
+                        "needs other words for it (ktlib adds the chat template's special tokens and the end token)"
                     )
 
 
 def check_rendering(tokenizer, rows, pairs):
-    """ValueError for the first row whose token ids are not those of the chat template for the whole conversation.
+    """ValueError for the first row whose token ids differ from those of the chat template for the whole conversation.
 
-    ``pairs`` are the :func:`token_ids` of ``rows``. What the template writes behind the end token may differ if it is
-    blank or special tokens, such as the newline of ChatML: an answer has ended there, in training and in use.
-    Without a chat template there is nothing to compare with.
+    ``pairs`` are the :func:`token_ids` of ``rows``. Behind the end token the template may write blanks and special
+    tokens, such as the newline of ChatML, because the response has ended before them. A tokenizer without a chat
+    template passes.
     """
     if tokenizer.chat_template is None:
         return
     for row, (prompt, response), whole in zip(rows, pairs, _conversations(tokenizer, rows), strict=True):
         ours = prompt + response
-        behind = whole[len(ours) :]
-        if whole[: len(ours)] != ours or behind and tokenizer.decode(behind, skip_special_tokens=True).strip():
+        after_end = whole[len(ours) :]
+        if whole[: len(ours)] != ours or after_end and tokenizer.decode(after_end, skip_special_tokens=True).strip():
             raise ValueError(_difference(tokenizer, row["where"], prompt, response, whole))
 
 
 def _special_ids(tokenizer):
-    """Ids of all special tokens: those with a role, such as eos_token, and the others that the tokenizer names so."""
-    named = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return named | set(tokenizer.all_special_ids)
+    """Ids of all special tokens: those with a role, such as eos_token, and added tokens that are marked as special."""
+    marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
 
 
 def _prompts(tokenizer, rows):
@@ -73,8 +75,8 @@ def _prompts(tokenizer, rows):
     prompts = tokenizer([row["prompt"] + "\n" for row in rows])["input_ids"]
     if any(prompt[-1] == tokenizer.eos_token_id for prompt in prompts):
         raise ValueError(
-            f"model: the tokenizer ends every text with {tokenizer.eos_token!r}, so that a prompt would be over before "
-            "its answer; needs add_eos_token false in tokenizer_config.json, or a chat template"
+            f"model: the tokenizer ends every text with {tokenizer.eos_token!r}, also a prompt, before its response; "
+            "needs add_eos_token false in tokenizer_config.json, or a chat template"
         )
     return prompts
 
@@ -89,28 +91,29 @@ def _message(role, content):
 
 
 def _rendered(tokenizer, rows, conversations, add_generation_prompt):
-    """Token ids of each conversation by the chat template; ValueError that names the row at which it fails."""
+    """Token ids of each conversation by the chat template; ValueError that names the row on which it fails."""
     try:
         return tokenizer.apply_chat_template(
             conversations, add_generation_prompt=add_generation_prompt, return_dict=False
         )
-    except Exception as error:  # a template is a program, which may raise anything
+    except Exception as error:  # a template is a program that may raise errors of any type
         if len(rows) == 1:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{rows[0]['where']}: the chat template of the model fails on it ({reason})") from error
-    found = []
+    # One of several rows failed: the row that fails alone, too, is named in the error.
+    rendered = []
     for row, conversation in zip(rows, conversations, strict=True):
-        found += _rendered(tokenizer, [row], [conversation], add_generation_prompt)
-    return found
+        rendered += _rendered(tokenizer, [row], [conversation], add_generation_prompt)
+    return rendered
 
 
 def _difference(tokenizer, where, prompt, response, whole):
-    """The first difference between a row's tokens and the chat template's, and what to do about it."""
+    """The error text for the first difference between a row's tokens and those of the chat template for it."""
     ours = prompt + response
-    at = next(i for i, (one, other) in enumerate(zip_longest(ours, whole)) if one != other)
+    at = next(i for i, (our_id, their_id) in enumerate(zip_longest(ours, whole)) if our_id != their_id)
     end = len(ours) - 1
     if at < len(ours) and tokenizer.decode(whole).startswith(tokenizer.decode(ours)):
-        needs = "a response that the tokenizer cuts off from the prompt: the text is the same, its tokens are not"
+        needs = "a response whose first token does not merge with the prompt's last: the same text has other tokens"
     elif at == end and at < len(whole) and whole[at] in _special_ids(tokenizer):
         needs = f"eos_token {tokenizer.decode([whole[at]])!r} in tokenizer_config.json, as the template ends responses"
     elif at >= end:

@@ -1,15 +1,15 @@
-"""JSON-lines files of prompt and response: read row by row, or refused by file and line with what is needed instead."""
+"""Reads JSON-lines files of prompts and responses; an error names the file, the line and what is needed."""
 
 import json
 import unicodedata
 import warnings
 from pathlib import Path
 
-MAX_ROW = 2**20  # bytes of a row in a file: what is longer is no prompt and response, and would be tokenised first
+MAX_ROW = 2**20  # bytes; a longer line is hardly a prompt and a response, and tokenising it would take long
 NEEDED = 'JSON lines in UTF-8, each {"prompt": "...", "response": "..."}'
 
-# Keys by which other formats say more of the conversation, or how it is to be trained on. A row that has one of them
-# means something else than its prompt and response alone.
+# Other formats use these keys for more of the conversation or for how to train on it. A row with a value for one of
+# them would lose its meaning if only its prompt and response were read.
 FOREIGN = frozenset(
     "system system_prompt messages conversation conversations history instruction input context output completion "
     "chosen rejected tools functions documents images videos audio thinking reasoning reasoning_content weight "
@@ -17,7 +17,7 @@ FOREIGN = frozenset(
 )
 
 PANDAS = "pandas.{}(FILE).to_json(OUT, orient='records', lines=True) writes them"
-BINARY = {  # how files of other formats begin, what they are, and how to come to JSON lines from there
+BINARY = {  # the first bytes of files in other formats: (name of the format, how to convert it to JSON lines)
     b"\x1f\x8b": ("a gzip file", "gunzip unpacks it"),
     b"BZh": ("a bzip2 file", "bunzip2 unpacks it"),
     b"\xfd7zXZ": ("an xz file", "unxz unpacks it"),
@@ -33,15 +33,19 @@ def load_jsonl(path):
     """Rows of a UTF-8 JSON-lines file with non-empty string keys ``prompt`` and ``response``; blank lines are skipped.
 
     Returns a list of ``{"prompt": str, "response": str, "where": "FILE, line N"}``. Other keys are left out, with one
-    warning that names them; a row with one of :data:`FOREIGN` that holds a value is refused. Raises FileNotFoundError,
-    or ValueError that names the file and line of the first row that is not usable: not UTF-8, not JSON, a key given
-    twice, without these keys, without a visible character in one of them, or of more than :data:`MAX_ROW` bytes.
+    warning that names them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row is not UTF-8, is not JSON, gives a key twice, has no prompt or no response, has no visible
+            character in one of them, has a value for a key in :data:`FOREIGN`, or is longer than :data:`MAX_ROW` bytes;
+            or there are no rows. The message names the file and the line.
     """
     path, rows, ignored = Path(path), [], {}
     for number, line in enumerate(_lines(path), 1):
         where = f"{path}, line {number}"
-        if number == 1 and (other := _binary(line)):
-            raise ValueError(f"{where}: is {other[0]}, needs {NEEDED} ({other[1]})")
+        if number == 1 and (other_format := _binary_format(line)):
+            raise ValueError(f"{where}: is {other_format[0]}, needs {NEEDED} ({other_format[1]})")
         if len(line) > MAX_ROW:
             raise ValueError(f"{where}: more than {MAX_ROW:,} bytes, needs at most so many in a row")
         try:
@@ -50,8 +54,8 @@ def load_jsonl(path):
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}), needs {NEEDED}") from None
         if not text:
             continue
-        if not rows and (other := _other_text(text)):
-            raise ValueError(f"{where}: is {other[0]}, needs {NEEDED} ({other[1]})")
+        if not rows and (other_format := _text_format(text)):
+            raise ValueError(f"{where}: is {other_format[0]}, needs {NEEDED} ({other_format[1]})")
         row = _parse(text, where)
         for key in ("prompt", "response"):
             if key not in row:
@@ -64,7 +68,7 @@ def load_jsonl(path):
             if key.casefold() in FOREIGN and value not in (None, "", [], {}):
                 raise ValueError(
                     f"{where}: has the key {key!r}, which would not be used, although it may change what the row "
-                    f"means; needs prompt and response alone: put what it says into them, or take the key out"
+                    "means; needs prompt and response alone: move its value into one of them, or remove the key"
                 )
             if key not in ("prompt", "response"):
                 ignored.setdefault(key, number)
@@ -79,25 +83,25 @@ def load_jsonl(path):
 
 
 def _lines(path):
-    """Its lines, of one that is too long only the beginning: no file fills the memory."""
+    """The lines of a file, in chunks of at most MAX_ROW + 1 bytes: a file without newlines must not fill the memory."""
     with open(path, "rb") as file:
         while line := file.readline(MAX_ROW + 1):
             yield line
 
 
-def _binary(line):
-    """What a file is that begins with these bytes, and how to make JSON lines of it; None if it may be UTF-8 text."""
-    for beginning, other in BINARY.items():
-        if line.startswith(beginning):
-            return other
+def _binary_format(line):
+    """``(name, conversion)`` of the format of a file with this first line, as bytes; None if it may be UTF-8 text."""
+    for first_bytes, name_and_conversion in BINARY.items():
+        if line.startswith(first_bytes):
+            return name_and_conversion
     encoding = json.detect_encoding(line[:4]).upper()
     if encoding.startswith(("UTF-16", "UTF-32")) and line.strip(b"\0"):
         return f"text in {encoding}", f"iconv -f {encoding} -t UTF-8 converts it"
     return None
 
 
-def _other_text(line):
-    """The same of the first line of text that is not blank; None if it may be a row."""
+def _text_format(line):
+    """``(name, conversion)`` of the text format of a file with this first non-blank line; None if it may be a row."""
     if line.startswith("["):
         return "a JSON array", PANDAS.format("read_json")
     if line == "{":
@@ -108,12 +112,12 @@ def _other_text(line):
 
 
 def _parse(text, where):
-    """The object of a line, as a dict."""
+    """The JSON object in a line, as a dict."""
     try:
         row = json.loads(text, object_pairs_hook=_unique)
     except KeyError as error:
         raise ValueError(f"{where}: the key {error.args[0]!r:.60} is given twice, needs each key once") from None
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deeply
         raise ValueError(f"{where}: not JSON ({error}), needs {NEEDED}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: need an object with prompt and response, got {type(row).__name__}")
@@ -121,15 +125,15 @@ def _parse(text, where):
 
 
 def _unique(pairs):
-    """A JSON object as a dict; KeyError if a key comes twice, of which json would keep the last."""
-    found = {}
+    """A JSON object as a dict; KeyError if it has a key twice, where json by itself would take the last value."""
+    row = {}
     for key, value in pairs:
-        if key in found:
+        if key in row:
             raise KeyError(key)
-        found[key] = value
-    return found
+        row[key] = value
+    return row
 
 
 def _is_blank(text):
-    """Whether there is nothing to see: only separators, control characters and marks of no width (U+200B, U+FEFF)."""
+    """Whether a text has only invisible characters: separators, controls and zero-width marks (U+200B, U+FEFF)."""
     return all(unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cc", "Cf") for character in text)

@@ -1,7 +1,7 @@
-"""Checkpoints and results on disk: whole or not there, kept until no longer needed, never those of another run.
+"""Writes checkpoints and results whole or not at all, and resumes a run from its own checkpoints only.
 
-A process may be killed and a disk may fill up at any moment. So nothing gets its final name before it is complete: the
-Trainer writes ``checkpoint-N``, which is renamed to ``step-N`` once it is on disk, and only ``step-N`` is resumed from.
+A process may be killed and a disk may fill up at any moment. So no folder gets its final name before it is complete:
+the Trainer writes ``checkpoint-N``, which is renamed to ``step-N`` once it is on disk. Only ``step-N`` is resumed from.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from ktlib.files.tensor_files import read_json
 from ktlib.training.output_dir import CHECKPOINTS, NOTE, is_of_a_run, refuse_model_folder
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-# torch and safetensors report a failed write without its errno
+# Texts in the errors of torch and safetensors for a failed write, which have no errno.
 WRITE_FAILED = ("PytorchStreamWriter failed", "unexpected pos", "I/O error", "IoError")
 
 
-class KeepWhole(TrainerCallback):
-    """Gives each checkpoint of a Trainer its final name in the output folder, then removes the one before.
+class PublishCheckpoints(TrainerCallback):
+    """Gives each checkpoint of a Trainer its final name in the output folder, then removes the previous checkpoint.
 
-    The Trainer writes it to the folder ``temporary``, which is its output folder for that moment. Whatever else a
-    callback writes to ``args.output_dir`` is not ours, and stays where it is.
+    The Trainer writes a checkpoint to the folder ``temporary``: ``args.output_dir`` is that folder while it saves, and
+    the output folder at all other times, when other callbacks may write to it.
     """
 
     def __init__(self, temporary):
@@ -54,11 +54,11 @@ class KeepWhole(TrainerCallback):
         ownership.record_all(written)
         for path in [*written.iterdir(), written]:
             ownership.sync(path)
-        whole = folder / f"step-{state.global_step}"
-        os.replace(written, whole)
+        complete = folder / f"step-{state.global_step}"
+        os.replace(written, complete)
         ownership.sync(folder)
         for old in folder.glob("step-*"):
-            if old != whole:
+            if old != complete:
                 ownership.remove(old)
 
     def on_train_end(self, args, state, control, **_):
@@ -66,22 +66,25 @@ class KeepWhole(TrainerCallback):
 
 
 def complete_checkpoint(folder):
-    """``(path, step)`` of the newest checkpoint in ``folder`` that was written to its end, or None."""
+    """``(path, step)`` of the newest complete checkpoint in ``folder``, or None."""
     named = ((re.fullmatch(r"step-([0-9]+)", path.name), path) for path in Path(folder).glob("step-*"))
     found = {int(match[1]): path for match, path in named if match and path.is_dir()}
     return (found[max(found)], max(found)) if found else None
 
 
 def start_or_resume(checkpoints, identity):
-    """What ``complete_checkpoint`` finds of this run, or None after making the folder for a new run.
+    """``(path, step)`` of the checkpoint to resume this run from, or None after making a folder for a new run.
 
-    ``identity`` (dict) says what the run is. ValueError if the folder holds an interrupted run that is another, or
-    other files. A finished run that is another was not saved, nor interrupted: it makes room.
+    The dict ``identity`` is that of :func:`run_identity`. A finished run with another identity is removed.
+
+    Raises:
+        ValueError: the folder holds an interrupted run with another identity, files that are not a run's, or a damaged
+            note.
     """
     note = checkpoints / NOTE
     if not is_of_a_run(checkpoints):
         raise ValueError(
-            f"output_dir: {checkpoints} holds files of something else, needs another output_dir, such as "
+            f"output_dir: {checkpoints} holds files that are not a run's, needs another output_dir, such as "
             f"{ownership.free_name(checkpoints.parent)}"
         )
     ownership.delete_abandoned(checkpoints)
@@ -103,27 +106,27 @@ def start_or_resume(checkpoints, identity):
 
 
 def read_note(note):
-    """The identity in the file ``note``; ValueError if it is damaged."""
+    """The identity in the file ``note``; ValueError if the file is damaged."""
     with contextlib.suppress(ValueError):
         identity = read_json(note)
         if isinstance(identity.get("steps"), int):
             return identity
     raise ValueError(
-        f"output_dir: {note} is damaged and does not say whose checkpoints these are; delete {note.parent}, or choose "
-        "another output_dir"
+        f"output_dir: {note} is damaged and does not say which run wrote these checkpoints; delete {note.parent}, or "
+        "choose another output_dir"
     )
 
 
 def run_identity(model, examples, **options):
-    """What must be equal for two runs to be the same: ``options``, data, frozen weights, and as they start the adapters
-    or the weights that are trained.
+    """A dict that is equal for two runs if they have the same ``options``, data, frozen weights, and first values of
+    the adapters or of the trained weights.
 
-    Of each parameter the first values are looked at: enough to tell models apart, without reading all of a large one.
+    Only the first 16 values of each parameter are compared, which tells models apart without reading a large one.
     """
     trained, frozen = [], []
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:16].double().tolist()
-        (trained if parameter.requires_grad else frozen).append((name, parameter.shape, str(parameter.dtype), first))
+        values = parameter.detach().flatten()[:16].double().tolist()
+        (trained if parameter.requires_grad else frozen).append((name, parameter.shape, str(parameter.dtype), values))
     adapters = getattr(model, "peft_config", {}).values()
     configs = [(c.r, c.lora_alpha, c.use_rslora, sorted(c.alpha_pattern.items())) for c in adapters]
     configs += [c.lora_dropout for c in adapters if c.lora_dropout]
@@ -140,11 +143,14 @@ def fingerprint(value):
 
 
 def place(model, folder, tokenizer=None):
-    """Save what ``model.save_pretrained`` does (an adapter, or all weights) and the tokenizer in ``folder``, whole.
+    """Save an adapter, or a model with all weights, and the tokenizer in ``folder``, whole or not at all.
 
-    Takes the place of a model or an adapter that ktlib saved there; ValueError if the folder holds another. Other files
-    stay, checkpoints of the run that made it go. A mixture with the older adapter or model cannot be: all its files go
-    first, new weights come last.
+    An older model or adapter that ktlib saved there is replaced: all its files are removed before the first new file
+    appears, and new weights appear last, so that the two never mix. The run's checkpoints are removed, and other files
+    stay.
+
+    Raises:
+        ValueError: the folder holds a model or an adapter that ktlib did not write.
     """
     refuse_model_folder(folder, source_of(model))
     old = [*ownership.named(folder, ownership.MODEL_FILES), folder / "README.md"]
@@ -168,26 +174,30 @@ def source_of(model):
 
 @contextlib.contextmanager
 def locked(folder, wait=10.0):
-    """Keep other processes out of ``folder`` (made if need be) as long as this one works there, however it ends.
+    """Lock ``folder``, which is made if it does not exist, against other runs until the block or this process ends.
 
-    A killed run's notebook kernel takes a second or two to notice and leave, so this waits. ValueError after that.
+    The notebook kernel of a killed run takes a second or two to end and to unlock its folder, so a locked folder is
+    waited for, ``wait`` seconds at most.
+
+    Raises:
+        ValueError: another run still has the folder locked.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = ownership.lock(folder.resolve(), wait)
+        descriptor = ownership.lock(folder.resolve(), wait)
     except BlockingIOError:
         raise ValueError(f"output_dir: {folder} is in use by another run, need another one") from None
     try:
         yield folder
     finally:
-        if held is not None:
-            os.close(held)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def writing(folder):
-    """Turn the many ways in which a write can fail into an OSError that says where, why and what to do."""
+    """Turn the many errors of a failed write into an OSError that says where, why and what to do."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -197,14 +207,15 @@ def writing(folder):
         reason = os.strerror(number) if number else str(error).splitlines()[0]
         free = f", {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there" if Path(folder).exists() else ""
         raise OSError(
-            f"output_dir: cannot write to {folder}: {reason}{free}. What was complete there is intact: make room or "
+            f"output_dir: cannot write to {folder}: {reason}{free}. All complete files are intact: make room or "
             "permit writing, then start the same run again; it goes on from its last checkpoint."
         ) from error
 
 
 def check_space(folder, model):
-    """Raise OSError before any work if two checkpoints (what is saved, two moments of what is trained) and the result
-    cannot fit.
+    """OSError if the disk has no room for two checkpoints and the result.
+
+    A checkpoint holds the saved parameters and two moments of each trained parameter.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())

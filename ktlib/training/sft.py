@@ -1,6 +1,6 @@
-"""Supervised fine-tuning of a MoE model with the stock ``transformers.Trainer``: stock PEFT adapters, or the weights.
+"""Supervised fine-tuning of a MoE model with the stock ``transformers.Trainer``: of stock PEFT adapters, or of weights.
 
-The notebook ``05_full_sft`` uses the pieces one by one; ``run`` chains them for sweeps and ablations:
+The notebook ``05_full_sft`` calls these functions one by one. :func:`run` calls all of them:
 
     check_parameters -> estimate_run -> load_model -> prepare -> train -> save -> exact_match
 """
@@ -15,12 +15,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from ktlib.conversion.write import rename_for_peft
 from ktlib.diagnosis.trace import NonFinite
@@ -50,7 +45,7 @@ from ktlib.training.parameters import (
 )
 from ktlib.training.resume import (
     CHECKPOINTS,
-    KeepWhole,
+    PublishCheckpoints,
     check_space,
     locked,
     place,
@@ -65,16 +60,19 @@ from ktlib.training.tasks import collator, encode, load_data, tokenise
 
 
 def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=None):
-    """``(model, tokenizer)`` of a checkpoint folder, weights in bf16; stock ``from_pretrained``.
+    """``(model, tokenizer)`` of a checkpoint folder by stock ``from_pretrained``, weights in bf16.
 
-    The model is of the class that the checkpoint's config names, a multimodal one if it is that: an adapter then loads
-    on what is published. :func:`prepare` trains its language model alone.
-    Where there is a GPU, the experts of the operator are pinned to the CPU, with ``stream_rows``, so that ``.to`` and a
-    Trainer move all but them. Raises ValueError if the tokenizer has no token that ends a response.
+    The model has the class that the checkpoint's config names, so that an adapter also loads on the published model.
+    If this class is multimodal, :func:`prepare` trains its language model alone.
+    If there is a GPU, the experts that the operator computes are pinned to the CPU, with ``stream_rows``, so that
+    ``.to`` and a Trainer move all other weights only.
+
+    Raises:
+        ValueError: the tokenizer has no token that ends a response.
     """
     tokenizer = load_tokenizer(model)
-    kind = model_class(read_config(model))
-    loaded = kind.from_pretrained(folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation)
+    cls = model_class(read_config(model))
+    loaded = cls.from_pretrained(folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation)
     served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
     if served and torch.cuda.is_available():
         pin_experts(loaded, stream_rows=stream_rows)
@@ -82,15 +80,17 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
 
 
 def prepare(model, finetuning="lora", targets="all", **lora):
-    """The model with what is to be trained: :func:`add_lora`, or for ``finetuning="full"`` :func:`train_weights`."""
+    """The model to train, by :func:`add_lora`, or for ``finetuning="full"`` by :func:`train_weights`."""
     return train_weights(model, targets) if finetuning == "full" else add_lora(model, targets, **lora)
 
 
 def add_lora(model, targets="all", rank=16, alpha=32.0, lora_dtype="fp32", lora_dropout=0.0, seed=0):
-    """A PeftModel with fresh adapters (A random from ``seed``, B zero) on the chosen parts, in ``lora_dtype``.
+    """A PeftModel with new adapters (A random from ``seed``, B zero) on the chosen targets, in ``lora_dtype``.
 
-    Routers are never adapted. Raises ValueError if the model has none of the layers that a part names, or if PEFT
-    cannot read back what it saves of them.
+    Routers are never adapted.
+
+    Raises:
+        ValueError: the model has no layer of a target, or PEFT could not load the adapter that it would save.
     """
     config = adapter_config(model, targets, rank, alpha, lora_dropout)
     torch.manual_seed(seed)
@@ -103,11 +103,14 @@ def add_lora(model, targets="all", rank=16, alpha=32.0, lora_dtype="fp32", lora_
 
 
 def train_weights(model, targets="all"):
-    """The model itself with the weights of the chosen parts to be trained and all others frozen.
+    """The same model with the weights of the chosen targets to be trained and all others frozen.
 
-    Weights, gradients and moments stay in the model's dtype, as in stock training of a bf16 model: steps below about
-    1/256 of a weight round away, so the learning rate must not be too small. Routers, norms and embeddings are frozen.
-    Raises ValueError as :func:`add_lora`.
+    Weights, gradients and moments have the model's dtype, as in stock training of a bf16 model. A bf16 weight does not
+    change by a step below about 1/256 of it, so the learning rate must not be too small. Routers, norms and embeddings
+    are frozen.
+
+    Raises:
+        ValueError: the model has no layer of a target.
     """
     chosen = {name for names in chosen_modules(model, targets).values() for name in names}
     for name, module in model.named_modules():
@@ -120,10 +123,10 @@ def train_weights(model, targets="all"):
 
 
 def restore_weights(model, checkpoint):
-    """Load the weights that a Trainer saved of a whole model in ``checkpoint`` into ``model``.
+    """Load all weights of the checkpoint of a full fine-tuning into ``model``.
 
-    The stock Trainer (transformers 5) writes experts one by one, as the hub has them, and when it resumes passes over
-    names that the model does not have: it would go on with the experts of the base model.
+    The stock Trainer (transformers 5) saves one tensor per expert, as the hub has them. As it resumes, it ignores these
+    tensors, because the model has no parameters of these names, and it would train the experts of the base model.
     """
     model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
@@ -146,28 +149,32 @@ def train(
     progress=True,
     callbacks=(),
 ):
-    """Fine-tune what requires gradients, in place, with a stock Trainer.
+    """Train the parameters that require gradients, in place, with a stock Trainer.
 
-    AdamW, a cosine schedule with 5 % warm-up (none for a single step), gradients clipped at 1.
+    The optimizer is AdamW, with a cosine schedule, 5 % warm-up (none for a single step) and gradients clipped at 1.
 
-    On the CPU the result is the same for any number of threads: stock torch, whose rounding depends on it, works on
-    ``torch_threads`` of them, by default ``ktlib.system.threads.default_threads``; the operator on as many as there
-    are.
+    On the CPU the result does not depend on the machine's number of threads. Rounding in stock torch depends on its
+    number of threads, so it gets ``torch_threads``, by default ``ktlib.system.threads.default_threads``. The operator,
+    whose results do not depend on it, uses all threads.
 
-    A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last, and
-    ``save`` removes the folder. So one that is there belongs to an interrupted run, and is resumed from if
-    model, adapters, data, parameters and instruction set are the same (ValueError otherwise, and if the folder holds
-    what :func:`check_parameters` refuses). OSError if nothing can be written there.
+    A checkpoint is written to ``output_dir/checkpoints`` every ``save_every`` steps and after the last step. As
+    :func:`save` removes them, checkpoints that exist at the start belong to an interrupted run, which is resumed.
 
-    A value that is not finite ends the run with :class:`ktlib.diagnosis.trace.NonFinite` before it reaches what is
-    trained: the report is ``output_dir/nonfinite.txt``, the adapter or model as it was ``output_dir/last_good``, and
-    the checkpoints stay.
+    A value that is not finite ends the run before it changes a trained parameter. The report is then in
+    ``output_dir/nonfinite.txt``, the last good adapter or model in ``output_dir/last_good``, and checkpoints stay.
 
     ``progress`` is True for a bar, ``"lines"`` for ten printed lines, False for silence.
 
-    Returns a dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
-    ``tokens_per_second`` (prompts and responses, without padding), ``seconds``, ``peak_rss_mib``, ``resumed_from``
-    (step), ``identity`` (of ``checkpoints.run_identity``).
+    Returns:
+        A dict: ``log`` (one dict per step: step, loss in nats per response token, learning_rate, grad_norm),
+        ``tokens_per_second`` (of prompts and responses, without padding), ``seconds``, ``peak_rss_mib``,
+        ``resumed_from`` (step), ``identity`` (of :func:`ktlib.training.resume.run_identity`).
+
+    Raises:
+        ValueError: the interrupted run had another model, data, parameters or instruction set; or the folder holds
+            files that :func:`check_parameters` refuses.
+        OSError: the folder cannot be written to.
+        ktlib.diagnosis.trace.NonFinite: a value was not finite.
     """
     examples = encode(tokenizer, rows, sequence_length, progress is True)
     torch_threads = torch_threads or default_threads(model.config)
@@ -194,7 +201,7 @@ def train(
         gradient_accumulation_steps=grad_accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(steps - 1, max(1, steps // 20)),  # its first step has a learning rate of 0
+        warmup_steps=min(steps - 1, max(1, steps // 20)),  # the first step of a warm-up has a learning rate of 0
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=seed,
@@ -206,7 +213,7 @@ def train(
         use_cpu=on_cpu,
         dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
         report_to="none",
-        disable_tqdm=True,  # its bar prints every log entry; ours is added below
+        disable_tqdm=True,  # the Trainer's bar prints every log entry; ShowProgress replaces it
     )
     use_one_gpu(arguments, "a step has batch_size rows on any machine")
     shown = [ShowProgress(lines=progress == "lines")] if progress else []
@@ -230,12 +237,12 @@ def train(
             args=arguments,
             train_dataset=examples,
             data_collator=collator(tokenizer),
-            callbacks=[KeepWhole(temporary), *shown, guard, *callbacks],
+            callbacks=[PublishCheckpoints(temporary), *shown, guard, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         if resume and not is_peft:
             restore_weights(model, resume)
-        if first_step == steps:  # a Trainer would make one step more
+        if first_step == steps:  # all steps are done, but a resumed Trainer would make one more
             if is_peft:
                 model.load_adapter(resume, model.active_adapter, is_trainable=True)
             state = TrainerState.load_from_json(resume / "trainer_state.json")
@@ -246,11 +253,11 @@ def train(
     if guard.finding is not None:
         raise NonFinite(guard.finding)
     log = [entry for entry in state.log_history if "loss" in entry]
-    share = (steps - first_step) / steps
+    share_of_steps = (steps - first_step) / steps
     return {
         "log": log,
         "seconds": seconds,
-        "tokens_per_second": state.num_input_tokens_seen * share / seconds,
+        "tokens_per_second": state.num_input_tokens_seen * share_of_steps / seconds,
         "peak_rss_mib": peak_rss_mib(),
         "resumed_from": first_step,
         "identity": identity,
@@ -267,13 +274,13 @@ def peak_rss_mib():
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progress=True):
-    """Greedy answers (list of str) to user prompts, in batches padded on the left, with KV cache.
+    """Greedy answers (list of str) to user prompts, generated in batches padded on the left, with KV cache.
 
-    An answer ends at the tokenizer's end token, which training teaches, or at one of the model's own.
+    An answer ends at the tokenizer's end token, which training teaches, or at an end token of the model's own.
     """
     answers, was_training = [], model.training
-    ends = model.generation_config.eos_token_id  # one, some or None
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    end_ids = model.generation_config.eos_token_id  # an int, a list or None
+    end_ids = {tokenizer.eos_token_id, *(end_ids if isinstance(end_ids, list) else [end_ids])} - {None}
     device = next(model.parameters()).device
     model.eval()
     for start in tqdm(range(0, len(prompts), batch_size), desc="generating", leave=False, disable=not progress):
@@ -286,7 +293,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progr
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted(ends),
+            eos_token_id=sorted(end_ids),
             pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
@@ -295,16 +302,16 @@ def generate(model, tokenizer, prompts, max_new_tokens=32, batch_size=100, progr
 
 
 def exact_match(model, tokenizer, rows, batch_size=100, progress=True, sequence_length=None):
-    """``(accuracy, answers)``: the share of rows whose greedy answer equals the response, outer blanks aside.
+    """``(accuracy, answers)``: the share of rows whose greedy answer equals the response but for outer blanks.
 
-    Rows longer than ``sequence_length`` tokens (default: the positions of the model) are left out with a warning: they
-    do not count, and their answer is None. ValueError if none is short enough.
+    Rows longer than ``sequence_length`` tokens (default: the positions of the model) are left out with a warning: the
+    share does not count them, and their answer is None. ValueError if no row is short enough.
     """
     pairs = tokenise(tokenizer, rows, sequence_length or positions(model.config))
-    kept = [row for row, pair in zip(rows, pairs, strict=True) if pair]
-    longest = max(len(response) for _, response in filter(None, pairs))  # with its end token
-    answers = generate(model, tokenizer, [row["prompt"] for row in kept], longest + 3, batch_size, progress)
-    hits = [answer.strip() == row["response"].strip() for answer, row in zip(answers, kept, strict=True)]
+    asked = [row for row, pair in zip(rows, pairs, strict=True) if pair]
+    longest = max(len(response) for _, response in filter(None, pairs))  # tokens, with the end token
+    answers = generate(model, tokenizer, [row["prompt"] for row in asked], longest + 3, batch_size, progress)
+    hits = [answer.strip() == row["response"].strip() for answer, row in zip(answers, asked, strict=True)]
     remaining = iter(answers)
     return sum(hits) / len(hits), [next(remaining) if pair else None for pair in pairs]
 
@@ -312,8 +319,10 @@ def exact_match(model, tokenizer, rows, batch_size=100, progress=True, sequence_
 def save(model, folder, tokenizer=None):
     """Save an adapter in PEFT's format, or a model and its tokenizer, in ``folder``, whole or not at all.
 
-    Checkpoints of the training that made it are removed there. Raises ValueError if the folder holds a model or an
-    adapter that ktlib did not save there, or the model that was trained.
+    The run's checkpoints in ``folder`` are removed.
+
+    Raises:
+        ValueError: the folder holds a model or an adapter that ktlib did not write, or the model that was trained.
     """
     with writing(folder), locked(folder) as folder:
         place(model, folder, tokenizer)
@@ -321,11 +330,16 @@ def save(model, folder, tokenizer=None):
 
 
 def run(progress=True, **parameters):
-    """One whole fine-tuning with the parameters of ``check_parameters``; adapter or model go to ``output_dir``.
+    """A whole fine-tuning with the parameters of :func:`check_parameters`; adapter or model go to ``output_dir``.
 
-    Returns the dict of ``train`` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``,
-    ``answers_after`` (as :func:`exact_match`), ``test`` (rows) and ``saved`` (path). For all but the built-in model the
-    estimate of memory and time is printed. Raises MemoryError before the model is loaded if it cannot fit.
+    For every model but the built-in one the estimate of memory and time is printed first.
+
+    Returns:
+        The dict of :func:`train` with ``before`` and ``after`` (exact match on held-out prompts), ``answers_before``
+        and ``answers_after`` (as :func:`exact_match` returns them), ``test`` (rows) and ``saved`` (path).
+
+    Raises:
+        ValueError, MemoryError: as :func:`check_parameters`, before the model is loaded.
     """
     p = check_parameters(**parameters)
     if progress and p["model"] != "base":
@@ -353,15 +367,15 @@ def run(progress=True, **parameters):
     }
 
 
-_isa = {}  # what use_isa chose last, and what KTLIB_ISA was before
+_isa = {}  # "chosen": the value that use_isa gave to KTLIB_ISA last; "given": the user's own value
 
 
 def use_isa(isa):
     """Run the operator on instruction set ``isa`` in this process from now on.
 
-    None is the user's choice, ``KTLIB_ISA`` as it was before the first call, or the best without it.
+    None means the user's choice in ``KTLIB_ISA``, and the fastest instruction set without such a choice.
     """
-    now = os.environ.get("KTLIB_ISA", "")
-    if now != _isa.get("chosen"):  # set by someone else since
-        _isa["given"] = now
+    current = os.environ.get("KTLIB_ISA", "")
+    if current != _isa.get("chosen"):  # the user has changed the variable since the last call
+        _isa["given"] = current
     _isa["chosen"] = os.environ["KTLIB_ISA"] = isa or _isa["given"]

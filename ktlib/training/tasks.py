@@ -1,8 +1,8 @@
-"""Instruction data for fine-tuning: built-in tasks with leak-free splits, JSONL files of prompt/response rows, batches.
+"""Data for fine-tuning: rows of built-in tasks and of JSONL files, split into train and test, tokenised, in batches.
 
-A row is ``{"prompt": str, "response": str}``, of a file also ``"where": "FILE, line N"``. The embedded base model
-(``ktlib.lab.base_model``) has seen none of the built-in tasks: its documents contain no date in digits, and they use
-its words without a code.
+A row is ``{"prompt": str, "response": str}``; a row of a file also has ``"where": "FILE, line N"``. The built-in model
+(``ktlib.lab.base_model``) has seen none of the built-in tasks: its training texts contain no date in digits, and the
+words of the code only in plain sentences.
 """
 
 import calendar
@@ -25,10 +25,10 @@ teacher tool ship key song book job street trade club team""".split()
 
 
 def dates(n_train=8000, n_test=200, seed=0):
-    """Rewrite a date: ``"September 25, 1928"`` -> ``"1928-09-25"``. A date is either in train or in test.
+    """Rewrite a date: ``"September 25, 1928"`` -> ``"1928-09-25"``. No date is both in train and in test.
 
-    Dates run from 1800 to 2199. Returns ``(train, test)``, two lists of rows. Raises ValueError if the sizes do not
-    fit.
+    Dates run from 1800 to 2199. Returns ``(train, test)``, two lists of rows. ValueError if the sizes are below 1 or
+    exceed the number of dates.
     """
     days = [
         (year, month, day)
@@ -48,8 +48,9 @@ def dates(n_train=8000, n_test=200, seed=0):
 def codebook(n_train=4000, n_test=200, seed=0, n_words=24, length=3):
     """Translate word by word with a secret code: each of ``n_words`` words stands for another of them.
 
-    The code is a random permutation that only the training rows state; test sequences of ``length`` words are new,
-    their words are not. Returns ``(train, test)``, two lists of rows. Raises ValueError if the sizes do not fit.
+    The code is a random permutation, which can be learnt from the training rows only. Train and test use the same
+    words, but no sequence of ``length`` words is in both. Returns ``(train, test)``, two lists of rows. ValueError if
+    the sizes are below 1 or exceed nine tenths of the number of sequences.
     """
     if not 2 <= n_words <= len(CODE_WORDS):
         raise ValueError(f"n_words: got {n_words}, need 2 to {len(CODE_WORDS)}")
@@ -58,7 +59,7 @@ def codebook(n_train=4000, n_test=200, seed=0, n_words=24, length=3):
         raise ValueError(f"n_train, n_test: got {n_train}, {n_test}; need both >= 1 and a sum of at most {most}")
     rng = random.Random(seed)
     words = CODE_WORDS[:n_words]
-    cycle = rng.sample(words, n_words)  # one long cycle: no word stands for itself
+    cycle = rng.sample(words, n_words)  # the permutation is a single cycle, so that no word stands for itself
     code = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
     texts = {}
     while len(texts) < n_train + n_test:
@@ -75,8 +76,8 @@ TASKS = {"dates": dates, "codebook": codebook}
 def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
     """``(train, test)`` rows of a built-in task (a key of TASKS) or of a JSONL file.
 
-    A file is split at random; rows that share a prompt go to the same side. Raises ValueError for an unknown name, an
-    unusable row, or a file with fewer than two different prompts.
+    A file is split at random; rows that share a prompt go to the same side. ValueError for an unknown name, a row that
+    cannot be used, or a file with fewer than two different prompts.
     """
     if str(dataset) in TASKS:
         return TASKS[str(dataset)](seed=seed)
@@ -97,11 +98,13 @@ BATCH = 1000  # rows that are tokenised together
 
 
 def tokenise(tokenizer, rows, sequence_length, progress=False):
-    """``(prompt, response)`` of each row as token ids, the response with its end token; None if they are too long.
+    """``(prompt, response)`` of each row as token ids, the response with its end token; None for rows too long.
 
-    Rows longer than ``sequence_length`` tokens are left out with a warning; ValueError if none is short enough.
-    ValueError that names the row (its ``where``, or its number) if its text holds a special token, or if the chat
-    template writes the conversation of prompt and response in other tokens (:mod:`ktlib.training.chat`).
+    One warning says how many rows are longer than ``sequence_length`` tokens.
+
+    Raises:
+        ValueError: no row is short enough; or a row contains the text of a special token, or the chat template writes
+            it in other tokens (:mod:`ktlib.training.chat`). The message names the row by its ``where``, or its number.
     """
     if "strftime_now" in str(tokenizer.chat_template):
         warnings.warn(
@@ -125,29 +128,29 @@ def tokenise(tokenizer, rows, sequence_length, progress=False):
             f"{rows[first]['where']} with {lengths[first]} tokens, the longest has {max(lengths)}",
             stacklevel=3,
         )
-    kept = [(row, pair) for row, pair, length in zip(rows, pairs, lengths, strict=True) if length <= sequence_length]
-    for batch in _batches(kept, "comparing with the chat template", progress):
+    short = [(row, pair) for row, pair, length in zip(rows, pairs, lengths, strict=True) if length <= sequence_length]
+    for batch in _batches(short, "comparing with the chat template", progress):
         check_text(tokenizer, [row for row, _ in batch])
         check_rendering(tokenizer, *zip(*batch, strict=True))
     return [pair if length <= sequence_length else None for pair, length in zip(pairs, lengths, strict=True)]
 
 
-def _batches(items, what, progress):
-    starts = tqdm(range(0, len(items), BATCH), desc=what, leave=False, disable=not progress)
+def _batches(items, description, progress):
+    starts = tqdm(range(0, len(items), BATCH), desc=description, leave=False, disable=not progress)
     return (items[start : start + BATCH] for start in starts)
 
 
 def encode(tokenizer, rows, sequence_length, progress=False):
-    """Token ids and labels (-100 on the prompt, so that the loss sees the response and its end token only).
+    """``{"input_ids", "labels"}`` of each row that is short enough; warnings and errors are those of :func:`tokenise`.
 
-    Rows that are too long are left out, with what :func:`tokenise` says of them.
+    Labels are -100 on the prompt, so that the loss is that of the response and its end token only.
     """
     pairs = filter(None, tokenise(tokenizer, rows, sequence_length, progress))
     return [{"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in pairs]
 
 
 def collator(tokenizer):
-    """A function that pads examples on the right to their longest: int64 tensors ``(batch, longest)``."""
+    """A function that pads a list of examples on the right and returns int64 tensors ``(batch, longest)``."""
 
     def collate(examples):
         longest = max(len(example["input_ids"]) for example in examples)

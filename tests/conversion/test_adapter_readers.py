@@ -17,7 +17,7 @@ import ktlib
 from ktlib.conversion.adapter_targets import LONGEST
 from ktlib.integrations.peft_lora import lora_config
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 
 
@@ -49,9 +49,9 @@ def read_by_stock(family, folder):
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "qwen3_moe", "mixtral", "glm4_moe"])
-@pytest.mark.parametrize("parts", ["everything", "experts and attention", "experts alone"])
-def test_stock_peft_reads_what_was_trained(family, parts, tmp_path):
-    targets = {"everything": None, "experts and attention": attention(family), "experts alone": []}[parts]
+@pytest.mark.parametrize("targeted", ["everything", "experts and attention", "experts alone"])
+def test_stock_peft_reads_what_was_trained(family, targeted, tmp_path):
+    targets = {"everything": None, "experts and attention": attention(family), "experts alone": []}[targeted]
     wanted, folder = exported(family, tmp_path, target_modules=targets)
     got, missing = read_by_stock(family, folder)
     assert missing == []
@@ -75,7 +75,7 @@ def test_stock_peft_reads_what_was_trained(family, parts, tmp_path):
 )
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
 @pytest.mark.filterwarnings("ignore:rank_pattern, alpha_pattern")
-def test_ranks_alphas_and_parts_of_experts_come_out_right(family, options, tmp_path):
+def test_ranks_alphas_and_single_projections_come_out_right(family, options, tmp_path):
     wanted, folder = exported(family, tmp_path, **options)
     got, missing = read_by_stock(family, folder)
     if options.get("target_parameters") == ["mlp.experts.gate_up_proj"]:
@@ -110,7 +110,7 @@ def test_readers_of_modules_find_each_tensor_once(family, tmp_path):
     _, folder = exported(family, tmp_path)
     settings = json.loads((folder / CONFIG).read_text())
     assert isinstance(settings["target_modules"], list), "SGLang takes no pattern"
-    keys = [key for key in load_file(folder / WEIGHTS) if "lora_A" in key]
+    keys = [key for key in load_file(folder / ADAPTER_FILE) if "lora_A" in key]
     modules = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in keys}
 
     def named(name, targets):
@@ -149,4 +149,4 @@ def test_what_was_excluded_is_said_by_the_targets(excluded, tmp_path):
         got, missing = read_by_stock("deepseek_v2", tmp_path / layout)
         assert relative_error(got, wanted) < 1e-5
     ktlib.import_adapter(folder, tmp_path / "back", tiny_config("deepseek_v2"))
-    assert load_file(tmp_path / "back" / WEIGHTS).keys() == load_file(tmp_path / "fused" / WEIGHTS).keys()
+    assert load_file(tmp_path / "back" / ADAPTER_FILE).keys() == load_file(tmp_path / "fused" / ADAPTER_FILE).keys()

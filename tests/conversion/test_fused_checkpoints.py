@@ -1,4 +1,4 @@
-"""Both layouts of a checkpoint load, the fused one without a copy; the converter keeps within its bounds of memory."""
+"""Both layouts of a checkpoint load, the fused one without a copy; the converter stays within its bound of memory."""
 
 import gc
 import json
@@ -147,11 +147,11 @@ def mid_size(tmp_path_factory):
         tensors = {}
         for name, value in load_file(path).items():
             stem, _, leaf = name.rpartition(".")
-            parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf)
-            if parts and value.dim() == 3:
+            projections = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf)
+            if projections and value.dim() == 3:
                 for e, expert in enumerate(value):
-                    for part, rows in zip(parts, expert.chunk(len(parts)), strict=True):
-                        tensors[f"{stem}.{e}.{part}.weight"] = rows.clone()
+                    for projection, rows in zip(projections, expert.chunk(len(projections)), strict=True):
+                        tensors[f"{stem}.{e}.{projection}.weight"] = rows.clone()
             else:
                 tensors[name] = value
         save_file(tensors, folder / "hub" / path.name)

@@ -23,7 +23,7 @@ from ktlib.integrations.peft_lora import lora_config
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.training import sft
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLASSES = {
     one.__name__: one for family in sorted({family for family, _ in discover()}) for one in model_classes(family)
 }
@@ -66,7 +66,7 @@ def save_adapter(name, folder):
         tensors[key] = torch.randn(value.shape, generator=generator)
     folder.mkdir()
     config.save_pretrained(folder)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / ADAPTER_FILE)
     return folder, adapted
 
 
@@ -158,18 +158,18 @@ def test_adapters_of_every_family_go_there_and_back(name, tmp_path, monkeypatch)
     if not any(is_experts(module) for module in meta_model(config_of(name)).modules()):
         pytest.skip("the tiny model has no layer with experts")
     source, adapted = save_adapter(name, tmp_path / "a")
-    config, wanted = config_of(name), load_file(source / WEIGHTS)
+    config, wanted = config_of(name), load_file(source / ADAPTER_FILE)
     if ExpertLayout(meta_model(config)).per_expert:
         if name in MISREAD:  # a file as other programs write it
             monkeypatch.setattr(write, "_refuse_what_peft_misreads", lambda *_: None)
         ktlib.export_adapter(source, tmp_path / "apart", config)
-        assert any(".experts.0." in key for key in load_file(tmp_path / "apart" / WEIGHTS))
+        assert any(".experts.0." in key for key in load_file(tmp_path / "apart" / ADAPTER_FILE))
         source = tmp_path / "apart"
     else:
         with pytest.raises(ValueError, match="transformers knows no per-expert spelling of the experts of"):
             ktlib.export_adapter(source, tmp_path / "apart", config)
     ktlib.import_adapter(source, tmp_path / "back", config)
-    got = load_file(tmp_path / "back" / WEIGHTS)
+    got = load_file(tmp_path / "back" / ADAPTER_FILE)
     keys = read_by_peft(adapted, list(got))
     if name.startswith("Inkling2"):  # PEFT takes names of its convolutions for others, whichever they are
         keys = {key: key for key in got}
@@ -239,16 +239,16 @@ def test_an_adapter_of_the_text_class_is_imported_for_the_published_one(text, pu
     assert missing == []
     assert relative_error(logits(model), logits(part)) < 1e-5 < relative_error(plain, logits(part))
     ktlib.import_adapter(tmp_path / "published", tmp_path / "back", part.get_base_model())
-    first, second = load_file(tmp_path / "text" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    first, second = load_file(tmp_path / "text" / ADAPTER_FILE), load_file(tmp_path / "back" / ADAPTER_FILE)
     assert first.keys() == second.keys()
 
 
 def test_names_that_two_tensors_have_are_refused(tmp_path):
     source, _ = save_adapter("Qwen3_5MoeForConditionalGeneration", tmp_path / "a")
-    tensors = load_file(source / WEIGHTS)
+    tensors = load_file(source / ADAPTER_FILE)
     key = next(key for key in tensors if "o_proj.lora_A" in key)
     tensors[key.replace("language_model.", "")] = tensors[key].clone()
-    save_file(tensors, source / WEIGHTS)
+    save_file(tensors, source / ADAPTER_FILE)
     with pytest.raises(ValueError, match=r"twice \(1\): .*self_attn.o_proj.lora_A.weight"):
         ktlib.import_adapter(source, tmp_path / "out", config_of("Qwen3_5MoeForConditionalGeneration"))
 
@@ -293,7 +293,7 @@ def test_sft_trains_the_language_model_of_the_published_class(name, tmp_path):
         )  # fmt: skip
     assert result["resumed_from"] == 2
     sft.save(trained, tmp_path / "run")
-    keys = load_file(tmp_path / "run" / WEIGHTS)
+    keys = load_file(tmp_path / "run" / ADAPTER_FILE)
     assert not any("vision" in key or "visual" in key for key in keys)
     base = CLASSES[name].from_pretrained(tmp_path / "model", dtype=torch.bfloat16, experts_implementation="eager")
     plain = logits(base)

@@ -13,7 +13,7 @@ import ktlib
 from ktlib.conversion.adapters import export_adapter, import_adapter
 from ktlib.integrations.factor_layouts import Base, layouts_of
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RANK, ALPHA = 3, 6
 UNSLOTH = {"auto_mapping": {"base_model_class": "Qwen3MoeForCausalLM", "unsloth_fixed": True}}
 SQUARE = 32  # intermediate size with which gate_up_proj has as many out_features as in_features
@@ -55,7 +55,7 @@ class Written:
                 tensors |= {f"base_model.model.{wrapper}.lora_{letter}.weight": x for letter, x in (("A", a), ("B", b))}
                 parameter.data += (ALPHA / rank) * self.delta(leaf, parameter.shape, a, b)
         folder.mkdir()
-        save_file(tensors, folder / WEIGHTS)
+        save_file(tensors, folder / ADAPTER_FILE)
         targets = {"target_modules": [], "target_parameters": [f"mlp.experts.{leaf}" for leaf in parameters]}
         self.rewrite({"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA} | targets | settings)
         with torch.no_grad():
@@ -163,7 +163,7 @@ def test_the_layout_of_now_is_not_touched(family, version, tmp_path):
     options = {"size": 64, "parameters": ("down_proj",)} if family == "gpt_oss" else {}
     written = Written(tmp_path / "new", "now", family=family, peft_version=version, **options)
     assert written.imported() < WITH_ERRORS and ktlib.audit(written.folder, written.config).clean
-    files = [load_file(path / WEIGHTS) for path in tmp_path.iterdir()]
+    files = [load_file(path / ADAPTER_FILE) for path in tmp_path.iterdir()]
     assert len(files) == 2 and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
@@ -256,9 +256,9 @@ def test_the_order_of_one_column_for_each_expert_needs_no_record(tmp_path):
 def test_both_older_layouts_together(tmp_path):
     """Unsloth on PEFT 0.18: lora_A has the out_features, and the columns of lora_B are grouped by expert."""
     written = Written(tmp_path / "old", "before 0.19.1", size=48, peft_version="0.18.1", **UNSLOTH)
-    tensors = load_file(written.folder / WEIGHTS)
+    tensors = load_file(written.folder / ADAPTER_FILE)
     for name, b in tensors.items():
         if "lora_B" in name:
             tensors[name] = b.view(-1, RANK, 8).transpose(1, 2).flatten(1).contiguous()
-    save_file(tensors, written.folder / WEIGHTS)
+    save_file(tensors, written.folder / ADAPTER_FILE)
     assert written.imported(lora_b_order="grouped_by_expert") < WITH_ERRORS

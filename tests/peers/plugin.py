@@ -25,7 +25,7 @@ import transformers
 
 from ktlib import _kernels
 from ktlib.integrations.peft_lora import _wrap
-from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHTS, is_experts
+from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHT_NAMES, is_experts
 
 
 def pytest_addoption(parser):
@@ -86,7 +86,7 @@ def _apply_and_cast(self, fn, recurse=True):
 
 
 def _cast_weights(experts):
-    for name in WEIGHTS:
+    for name in WEIGHT_NAMES:
         weight = experts._parameters.get(name)
         if weight is not None and weight.dtype == torch.float32:
             weight.data = weight.data.bfloat16()

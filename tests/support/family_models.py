@@ -10,6 +10,8 @@ import transformers
 from support.families import EXPERTS, HIDDEN, INTERMEDIATE
 from support.models import VOCAB
 
+from ktlib.names import bare_name
+
 _HEADS, _HEAD_DIM, _ROPE_DIM = 4, 16, 8
 # Fields of any config, by whole name; the first that fits decides.
 _SIZES = {
@@ -145,10 +147,9 @@ def _size(name):
 
 
 def adapted(model):
-    """``{name: [layers of LoRA there]}`` of a model with adapters; names as in the model without."""
+    """``{name in the bare model: [its LoRA layers]}`` of a model with adapters."""
     found = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            found.setdefault(bare, []).append(module)
+            found.setdefault(bare_name(name), []).append(module)
     return found

@@ -126,7 +126,7 @@ OTHERS = {  # kind: template, eos_token, response; the trained token, the templa
     ),
     "a blank that joins the response": (
         turns("Question: {{ m.content }}\n", "Answer: {{ m.content }}{{ eos_token }}", "Answer: "), "<|end|>", "fox",
-        "' '", "' fox'", "a response that the tokenizer cuts off from the prompt",
+        "' '", "' fox'", "a response whose first token does not merge with the prompt's last",
     ),
 }  # fmt: skip
 

@@ -202,7 +202,7 @@ def make_checkpoint(folder):
 def test_checkpoints_of_someone_else_are_neither_resumed_nor_removed(tmp_path):
     for name in ("checkpoint-5", "step-5"):
         make_checkpoint(tmp_path / name)
-        with pytest.raises(ValueError, match="output_dir: .* holds files of something else"):
+        with pytest.raises(ValueError, match="output_dir: .* holds files that are not a run's"):
             resume.start_or_resume(tmp_path, {"steps": 5})
         assert len(list((tmp_path / name).iterdir())) == 6
 

@@ -18,7 +18,7 @@ from ktlib.files.ownership import TEMPORARY
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.system.cpu import cpu_info
 from ktlib.training import sft
-from ktlib.training.parameters import LORA_DTYPES, target_parts
+from ktlib.training.parameters import LORA_DTYPES, target_names
 from ktlib.training.resume import complete_checkpoint
 from ktlib.training.tasks import codebook, dates
 
@@ -104,14 +104,14 @@ def test_long_rows_are_left_out_of_evaluation(monkeypatch):
         sft.exact_match(model, tokenizer, rows[1:2], progress=False, sequence_length=32)
 
 
-PARTS = {"attention": "self_attn", "experts": "routed_experts", "shared": "shared_experts", "dense": "dense_mlp"}
+COMPONENT_OF = {"attention": "self_attn", "experts": "routed_experts", "shared": "shared_experts", "dense": "dense_mlp"}
 
 
-@pytest.mark.parametrize("targets", [*PARTS, "attention+experts", "all"])
+@pytest.mark.parametrize("targets", [*COMPONENT_OF, "attention+experts", "all"])
 def test_targets_train_what_they_name(targets, tmp_path):
     model, tokenizer = adapted(targets=targets)
     before = weights(model)
-    assert {component(name) for name in before} == {PARTS[part] for part in target_parts(targets)}
+    assert {component(name) for name in before} == {COMPONENT_OF[target] for target in target_names(targets)}
     result = sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     after = weights(model)
     moved = [name for name in before if "lora_B" in name and not torch.equal(before[name], after[name])]
@@ -302,8 +302,8 @@ def test_full_finetuning_trains_the_weights_of_its_targets(targets, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sft.train(model, tokenizer, ROWS, tmp_path, **SMALL)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    parts = {PARTS[part] for part in target_parts(targets)}
-    wanted = {name for name, p in before.items() if component(name) in parts and p.dim() > 1}
+    components = {COMPONENT_OF[target] for target in target_names(targets)}
+    wanted = {name for name, p in before.items() if component(name) in components and p.dim() > 1}
     assert moved == wanted and {model.get_parameter(name).dtype for name in wanted} == {torch.bfloat16}
     file = next(BASE.glob("*.safetensors"))
     assert file.stat().st_mtime < (tmp_path).stat().st_mtime, "training wrote into the mapped checkpoint"

@@ -14,7 +14,7 @@ from ktlib.names import component
 from ktlib.training import sft
 from ktlib.training.tasks import dates
 
-PARTS = {
+COMPONENTS = {
     "mixtral": {"self_attn", "routed_experts"},
     "olmoe": {"self_attn", "routed_experts"},
     "gpt_oss": {"self_attn", "routed_experts"},
@@ -42,7 +42,7 @@ def mine(folder, family):
 ROWS, _ = dates(n_train=24, n_test=1)
 
 
-@pytest.mark.parametrize("family", PARTS)
+@pytest.mark.parametrize("family", COMPONENTS)
 def test_the_example_of_the_readme_runs_on_every_family(family, tmp_path, monkeypatch):
     """With the default targets, which are what the family has; stock reads back what was trained."""
     trained, save = [], sft.save
@@ -51,7 +51,7 @@ def test_the_example_of_the_readme_runs_on_every_family(family, tmp_path, monkey
     result = sft.run(progress=False, **parameters)
     assert len(result["log"]) == 2 and len(result["answers_after"]) == len(result["test"]) > 0
     (model,) = trained
-    assert {component(name) for name, value in model.named_parameters() if value.requires_grad} == PARTS[family]
+    assert {component(name) for name, value in model.named_parameters() if value.requires_grad} == COMPONENTS[family]
     assert audit(result["saved"], config=model.config).clean
 
     tokenizer = sft.load_tokenizer(parameters["model"])

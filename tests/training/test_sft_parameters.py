@@ -23,6 +23,8 @@ from ktlib.runs import notebooks
 from ktlib.training import sft
 from ktlib.training.parameters import Parameters, read_config
 
+LARGEST_FP32 = (2 - 2**-23) * 2.0**127
+
 
 def test_defaults_are_valid():
     assert sft.check_parameters()["model"] == "base"
@@ -90,16 +92,48 @@ def test_a_wrong_parameter_is_named_before_anything_is_loaded(name, value, monke
         assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, last, refused",
+    [
+        ("rank", 1, 0),
+        ("alpha", LARGEST_FP32, math.nextafter(LARGEST_FP32, math.inf)),
+        ("alpha", math.nextafter(0, 1), 0.0),
+        ("lora_dropout", 0.0, math.nextafter(0, -1)),
+        ("lora_dropout", math.nextafter(1, 0), 1.0),
+        ("steps", 1, 0),
+        ("batch_size", 1, 0),
+        ("grad_accumulation", 1, 0),
+        ("sequence_length", 8, 7),
+        ("learning_rate", LARGEST_FP32, math.nextafter(LARGEST_FP32, math.inf)),
+        ("learning_rate", math.nextafter(0, 1), 0.0),
+        ("seed", 0, -1),
+        ("seed", 2**32 - 1, 2**32),
+        ("torch_threads", 1, 0),
+        ("torch_threads", 8192, 8193),
+        ("stream_rows", 1, 0),
+        ("stream_rows", 2**31 - 1, 2**31),
+    ],
+)
+def test_the_last_value_in_bounds_is_taken_and_the_next_is_refused(name, last, refused):
+    assert getattr(Parameters(**{name: last}), name) == last
+    with pytest.raises(ValueError, match=f"^{name}: got .*need"):
+        Parameters(**{name: refused})
+
+
 def test_the_notebook_has_the_parameters_of_a_run_with_their_types_and_defaults():
     written = notebooks.notebook_parameters(notebooks.SFT)
     assert written.pop("output_dir") == ("str | None", None), "the notebook chooses a folder"
-    named = [
-        (one.name, one.type.__name__ if isinstance(one.type, type) else str(one.type)) for one in fields(Parameters)
-    ]
-    assert [(name, kind) for name, (kind, _) in written.items()] == [one for one in named if one[0] != "output_dir"]
-    assert {name: default for name, (_, default) in written.items()} == {
-        one.name: one.default for one in fields(Parameters) if one.name != "output_dir"
+    defined = {
+        field.name: (field.type.__name__ if isinstance(field.type, type) else str(field.type), field.default)
+        for field in fields(Parameters)
+        if field.name != "output_dir"
     }
+    assert list(written.items()) == list(defined.items())
+
+
+def test_the_help_of_every_parameter_is_a_sentence():
+    for field in fields(Parameters):
+        assert re.fullmatch(r"\S+ .+\.", field.metadata["help"]), field.name
 
 
 def test_parameters_cannot_be_changed_and_unknown_ones_are_refused():
@@ -303,7 +337,7 @@ def test_a_sweep_with_a_run_that_cannot_work_is_refused_before_the_first(mixtral
 def test_the_default_targets_are_what_the_model_has(mixtral):
     assert sft.check_parameters(model=str(mixtral))["targets"] == "all"
     found = sft.chosen_modules(meta_model(read_config(str(mixtral))), "all")
-    assert {part: len(names) for part, names in found.items()} == {
+    assert {target: len(names) for target, names in found.items()} == {
         "attention": 8,
         "experts": 2,
         "shared": 0,
