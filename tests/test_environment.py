@@ -217,7 +217,7 @@ def test_readme_numbers_are_the_recorded_ones():
     assert f"{few} times as fast as kt-kernel at 512 tokens, {many} times at 8192" in " ".join(README.split())
     rates = [row["gflops"] * 1e9 for row in rows if row["name"] == "ktlib amx_bf16"]
     shares = [round(100 * rate / recorded["ceilings"]["amx_bf16"]) for rate in rates]
-    assert f"{shares[0]}, {shares[1]} and {shares[2]} % of it" in TEXT
+    assert f"{shares[0]}, {shares[1]} and {shares[2]} % of the tile registers' peak rate" in TEXT
 
 
 def test_readme_says_the_memory_that_the_parameter_files_say():

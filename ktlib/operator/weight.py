@@ -88,7 +88,7 @@ class Weight:
 
     def placeholder(self):
         """A tensor of the shape, with one element of memory, for functions that look at shape and dtype alone."""
-        return torch.empty(1, dtype=torch.bfloat16, device="cpu").expand(self.shape)
+        return torch.empty(1, dtype=torch.bfloat16, device="cpu").as_strided(self.shape, (0, 0, 0))
 
     def pack(self):
         """``(tensors, format, numbers)``, as a registered op can take it. The opposite of :meth:`unpack`."""

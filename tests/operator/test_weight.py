@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.weights import random_weight
 
 import ktlib
 from ktlib.lab.validation import QUANTITIES, evaluate, random_layer
@@ -9,26 +10,6 @@ from ktlib.operator.weight import Weight
 from ktlib.reference import formats
 
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
-
-
-def random_weight(format, shape, group=(1, 32), zeros=False, seed=0, scale_dtype=torch.bfloat16):
-    """Random codes, but none that is NaN, and scales that make weights of ordinary size."""
-    generator = torch.Generator().manual_seed(seed)
-    experts, rows, columns = shape
-    width = -(-columns // 2) if format in formats.CODEBOOKS else columns
-    codes = torch.randint(0, 256, (experts, rows, width), generator=generator, dtype=torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 0x21
-    largest = {"int8": 128.0, "e4m3": 448.0}.get(format) or max(map(abs, formats.CODEBOOKS[format]))
-    groups = (experts, -(-rows // group[0]), -(-columns // group[1]))
-    scales = torch.rand(groups, generator=generator) * 2 / largest / columns**0.5
-    return Weight(
-        format,
-        codes.view(torch.int8) if format == "int8" else codes,
-        scales.to(scale_dtype),
-        torch.randint(-4, 5, groups, generator=generator, dtype=torch.int8) if zeros else None,
-        group=group,
-        shape=shape,
-    )
 
 
 def assert_same_bits(layer, gate_up_proj, down_proj, **options):

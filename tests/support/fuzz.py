@@ -15,12 +15,14 @@ from unittest import mock
 
 import torch
 from support import extension
+from support.weights import drawn_weight
 
 import ktlib
 from ktlib import reference
 from ktlib.operator import checks, moe_experts, registered_op
 
 NAMES = tuple(name for name in registered_op.NAMES if name != "dropout_seed")  # among SETTINGS
+WEIGHTS = ("gate_up_proj", "down_proj")
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 DIFFERENTIABLE = tuple(name for name in NAMES if name != "top_k_index")
 ROUNDING = 2.0**-8  # of bf16, one unit in the last place
@@ -165,15 +167,20 @@ def _computed(choose, tensors, options):
     poison = _poison(choose, tensors, options["limit"]) if choose.chance(25) else None
     if choose.chance(15):
         _overlap(choose, tensors)
+    stored = {}  # weights that are not given as bf16 stacks
+    if not options["transposed"] and not options["stream_rows"] and poison is None and choose.chance(40):
+        stored = {name: drawn_weight(choose, tensors[name].shape) for name in WEIGHTS if choose.chance(70)}
+        tensors |= {name: weight.decoded() for name, weight in stored.items()}
     options = options | {
         "alpha": options["alpha"] if options["gate"] == "swiglu_oai" else None,
         "limit": _between_values(options["limit"], tensors, options),
     }
-    wanted = [name for name in tensors if name in DIFFERENTIABLE and choose.chance(50)]
+    wanted = [name for name in tensors if name in DIFFERENTIABLE and name not in stored and choose.chance(50)]
     if options["stream_rows"]:
         wanted = [name for name in wanted if not name.endswith(("proj", "bias"))]
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
-    output = call(leaves, options)
+    output = call(leaves | stored, options)
+    assert torch.equal(output, call(leaves, options)) or not stored
     assert output.dtype == tensors["hidden_states"].dtype and output.shape == tensors["hidden_states"].shape
     assert output.requires_grad == bool(wanted)
     gradient = _gradient(choose, output)
