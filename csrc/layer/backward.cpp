@@ -8,7 +8,7 @@
 //
 // A LoRA pair adds its term to the same accumulators, as `rank` more rows of the contraction, and its gradients are
 // products over the tokens of an expert, taken block by block where the other factor is at hand. With dropout on the
-// pair's input that term is a product of its own, of which the mask keeps a part.
+// pair's input that term is a product of its own, of which the mask keeps some elements.
 #include <cstring>
 
 #include "layer/bias.h"
@@ -35,7 +35,7 @@ void prefetch(const bf16* row, int count) {
 }
 
 // The inner value of one LoRA pair and its partner in the gradient, both by rank, and the inner value once more by rows
-// for the product with lora_A. High part, then low part.
+// for the product with lora_A. High half, then low half.
 struct Inner {
   int64_t ld;
   Buffer<bf16> rows;   // [rows][depth]: s * lora_B^T d(output)
@@ -75,8 +75,8 @@ Term lora_term(const LoraForm& lora, const Task& task, const Inner& inner, int64
           false};
 }
 
-// One part of the batch. Members without a value here are what the part is made of; the others pass from phase to phase.
-struct BackwardPart {
+// One chunk of the batch. Members without a value here are what the chunk is made of; the others pass from phase to phase.
+struct BackwardChunk {
   const Call& call;
   const Inputs& in;
   const LoraForm &gate_up_lora, &down_lora;
@@ -196,13 +196,13 @@ struct BackwardPart {
     float* h = c_scratch[thread];
     for (int i = 0; h_mask && i < task.rows; i++)
       keep(h + i * kLdc, mask_scratch[thread] + i * kColumnsOut, task.count);
-    k.rank_grad_f32(down_grads.a(task.part) + task.first, inter, down_lora.rank, down_inner.for_A + task.row,
+    k.rank_grad_f32(down_grads.a(task.row_block) + task.first, inter, down_lora.rank, down_inner.for_A + task.row,
                     down_inner.ld, h, kLdc, nullptr, task.rows, task.count);
   }
 
   void d_gate_up_B(const Task& task, const GateUp& block) {
     for (const GateUp::Range& run : block)
-      k.rank_grad_bf16(gate_up_grads.bt(task.part) + run.first, gate_up_width, gate_up_lora.rank,
+      k.rank_grad_bf16(gate_up_grads.bt(task.row_block) + run.first, gate_up_width, gate_up_lora.rank,
                        gate_up_inner.for_B + task.row, gate_up_inner.ld,
                        d_gate_up + task.row * gate_up_stride + run.first, gate_up_stride, nullptr, task.rows, run.count);
   }
@@ -244,19 +244,19 @@ struct BackwardPart {
     const int32_t* tokens = plan.token_of_row.data() + task.row;
     for (int i = 0; x_mask && i < task.rows; i++)
       keep(kept + i * kColumnsOut, kept + i * kColumnsOut, x + tokens[i] * in.shape.hidden, task.count);
-    k.rank_grad_bf16(gate_up_grads.a(task.part) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + task.row,
+    k.rank_grad_bf16(gate_up_grads.a(task.row_block) + feature, hidden, gate_up_lora.rank, gate_up_inner.for_A + task.row,
                      gate_up_inner.ld, x_mask ? kept : x, x_mask ? kColumnsOut : hidden, x_mask ? nullptr : tokens,
                      task.rows, task.count);
   }
 
   void d_down_B(const Task& task, int64_t feature) {
-    k.rank_grad_bf16(down_grads.bt(task.part) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,
+    k.rank_grad_bf16(down_grads.bt(task.row_block) + feature, hidden, down_lora.rank, down_inner.for_B + task.row,
                      down_inner.ld, dy + task.row * hidden_stride + feature, hidden_stride, nullptr, task.rows,
                      task.count);
   }
 
   // The gradient of a projection's input, c_scratch[rows][kLdc]: what comes through the weights, and what comes through
-  // LoRA, of which mask_scratch[rows][kColumnsOut] keeps a part where masked; term_scratch then has all of it.
+  // LoRA, of which mask_scratch[rows][kColumnsOut] keeps some elements where masked; term_scratch then has all of it.
   void input_gradient(const Task& task, const Term& of_weights, const Term& of_lora, bool masked, int thread) {
     float* c = c_scratch[thread];
     sum_of_products(call, c, task.rows, task.count, {of_weights, masked ? Term{} : of_lora}, panel_scratch[thread]);
@@ -292,11 +292,11 @@ void backward(const Call& given, const Inputs& in, const Saved& saved, const bf1
   LoraGrads gate_up_grads(in.gate_up_lora, grads.gate_up_A, grads.gate_up_B, shape.hidden, GateUp::width(shape),
                           shape.experts);
   LoraGrads down_grads(in.down_lora, grads.down_A, grads.down_B, shape.inter, shape.hidden, shape.experts);
-  for_parts(in, [&](const Inputs& part, int64_t first) {
+  for_chunks(in, [&](const Inputs& chunk, int64_t first) {
     Grads part_grads = grads;
     part_grads.hidden_states = grads.hidden_states.from(first * shape.hidden);
     if (grads.top_k_weights) part_grads.top_k_weights += first * shape.topk;
-    BackwardPart{.call = call, .in = part, .gate_up_lora = gate_up_lora, .down_lora = down_lora,
+    BackwardChunk{.call = call, .in = chunk, .gate_up_lora = gate_up_lora, .down_lora = down_lora,
                  .saved = saved.from_slot(shape, first * shape.topk), .saved_ld = shape.slots(),
                  .grad_output = grad_output + first * shape.hidden, .grads = part_grads,
                  .gate_up_grads = gate_up_grads, .down_grads = down_grads}

@@ -8,7 +8,7 @@
 
 namespace ktlib {
 
-// The masks of one LoRA pair's input in one part of the batch, by sorted rows: all ones where an element is kept.
+// The masks of one LoRA pair's input in one chunk of the batch, by sorted rows: all ones where an element is kept.
 class InputMask {
  public:
   enum Projection : uint32_t { gate_up, down };

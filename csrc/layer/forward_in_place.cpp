@@ -97,15 +97,15 @@ void lora_project(const Kernels& k, const LoraForm& lora, const InputMask& mask,
   else
     k.multiply(c, width, lora.a(expert), lora.in_depth, panel, lora.in_depth, width, lora.rank, int(lora.in_depth), false);
   for (int64_t i = 0; i < size; i++) c[i] *= lora.scaling;
-  low_part(c + size, c, width, lora.rank, width);
+  low_half(c + size, c, width, lora.rank, width);
   std::memset(c + 2 * size, 0, size_t(lora.depth - 2 * lora.rank) * width * sizeof(float));
   k.interleave(t_panel, lora.depth, width, c, width, lora.depth);
   if (saved)
     for (int r = 0; r < 2 * lora.rank; r++) k.round(saved + r * saved_ld, c + int64_t(r) * width, 1.0f, tokens);
 }
 
-// One part of the batch. saved_ld: slots of the whole batch.
-void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lora, const LoraForm& down_lora,
+// One chunk of the batch. saved_ld: slots of the whole batch.
+void forward_chunk(const Call& call, const Inputs& in, const LoraForm& gate_up_lora, const LoraForm& down_lora,
                   const Matrix& output, const Saved& saved, int64_t saved_ld) {
   const Kernels& k = call.kernels;
   const Shape& shape = in.shape;
@@ -147,8 +147,8 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
   // 2. gate, up, h = act(gate) * up
   const std::vector<Task> features = feature_tasks(plan, inter, kFeatures);
-  const auto part_of_features = [&](const Task& task) { return int(int64_t(task.first) * settings.parts / inter); };
-  for_tasks(call, features, settings.parts, part_of_features, [&](const Task& task, int thread) {
+  const auto numa_part_of = [&](const Task& task) { return int(int64_t(task.first) * settings.numa_parts / inter); };
+  for_tasks(call, features, settings.numa_parts, numa_part_of, [&](const Task& task, int thread) {
     const GateUp block(settings.interleaved, inter, task.first, task.count);
     const int64_t first_row = int64_t(task.expert) * gate_up_width;
     Rows w[2];
@@ -165,25 +165,25 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
       float* gate = c;
       for_panels(call, plan, run, [&](int64_t row, int tokens, int width, int64_t column) {
         float* up = gate + kFeatures * width;
-        float* const parts[2] = {gate, up};
+        float* const sides[2] = {gate, up};
         for (int p = 0; p < block.size; p++) {
           const GateUp::Range range = block.ranges[p];
           if (gate_up_lora)
-            k.multiply(parts[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
+            k.multiply(sides[p], width, gate_up_lora.b(task.expert) + int64_t(range.first) * gate_up_lora.depth,
                        gate_up_lora.depth, gate_up_t + column * gate_up_lora.depth, gate_up_lora.depth, width,
                        range.count, gate_up_lora.depth, true);
           if (in.gate_up_bias)
-            add_bias_to_rows(parts[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
+            add_bias_to_rows(sides[p], width, in.gate_up_bias, first_row + range.first, range.count, width);
         }
         const int contiguous = settings.interleaved ? width : task.count * width;  // gates, and as many ups
         for (int64_t i = 0; i < int64_t(task.count) * width; i += contiguous) {
           float* gates = settings.interleaved ? gate + 2 * i : gate;
           float* ups = settings.interleaved ? gates + width : up;
           k.activate(settings.gate, h + i, gates, ups, 1, contiguous);
-          if (saved.gate_up && settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, 1, contiguous);
+          if (saved.gate_up && settings.gate.has_limit()) round_within_limit(settings.gate, gates, ups, 1, contiguous);
         }
         for (int p = 0; saved.gate_up && p < block.size; p++)
-          k.store_rows_bf16(saved.gate_up + row * gate_up_width + block.ranges[p].first, gate_up_width, parts[p], width,
+          k.store_rows_bf16(saved.gate_up + row * gate_up_width + block.ranges[p].first, gate_up_width, sides[p], width,
                             block.ranges[p].count, tokens);
         k.interleave(h_panels + column * inter_depth + task.first * kColumns, inter_depth, width, h, width, task.count);
         for (int i = 0; last && i < width; i += kColumns) {  // the rest of the depth
@@ -211,10 +211,10 @@ void forward_part(const Call& call, const Inputs& in, const LoraForm& gate_up_lo
 
     // 4. y = down . h
     const std::vector<Task> outputs = feature_tasks(plan, count, kOutputs);
-    const auto part_of_outputs = [&](const Task& task) {
-      return int(int64_t(first + task.first) * settings.parts / hidden);
+    const auto numa_part_of = [&](const Task& task) {
+      return int(int64_t(first + task.first) * settings.numa_parts / hidden);
     };
-    for_tasks(call, outputs, settings.parts, part_of_outputs, [&](const Task& task, int thread) {
+    for_tasks(call, outputs, settings.numa_parts, numa_part_of, [&](const Task& task, int thread) {
       const int64_t feature = first + task.first;
       const Rows w = rows_in_place(k, in.down_proj, task.expert, feature, task.count, w_scratch[thread]);
       for_runs(call, in.down_proj, task, [&](const Task& run) {
@@ -247,9 +247,9 @@ void forward(const Call& given, const Inputs& in, const Matrix& output, const Sa
   const LoraForm gate_up_lora(call, shape.experts, used, in.gate_up_lora, shape.hidden, GateUp::width(shape));
   const LoraForm down_lora(call, shape.experts, used, in.down_lora, shape.inter, shape.hidden);
   if (output) populate(call.threads, output.data, shape.tokens * shape.hidden * output.element_size());
-  const auto compute = in.settings.transposed ? forward_part_transposed : forward_part;
-  for_parts(in, [&](const Inputs& part, int64_t first) {
-    compute(call, part, gate_up_lora, down_lora, output.from(first * shape.hidden),
+  const auto compute = in.settings.transposed ? forward_chunk_transposed : forward_chunk;
+  for_chunks(in, [&](const Inputs& chunk, int64_t first) {
+    compute(call, chunk, gate_up_lora, down_lora, output.from(first * shape.hidden),
             saved.from_slot(shape, first * shape.topk), shape.slots());
   });
 }

@@ -34,7 +34,7 @@ struct PaddedRows {
 
 }  // namespace
 
-void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
+void forward_chunk_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
                              const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld) {
   const Kernels& k = call.kernels;
   const Shape& shape = in.shape;
@@ -94,13 +94,13 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
     float* c = c_scratch[thread];  // [rows][kLdc]: gates, then ups from kFeatures on; or alternating
     for (int p = 0; p < block.size; p++) {
       const auto [first, count] = block.ranges[p];
-      float* part = c + p * kFeatures;
-      sum_of_products(call, part, task.rows, count,
+      float* side = c + p * kFeatures;
+      sum_of_products(call, side, task.rows, count,
                       {term(x[task.row], x.stride, in.gate_up_proj, task.expert, first, false),
                        lora_term(gate_up_lora, task, gate_up_t, first)},
                       panel_scratch[thread]);
       if (in.gate_up_bias)
-        add_bias_to_columns(part, kLdc, in.gate_up_bias, int64_t(task.expert) * gate_up_width + first, task.rows, count);
+        add_bias_to_columns(side, kLdc, in.gate_up_bias, int64_t(task.expert) * gate_up_width + first, task.rows, count);
     }
     float* h_row = h_scratch[thread];
     for (int i = 0; i < task.rows; i++) {
@@ -108,7 +108,7 @@ void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm&
       k.activate(settings.gate, h_row, gates, ups, block.step, task.count);
       k.round(h[task.row + i] + task.first, h_row, 1.0f, task.count);
       if (!saved.gate_up) continue;
-      if (settings.gate.has_limit()) keep_sides(settings.gate, gates, ups, block.step, task.count);
+      if (settings.gate.has_limit()) round_within_limit(settings.gate, gates, ups, block.step, task.count);
       for (int p = 0; p < block.size; p++)
         k.round(saved.gate_up + (task.row + i) * gate_up_width + block.ranges[p].first, gates + p * kFeatures, 1.0f,
                 block.ranges[p].count);

@@ -1,4 +1,4 @@
-// The forward pass of one part of the batch, for weights that are stored as [in][out].
+// The forward pass of one chunk of the batch, for weights that are stored as [in][out].
 #pragma once
 
 #include "layer/lora.h"
@@ -6,8 +6,8 @@
 
 namespace ktlib {
 
-// As forward_part (layer/forward_in_place.cpp). saved_ld: slots of the whole batch.
-void forward_part_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
+// As forward_chunk (layer/forward_in_place.cpp). saved_ld: slots of the whole batch.
+void forward_chunk_transposed(const Call& call, const Inputs& in, const LoraForm& gate_up_lora,
                              const LoraForm& down_lora, const Matrix& output, const Saved& saved, int64_t saved_ld);
 
 }  // namespace ktlib

@@ -19,18 +19,18 @@ struct Limit {
     bits += 0x10000u;
     std::memcpy(&above, &bits, 4);
   }
-  float keep_upper_side(float x) const {
+  float round_below_limit(float x) const {
     return x > value ? (x < above ? above : x) : (x > below ? below : x);
   }
-  float keep_sides(float x) const { return x < 0.0f ? -keep_upper_side(-x) : keep_upper_side(x); }
+  float round_within_limit(float x) const { return x < 0.0f ? -round_below_limit(-x) : round_below_limit(x); }
 };
 
 // Moves gates and ups that rounding to bf16 could take across the gate's limit, step elements from one to the next.
-inline void keep_sides(const Gate& gate, float* gates, float* ups, int step, int64_t count) {
+inline void round_within_limit(const Gate& gate, float* gates, float* ups, int step, int64_t count) {
   const Limit limit(gate.limit);
   for (int64_t i = 0; i < count; i++) {
-    gates[i * step] = limit.keep_upper_side(gates[i * step]);
-    ups[i * step] = limit.keep_sides(ups[i * step]);
+    gates[i * step] = limit.round_below_limit(gates[i * step]);
+    ups[i * step] = limit.round_within_limit(ups[i * step]);
   }
 }
 

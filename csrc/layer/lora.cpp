@@ -57,7 +57,7 @@ LoraForm::LoraForm(const Call& call, int64_t experts, const std::vector<int32_t>
   });
 }
 
-void low_part(float* low, const float* values, int64_t ld, int rows, int columns) {
+void low_half(float* low, const float* values, int64_t ld, int rows, int columns) {
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < columns; i++) {
       const float value = values[r * ld + i];
@@ -83,14 +83,14 @@ void LoraGrads::add(const Call& call, const std::vector<Task>& blocks) {
   };
   std::vector<Range> ranges;  // an expert's blocks are consecutive
   for (const Task& task : blocks) {
-    if (ranges.empty() || ranges.back().expert != task.expert) ranges.push_back({task.expert, task.part, 0});
+    if (ranges.empty() || ranges.back().expert != task.expert) ranges.push_back({task.expert, task.row_block, 0});
     ranges.back().count++;
   }
   parallel_tasks(call, int64_t(ranges.size()), [&](int64_t index, int) {
     const Range& range = ranges[index];
-    auto sum = [&](const Buffer<float>& parts, const Buffer<float>& total, int64_t size) {
+    auto sum = [&](const Buffer<float>& partial, const Buffer<float>& total, int64_t size) {
       float* dst = total + range.expert * size;
-      const float* src = parts + range.first * size;
+      const float* src = partial + range.first * size;
       if (!touched[range.expert]) std::memcpy(dst, src, size_t(size) * sizeof(float));
       for (int p = touched[range.expert] ? 0 : 1; p < range.count; p++)
         for (int64_t i = 0; i < size; i++) dst[i] += src[p * size + i];

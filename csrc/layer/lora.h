@@ -11,7 +11,7 @@ namespace ktlib {
 
 // A few percent of the weights' size at most, made anew in each call: nothing of an adapter outlives the call.
 //
-// The inner value of a LoRA product (lora_A x, or lora_B^T d(output)) has only `rank` elements, so it is kept as the sum
+// The inner value of a LoRA product (lora_A x, or lora_B^T d(output)) has only `rank` elements, so it is held as the sum
 // of two bf16, `high` and `low`: 2 * rank more elements of depth for the accumulation that it joins, and no rounding
 // worth mentioning. Both meet the same factor, which is therefore stored twice.
 struct LoraForm {
@@ -33,9 +33,9 @@ struct LoraForm {
 };
 
 // values[rows][columns] (ld) -> low[rows][columns]: what rounding `values` to bf16 loses.
-void low_part(float* low, const float* values, int64_t ld, int rows, int columns);
+void low_half(float* low, const float* values, int64_t ld, int rows, int columns);
 
-// Gradients of one LoRA pair: partial sums, one for each block of rows of one part of the batch, added up in order.
+// Gradients of one LoRA pair: partial sums, one for each block of rows of one chunk of the batch, added up in order.
 struct LoraGrads {
   Matrix A, B;  // destinations in PEFT's layout; null = not wanted
   int rank = 0;
@@ -45,7 +45,7 @@ struct LoraGrads {
   std::vector<char> touched;  // experts whose sums hold something
 
   LoraGrads(const Lora& lora, const Matrix& A, const Matrix& B, int64_t in, int64_t out, int64_t experts);
-  // Before a part of the batch: room for its blocks of rows.
+  // Before a chunk of the batch: room for its blocks of rows.
   void reserve(int64_t blocks);
   float* a(int block) const { return dA + int64_t(block) * rank * in; }
   float* bt(int block) const { return dBt + int64_t(block) * rank * out; }

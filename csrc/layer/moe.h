@@ -6,7 +6,7 @@
 // sorting by expert (layer/routing.h). All matrices are row-major and contiguous.
 //
 // The 2 * inter outputs of gate_up (rows of the weight, its bias, lora_B, saved values and gradients alike) are gates
-// first, then ups, or alternate ("interleaved"); they keep their order throughout (GateUp).
+// first, then ups, or alternate ("interleaved"); their order is the same throughout (GateUp).
 //
 // Where a value is rounded to bf16 (everything else, sums included, is fp32), the same in every instruction set:
 //   1. on entry (by the caller): hidden_states, grad_output; LoRA matrices given as fp32
@@ -14,7 +14,7 @@
 //   3. gate and up, where saved for backward (not across the gate's limit: layer/gate_limit.h)
 //   4. backward: d(gate), d(up), the input of the product with the gate and up weights
 //   5. on exit, where the result is bf16: output, gradients
-// The inner values of LoRA products are kept to 16 bits of mantissa (layer/lora.h).
+// The inner values of LoRA products have 16 bits of mantissa (layer/lora.h).
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,8 @@ struct Settings {
   Dropout dropout;           // of the input of both LoRA pairs, by slot of the whole batch
   bool transposed = false;   // how the weights are stored, see Inputs
   bool interleaved = false;  // the outputs of gate_up alternate
-  int parts = 1;             // of the weights' rows, by NUMA node: a preference of threads for tasks (layer/routing.h)
-  bool whole = false;        // the batch is one part, as backward needs it for gradients of expert weights and biases
+  int numa_parts = 1;        // of the weights' rows, one for each NUMA node: a preference of threads for tasks (layer/routing.h)
+  bool whole = false;        // the batch is one chunk, as backward needs it for gradients of expert weights and biases
 };
 
 struct Inputs {
@@ -75,16 +75,16 @@ struct Inputs {
   Lora gate_up_lora;                     // in = hidden, out = 2 * inter
   Lora down_lora;                        // in = inter, out = hidden
   const bool* elsewhere = nullptr;       // [experts], or null: computed on another device; their slots are no rows here
-  int64_t first_slot = 0;                // of this part of the batch
+  int64_t first_slot = 0;                // of this chunk of the batch
 
-  Inputs part(int64_t first_token, int64_t tokens) const {
-    Inputs part = *this;
-    part.shape.tokens = tokens;
-    part.hidden_states += first_token * shape.hidden;
-    part.top_k_index += first_token * shape.topk;
-    part.top_k_weights += first_token * shape.topk;
-    part.first_slot += first_token * shape.topk;
-    return part;
+  Inputs chunk(int64_t first_token, int64_t tokens) const {
+    Inputs chunk = *this;
+    chunk.shape.tokens = tokens;
+    chunk.hidden_states += first_token * shape.hidden;
+    chunk.top_k_index += first_token * shape.topk;
+    chunk.top_k_weights += first_token * shape.topk;
+    chunk.first_slot += first_token * shape.topk;
+    return chunk;
   }
 };
 
@@ -111,10 +111,10 @@ struct GateUp {
   const Range* end() const { return ranges + size; }
 };
 
-// What forward leaves for backward, in sorted rows of each part of the batch (layer/routing.h, for_parts).
+// What forward leaves for backward, in sorted rows of each chunk of the batch (layer/routing.h, for_chunks).
 struct Saved {
   bf16* gate_up = nullptr;     // [slots][2 * inter]: gate and up, bias included, before clamp and activation
-  bf16* t_gate_up = nullptr;   // [2 * rank][slots]: scaling * lora_A x, high and low part (layer/lora.h)
+  bf16* t_gate_up = nullptr;   // [2 * rank][slots]: scaling * lora_A x, high and low half (layer/lora.h)
   bf16* t_down = nullptr;      // [2 * rank][slots]: scaling * lora_A h, likewise
 
   Saved from_slot(const Shape& shape, int64_t slot) const {
@@ -123,7 +123,7 @@ struct Saved {
   }
 };
 
-// Gradients to compute; null members are not wanted. With those of expert weights or biases the batch is one part.
+// Gradients to compute; null members are not wanted. With those of expert weights or biases the batch is one chunk.
 struct Grads {
   Matrix hidden_states;
   float* top_k_weights = nullptr;

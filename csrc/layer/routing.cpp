@@ -55,12 +55,12 @@ Plan::Plan(const Inputs& in) {
 
 std::vector<Task> block_tasks(const Plan& plan, int rows, int total, int size) {
   std::vector<Task> tasks;
-  int part = 0;
+  int row_block = 0;
   for (int expert : plan.active)
-    for (int64_t row = plan.begin[expert]; row < plan.begin[expert + 1]; row += rows, part++)
+    for (int64_t row = plan.begin[expert]; row < plan.begin[expert + 1]; row += rows, row_block++)
       for (int first = 0; first < total; first += size)
         tasks.push_back({expert, first, std::min(size, total - first), row,
-                         int(std::min<int64_t>(rows, plan.begin[expert + 1] - row)), part});
+                         int(std::min<int64_t>(rows, plan.begin[expert + 1] - row)), row_block});
   return tasks;
 }
 

@@ -31,17 +31,17 @@ struct Plan {
 // is out of range.
 std::vector<int32_t> used_experts(const Inputs& in);
 
-// Long batches go through the layer in parts of this many slots (unless `whole`), so that scratch does not grow with
-// them. Saved rows are sorted within each part.
-constexpr int64_t kPartSlots = 24576;
+// Long batches go through the layer in chunks of this many slots (unless `whole`), so that scratch does not grow with
+// them. Saved rows are sorted within each chunk.
+constexpr int64_t kChunkSlots = 24576;
 
-// Calls body(inputs of the part, its first token) for each part.
+// Calls body(inputs of the chunk, its first token) for each chunk.
 template <class Body>
-void for_parts(const Inputs& in, const Body& body) {
+void for_chunks(const Inputs& in, const Body& body) {
   const int64_t tokens = in.shape.tokens;
   if (in.settings.whole) return body(in, 0);  // also without tokens: gradients of the weights are zero then
-  const int64_t size = std::max<int64_t>(1, kPartSlots / in.shape.topk);
-  for (int64_t first = 0; first < tokens; first += size) body(in.part(first, std::min(size, tokens - first)), first);
+  const int64_t size = std::max<int64_t>(1, kChunkSlots / in.shape.topk);
+  for (int64_t first = 0; first < tokens; first += size) body(in.chunk(first, std::min(size, tokens - first)), first);
 }
 
 // The call with as many threads as are worth waking for this much work: a parallel region costs some microseconds, far
@@ -58,7 +58,7 @@ struct Task {
   int first, count;    // the block
   int64_t row;         // first row of the block of rows (plan.begin[expert] where the task has all rows)
   int rows;
-  int part;            // number of that block of rows over all experts: where its partial sums go
+  int row_block;       // number of that block of rows over all experts: where its partial sums go
 };
 
 // body(task, thread) for every task, as parallel_tasks.
@@ -67,17 +67,17 @@ void for_tasks(const Call& call, const std::vector<Task>& tasks, const Body& bod
   parallel_tasks(call, int64_t(tasks.size()), [&](int64_t index, int thread) { body(tasks[index], thread); });
 }
 
-// The same where a task reads mostly part part_of(task) of weights whose parts lie on different NUMA nodes (system/pages.h,
+// The same where a task reads mostly rows that lie on NUMA node number numa_part_of(task) (system/pages.h,
 // place_pages): threads take the tasks of their own node first and then help out with the others'.
 template <class PartOf, class Body>
-void for_tasks(const Call& call, const std::vector<Task>& tasks, int parts, const PartOf& part_of, const Body& body) {
-  if (parts == 1) return for_tasks(call, tasks, body);
-  std::vector<std::vector<Task>> tasks_of(parts);
-  for (const Task& task : tasks) tasks_of[part_of(task)].push_back(task);
-  std::vector<std::atomic<int64_t>> next(parts);
+void for_tasks(const Call& call, const std::vector<Task>& tasks, int numa_parts, const PartOf& numa_part_of, const Body& body) {
+  if (numa_parts == 1) return for_tasks(call, tasks, body);
+  std::vector<std::vector<Task>> tasks_of(numa_parts);
+  for (const Task& task : tasks) tasks_of[numa_part_of(task)].push_back(task);
+  std::vector<std::atomic<int64_t>> next(numa_parts);
   parallel_tasks(call, std::min<int64_t>(call.threads, int64_t(tasks.size())), [&](int64_t, int thread) {
-    for (int i = 0; i < parts; i++) {
-      const int part = (numa_node() + i) % parts;
+    for (int i = 0; i < numa_parts; i++) {
+      const int part = (numa_node() + i) % numa_parts;
       const int64_t size = int64_t(tasks_of[part].size());
       for (int64_t n; (n = next[part].fetch_add(1, std::memory_order_relaxed)) < size;)
         if (!interrupted(call)) body(tasks_of[part][n], thread);

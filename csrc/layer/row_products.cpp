@@ -54,17 +54,17 @@ void sum_of_products(const Call& call, float* c, int rows, int columns, std::ini
 
 void lora_inner(const Call& call, const LoraForm& lora, const Term& product, int rows, const float* weights,
                 bf16* to_rows, bf16* by_rank, int64_t ld, bf16* panels, float* c) {
-  static_assert(kColumnsOut >= 2 * kMaxWidth, "the low part lies beside the high part");
+  static_assert(kColumnsOut >= 2 * kMaxWidth, "the low half lies beside the high half");
   const Kernels& k = call.kernels;
   float* low = c + kMaxWidth;
   for (int r0 = 0; r0 < lora.rank; r0 += kMaxWidth) {
     const int n = std::min(kMaxWidth, lora.rank - r0);
-    Term part = product;
-    part.w += part.by_column ? r0 * part.ldw : r0;
-    sum_of_products(call, c, rows, n, {part}, panels);
+    Term block = product;
+    block.w += block.by_column ? r0 * block.ldw : r0;
+    sum_of_products(call, c, rows, n, {block}, panels);
     for (int i = 0; i < rows; i++)
       for (int r = 0; r < n; r++) c[i * kLdc + r] *= lora.scaling;
-    low_part(low, c, kLdc, rows, n);
+    low_half(low, c, kLdc, rows, n);
     for (int i = 0; i < rows; i++) {
       bf16* row = to_rows + i * lora.depth + r0;
       k.round(row, c + i * kLdc, 1.0f, n);
@@ -74,7 +74,7 @@ void lora_inner(const Call& call, const LoraForm& lora, const Term& product, int
     if (weights) {
       for (int i = 0; i < rows; i++)
         for (int r = 0; r < n; r++) c[i * kLdc + r] *= weights[i];
-      low_part(low, c, kLdc, rows, n);
+      low_half(low, c, kLdc, rows, n);
     }
     bf16* dst = by_rank + r0 * ld;
     k.store_rows_bf16(dst, ld, c, kLdc, rows, n);

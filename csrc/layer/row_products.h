@@ -50,7 +50,7 @@ inline Term term(const bf16* a, int64_t lda, const Weight& weight, int expert, i
 void sum_of_products(const Call& call, float* c, int rows, int columns, std::initializer_list<Term> terms, bf16* panels);
 
 // The inner values of a LoRA pair for a block of token rows, lora.scaling * a . w with lora.rank columns, as high and low
-// part (layer/lora.h): to_rows[rows][lora.depth], zero-padded; by_rank[2 * lora.rank][ld], there times weights[row] unless that
+// half (layer/lora.h): to_rows[rows][lora.depth], zero-padded; by_rank[2 * lora.rank][ld], there times weights[row] unless that
 // is null. c: a task's scratch.
 void lora_inner(const Call& call, const LoraForm& lora, const Term& product, int rows, const float* weights,
                 bf16* to_rows, bf16* by_rank, int64_t ld, bf16* panels, float* c);

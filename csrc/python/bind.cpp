@@ -1,4 +1,4 @@
-// Python's entry. ktlib/operator/moe_experts.py checks type, device, shape and layout of every tensor and keeps the tensors
+// Python's entry. ktlib/operator/moe_experts.py checks type, device, shape and layout of every tensor, and registered_op.py holds the tensors
 // alive while the call lasts; the files of ktlib/operator/gpu do so for theirs. What arrives here are addresses. Expert ids
 // are checked in C++ (layer/routing.cpp).
 #include <nanobind/nanobind.h>
@@ -106,7 +106,7 @@ NB_MODULE(_kernels, m) {
   bind_struct(m, "Dropout", Field{"seed", &Dropout::seed}, Field{"threshold", &Dropout::threshold});
   bind_struct(m, "Settings", Field{"gate", &Settings::gate}, Field{"dropout", &Settings::dropout},
               Field{"transposed", &Settings::transposed}, Field{"interleaved", &Settings::interleaved},
-              Field{"parts", &Settings::parts}, Field{"whole", &Settings::whole});
+              Field{"numa_parts", &Settings::numa_parts}, Field{"whole", &Settings::whole});
   bind_struct(m, "Weight", Field{"format", &Weight::format}, Field{"tensors", &Weight::tensors},
               Field{"tensor_rows", &Weight::tensor_rows}, Field{"rows", &Weight::rows},
               Field{"columns", &Weight::columns}, Field{"scales", &Weight::scales}, Field{"zeros", &Weight::zeros},

@@ -55,7 +55,7 @@ void give_block(const Block& block) {
 namespace {
 
 constexpr int64_t kPooled = int64_t(2) << 20;        // smaller blocks are malloc's business
-constexpr int64_t kStoreLimit = int64_t(512) << 20;  // bytes kept between calls, at most
+constexpr int64_t kStoreLimit = int64_t(512) << 20;  // bytes that stay between calls, at most
 
 struct Store {
   std::mutex mutex;

@@ -23,7 +23,7 @@ struct Weight {
   int64_t tensor_rows = 0;
   int64_t rows = 0, columns = 0;  // of one expert
 
-  // The scales of a matrix are [ceil(rows / group_rows)][ceil(columns / group_columns)]. A tensor with a part of an expert
+  // The scales of a matrix are [ceil(rows / group_rows)][ceil(columns / group_columns)]. A tensor with some rows of an expert
   // is a matrix of its own; of several experts in one tensor each is a matrix.
   std::vector<uintptr_t> scales, zeros;  // their addresses, in the order of `tensors`
   ScaleType scale_type = ScaleType::fp32;

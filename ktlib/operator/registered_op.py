@@ -157,7 +157,7 @@ def _native_call(tensors, stored, settings):
             dropout=dropout,
             transposed=settings.transposed,
             interleaved=settings.interleaved,
-            parts=settings.numa_parts,
+            numa_parts=settings.numa_parts,
             whole=settings.whole,
         ),
         hidden_states=tensors.hidden_states.data_ptr(),
