@@ -1,9 +1,12 @@
 """Experts on the CPU, the rest on a real GPU: the same numbers as on the CPU alone, in any order, with any option."""
 
+import functools
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.models import random_adapter, relative_error, tiny_model, tokens
+from support.models import relative_error, tiny_model, tokens
+from support.pinned import assert_same, devices, is_expert, is_expert_lora, is_other, loss_and_gradients, pinned_model
 from transformers import Trainer, TrainingArguments
 
 import ktlib
@@ -13,57 +16,10 @@ from ktlib.placement.pin import placement
 from ktlib.training import sft
 from ktlib.training.tasks import dates
 
-NOISE = 0.03  # bf16 attention on another device
-SAME = 0.03  # autograd uses a thread per device, so the order in which bf16 gradients are added varies
+# The engine runs the nodes of two devices in two threads and adds gradients, in bf16, in the order in which they come.
+SAME = 0.03
 FAMILIES = ("deepseek_v2", "qwen3_moe", "mixtral")
-
-
-def adapted(
-    family="deepseek_v2", device="cuda", lora_device="cpu", order=("pin", "adapt", "move"), dtype=torch.bfloat16
-):
-    model = tiny_model(family, "ktlib", dtype=dtype)
-    model.config.use_cache = False
-    for action in order:
-        if action == "pin":
-            ktlib.pin_experts(model, lora_device)
-        elif action == "adapt":
-            torch.manual_seed(7)
-            model = get_peft_model(model, ktlib.lora_config(model, r=4))
-        elif action == "move":
-            model = model.to(device)
-        else:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-    return random_adapter(model).train()
-
-
-def loss_and_gradients(model, ids=None, **kwargs):
-    ids = tokens() if ids is None else ids
-    ids = ids.to(model.get_input_embeddings().weight.device)
-    model.zero_grad()
-    loss = model(ids, labels=ids, **kwargs).loss
-    loss.backward()
-    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want, bound=NOISE):
-    assert abs(got[0] - want[0]) < bound * abs(want[0])
-    assert got[1].keys() == want[1].keys()
-    errors = {name: relative_error(got[1][name], want[1][name]) for name in want[1]}
-    assert max(errors.values()) < bound, sorted(errors.items(), key=lambda item: -item[1])[:4]
-
-
-def devices(model, part):
-    return {p.device.type for name, p in model.named_parameters() if part(name)}
-
-
-def is_expert(name):
-    return ".experts." in name and ".lora_" not in name
-
-
-def is_expert_lora(name):
-    return ".experts." in name and ".lora_" in name
+adapted = functools.partial(pinned_model, device="cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -72,11 +28,11 @@ def is_expert_lora(name):
 @pytest.mark.parametrize("lora_device", ["cpu", "cuda"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_numbers_as_on_the_cpu(family, lora_device):
-    on_cpu = adapted(family, "cpu", dtype=torch.float32)
-    hybrid_model = adapted(family, "cuda", lora_device, dtype=torch.float32)
+    on_cpu = adapted(family, device="cpu", dtype=torch.float32)
+    hybrid_model = adapted(family, lora_device=lora_device, dtype=torch.float32)
     assert devices(hybrid_model, is_expert) == {"cpu"}
     assert devices(hybrid_model, is_expert_lora) == {lora_device}
-    assert devices(hybrid_model, lambda name: ".experts." not in name) == {"cuda"}
+    assert devices(hybrid_model, is_other) == {"cuda"}
     assert_same(loss_and_gradients(hybrid_model), loss_and_gradients(on_cpu), bound=0.02)
 
 
@@ -239,7 +195,7 @@ def test_trainer_saves_resumes_and_generates(tmp_path, lora_device):
     run.train()
     assert losses(run)[-1] < losses(run)[0]
     assert devices(run.model, is_expert) == {"cpu"} and devices(run.model, is_expert_lora) == {lora_device}
-    assert devices(run.model, lambda name: ".experts." not in name) == {"cuda"}
+    assert devices(run.model, is_other) == {"cuda"}
     assert ktlib.audit(tmp_path / "a" / "checkpoint-6", run.model.get_base_model().config).clean
 
     resumed = trainer(tmp_path / "b", lora_device=lora_device)
@@ -296,7 +252,7 @@ def test_fine_tuning_keeps_the_experts_on_the_cpu(tmp_path):
     log = sft.train(model, tokenizer, rows, tmp_path, **options)["log"]
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
     assert devices(model, is_expert) == devices(model, is_expert_lora) == {"cpu"}
-    assert devices(model, lambda name: ".experts." not in name) == {"cuda"}
+    assert devices(model, is_other) == {"cuda"}
     answers = sft.generate(model, tokenizer, [row["prompt"] for row in rows[:4]], 8, progress=False)
     stock = PeftModel.from_pretrained(sft.load_model("base", "eager")[0], sft.save(model, tmp_path))
     theirs = sft.generate(stock, tokenizer, [row["prompt"] for row in rows[:4]], 8, progress=False)

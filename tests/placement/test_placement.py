@@ -1,6 +1,7 @@
 """Pinned experts stay on the CPU whatever moves the model; a simulated device stands for the GPU."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from packaging.version import Version
-from peft import get_peft_model
-from support.models import FAMILIES, expert_modules, random_adapter, relative_error, tiny_model, tokens
+from support.models import FAMILIES, expert_modules, relative_error, tiny_model, tokens
+from support.pinned import assert_same, devices, is_expert, is_expert_lora, is_other, loss_and_gradients, pinned_model
 from support.simulated_device import register
 
 import ktlib
@@ -23,55 +24,7 @@ SIM = register()
 NOISE = 2**-7  # the simulated device rounds like the CPU, but takes other kernels
 # The engine runs the nodes of two devices in two threads and adds gradients, in bf16, in the order in which they come.
 SAME = 0.03
-
-
-def adapted(family="deepseek_v2", lora_device="cpu", order=("pin", "adapt", "move"), device=SIM, dtype=torch.bfloat16):
-    model = tiny_model(family, "ktlib", dtype=dtype)
-    model.config.use_cache = False  # the cache makes tensors in a way that the simulation does not know
-    for action in order:
-        if action == "pin":
-            assert ktlib.pin_experts(model, lora_device) is model
-        elif action == "adapt":
-            torch.manual_seed(7)
-            model = get_peft_model(model, ktlib.lora_config(model, r=4))
-        elif action == "move":
-            model = model.to(device)
-        else:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-    return random_adapter(model).train()
-
-
-def loss_and_gradients(model):
-    ids = tokens().to(model.get_input_embeddings().weight.device)
-    model.zero_grad()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    return loss.item(), {name: p.grad.cpu().float() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want, bound=NOISE):
-    assert abs(got[0] - want[0]) <= bound * abs(want[0])
-    assert got[1].keys() == want[1].keys()
-    errors = {name: relative_error(got[1][name], want[1][name]) for name in want[1]}
-    assert max(errors.values()) <= bound, sorted(errors.items(), key=lambda item: -item[1])[:4]
-
-
-def devices(model, part=lambda name: True):
-    return {p.device.type for name, p in model.named_parameters() if part(name)}
-
-
-def is_expert(name):
-    return ".experts." in name and ".lora_" not in name
-
-
-def is_expert_lora(name):
-    return ".experts." in name and ".lora_" in name
-
-
-def is_other(name):
-    return ".experts." not in name
+adapted = functools.partial(pinned_model, device=SIM)
 
 
 # ------------------------------------------------------------------------------------------------------- what moves
@@ -197,9 +150,10 @@ def test_what_has_no_experts_is_refused():
 def test_same_numbers_as_on_the_cpu(family, lora_device):
     if family == "gpt_oss" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("its mask calls torch.tensor(device=...), which the simulation does not know")
-    model = adapted(family, lora_device, dtype=torch.float32)
+    model = adapted(family, lora_device=lora_device, dtype=torch.float32)
     assert devices(model, is_expert) == {"cpu"} and devices(model, is_other) == {"sim"}
-    assert_same(loss_and_gradients(model), loss_and_gradients(adapted(family, device="cpu", dtype=torch.float32)))
+    on_cpu = adapted(family, device="cpu", dtype=torch.float32)
+    assert_same(loss_and_gradients(model), loss_and_gradients(on_cpu), NOISE)
     assert devices(model, is_expert_lora) == {lora_device}
 
 
