@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import family_models
+from support.audits import without_expert
 from support.models import tiny_config, tiny_model
-from test_audit import without_expert
 
 from ktlib.diagnosis.audit import audit
 from ktlib.integrations.peft_lora import lora_config
