@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import random_adapter, tiny_model, tokens
+from transformers.modeling_outputs import CausalLMOutput
 
 from ktlib.diagnosis import readback
 from ktlib.integrations.peft_lora import ParamWrapper
@@ -163,3 +164,25 @@ def test_a_right_adapter_passes_on_any_model(name, tmp_path):
         assert report.logits_error > 0.05 and min(report.exact_errors) > 0.05
     layers = {layer.name.split(".layers.")[1].split(".")[0] for layer in report.layers}
     assert len(layers) == min(readback.LAYERS, changes.get("num_hidden_layers", 2)) and "0" in layers
+
+
+class Staged(torch.nn.Module):
+    """A model whose layers are in a container with an unusual name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.stages = torch.nn.Embedding(96, 8), torch.nn.ModuleList()
+        for _ in range(9):
+            self.stages.append(torch.nn.ModuleDict({"projection": torch.nn.Linear(8, 8)}))
+
+    def forward(self, input_ids):
+        hidden = self.embedding(input_ids)
+        for stage in self.stages:
+            hidden = stage["projection"](hidden)
+        return CausalLMOutput(logits=hidden)
+
+
+def test_few_layers_are_compared_whatever_their_container_is_called():
+    model = get_peft_model(Staged(), LoraConfig(target_modules=["projection"], init_lora_weights=False))
+    calls = readback.observe(model, PROMPTS).calls
+    assert list(calls) == [f"base_model.model.stages.{i}.projection" for i in (0, 2, 5, 8)]
