@@ -1,10 +1,10 @@
-"""What is in an adapter: tensors, sizes, NaN, Inf, zeros and dtypes by component and layer, and what is wrong with it.
+"""The audit of an adapter: counts of tensors, NaN, Inf, zeros and dtypes by component and layer, and its faults.
 
 >>> print(audit("my-adapter"))
 component       tensors  parameters  NaN  Inf  zero   max |x|  dtype
 routed_experts      104   ...
 
-Reads adapters of stock PEFT, those with one module per expert (transformers 4), and stacks with one tensor per
+An adapter may be in stock PEFT's layout, have one module per expert (transformers 4), or have one stacked tensor per
 projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,12 +24,15 @@ from ktlib.integrations.model_class import meta_model
 from ktlib.integrations.peft_settings import check_settings, matches, rank_and_alpha, read_settings
 from ktlib.names import COMPONENTS, LAYER, PREFIX, bare_modules, bare_name, component, layer_of
 
-CHUNK = 2**24  # elements looked at together: copies of them are what an audit needs in memory
+CHUNK = 2**24  # elements examined together; an audit needs memory for a few copies of one chunk
 
 
 @dataclass
 class ComponentAudit:
-    """One row: counts of tensors (``tensors``, ``nan``, ``inf``, ``zero``, ``empty``) and of their elements."""
+    """One row of the table: how many tensors a component has, and how many of them are bad.
+
+    ``tensors``, ``nan``, ``inf``, ``zero`` and ``empty`` count tensors; ``parameters`` counts elements.
+    """
 
     component: str
     tensors: int = 0
@@ -47,25 +51,25 @@ class ComponentAudit:
         if tensor.numel() == 0:
             self.empty += 1
             return
-        has_nan = has_inf = has_other_than_zero = False
+        has_nan = has_inf = has_nonzero = False
         for values in tensor.detach().flatten().split(CHUNK):
             values = tensor_files.computable(values)
             nan = values.isnan()
             has_nan |= bool(nan.any())
             has_inf |= bool(values.isinf().any())
-            has_other_than_zero |= bool(values.any())
+            has_nonzero |= bool(values.any())
             self.max_abs = max(self.max_abs, values.masked_fill(nan, 0).abs().max().item())
         self.nan += has_nan
         self.inf += has_inf
-        self.zero += not has_other_than_zero
+        self.zero += not has_nonzero
 
 
 @dataclass
 class Audit:
-    """The result of :func:`audit`. ``print`` shows the table; ``result["self_attn"].nan`` is one number of it.
+    """The result of :func:`audit`. ``print`` shows the table; ``result["self_attn"].nan`` is one number in it.
 
-    ``layers`` holds a :class:`ComponentAudit` per ``(layer number or None, component)``; ``problems`` are findings;
-    ``notes`` are facts worth knowing that need no repair; ``flagged`` counts the findings per layer and component.
+    ``problems`` are faults, as lines of text; ``notes`` are facts worth knowing that need no repair. ``layers`` holds a
+    :class:`ComponentAudit` and ``flagged`` the number of problems, both by ``(layer number or None, component)``.
     """
 
     source: str
@@ -77,11 +81,11 @@ class Audit:
 
     @property
     def clean(self):
-        """No problem found. See :func:`audit` for what is looked for."""
+        """Whether no problem was found."""
         return not self.problems
 
     def plot(self, ax=None):
-        """Map of layers and components: a cell's number is how many findings its tensors have. Returns the axes."""
+        """Map of layers and components: the number in a cell counts problems of its tensors. Returns the axes."""
         from ktlib.plots import audit_map
 
         return audit_map(self, ax)
@@ -98,11 +102,11 @@ class Audit:
             numbers = (row.tensors, f"{row.parameters:,}", row.nan, row.inf, row.zero, f"{row.max_abs:.4g}")
             lines.append((row.component, *map(str, numbers), dtypes))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = []
-        for first, *numbers, last in lines:
-            middle = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
-            text.append("  ".join((first.ljust(widths[0]), *middle, last)))
-        return "\n".join(text)
+        rows = []
+        for label, *numbers, dtypes in lines:
+            aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
+            rows.append("  ".join((label.ljust(widths[0]), *aligned, dtypes)))
+        return "\n".join(rows)
 
     def __str__(self):
         verdict = "clean" if self.clean else "\n".join(f"problem: {problem}" for problem in self.problems)
@@ -111,33 +115,35 @@ class Audit:
 
 
 def audit(source, config=None, trained=None):
-    """Count tensors, NaN, Inf, zeros and dtypes of an adapter by component and layer, and look for what is wrong.
+    """Count tensors, NaN, Inf, zeros and dtypes of an adapter by component and layer, and look for faults.
 
-    Problems: NaN, Inf or empty tensors; a tensor stored under two names; an A without B; a product ``scaling * B A``
-    that leaves the range of bf16 although A and B are finite; B (of an embedding A) all zero in a trained adapter;
-    names or shapes other than the architecture's; routed experts that are not, or not certainly, in the layout that
-    PEFT has now (see :mod:`ktlib.integrations.factor_layouts`). Of several adapters in a live model each is judged by
-    its own settings. Notes: an adapter that was never trained; experts that never received a token.
+    Problems are: tensors that are empty or contain NaN or Inf; a tensor stored under two names; an A without a B, or a
+    B without an A; a product ``scaling * B A`` that leaves the range of bf16 although A and B are finite; in a trained
+    adapter, a B (for an embedding, an A) that is all zero; names or shapes other than the architecture's; routed
+    experts that are not, or not certainly, in PEFT's present layout (see :mod:`ktlib.integrations.factor_layouts`).
+    Notes are: an adapter that was never trained; experts that never received a token.
 
     Args:
-        source: directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), path of one
-            safetensors file, or a live model. Files are read one LoRA pair at a time. Of a model with adapters the
-            adapter tensors are counted (those of ``modules_to_save`` too), of a model without, all parameters.
-        config: the base model, or its transformers config, to compare an adapter file's names and shapes with. Of a
-            live PEFT model the counts are compared, with its own architecture's (see :func:`expected_adapter_counts`).
-        trained: whether the adapter was trained. Default: yes, if any B is not zero or a ``trainer_state.json`` beside
-            it counts steps.
+        source: the directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), the path of
+            one safetensors file, or a live model. Files are read one LoRA pair at a time. If a live model has adapters,
+            only adapter tensors are counted (``modules_to_save`` included), and each adapter is judged by its own
+            settings; if it has none, all parameters are counted.
+        config: the base model, or its transformers config. An adapter file's names and shapes are compared with it. For
+            a live PEFT model only counts are compared, by default with those of its own architecture (see
+            :func:`expected_adapter_counts`).
+        trained: whether the adapter was trained. Default: True if any B is not zero, or if a ``trainer_state.json`` in
+            the same directory counts steps.
 
     Raises:
-        FileNotFoundError: nothing there, no weights in the directory, or a shard of the index is missing.
-        ValueError: pickled weights (``.bin``: unsafe to read), a damaged safetensors file, an ``adapter_config.json``
-            with a field that cannot be used, or a config to compare with and no settings that say what is adapted.
+        FileNotFoundError: the path does not exist, the directory has no weights, or a file of the index is missing.
+        ValueError: the weights are pickled (``.bin``: unsafe to read); a safetensors file is damaged; a field of
+            ``adapter_config.json`` cannot be used; or ``config`` is given, but no settings say what is adapted.
     """
     if isinstance(source, torch.nn.Module):
-        label, expected, file = type(source).__name__, _model_counts(source, config), None
+        source_label, expected, file = type(source).__name__, _model_counts(source, config), None
         adapters = _model_adapters(source)
     else:
-        label, path = str(source), Path(source)
+        source_label, path = str(source), Path(source)
         file = _beside(path, "adapter_config.json")
         settings = read_settings(file)
         if config is not None:
@@ -148,29 +154,29 @@ def audit(source, config=None, trained=None):
         if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
 
-    report = Audit(label, [], [])
-    rows = {name: ComponentAudit(name) for name, _ in COMPONENTS}
-    lora, duplicates, judges = Counter(), {}, []
+    report = Audit(source_label, [], [])
+    rows = {label: ComponentAudit(label) for label, _ in COMPONENTS}
+    lora_counts, same_ends, pairs_of_adapters = Counter(), {}, []
     for adapter, (settings, tensors) in adapters.items():
         pairs = lora_pairs.Pairs(settings, f"adapter {adapter}: " if len(adapters) > 1 else "")
-        judges.append(pairs)
+        pairs_of_adapters.append(pairs)
         for name, load in tensors.items():
-            part, layer, tensor = component(name), layer_of(name), load()
-            cell = report.layers.setdefault((layer, part), ComponentAudit(part))
-            before = cell.nan + cell.inf + cell.empty
-            rows[part].add(tensor)
+            label, layer, tensor = component(name), layer_of(name), load()
+            cell = report.layers.setdefault((layer, label), ComponentAudit(label))
+            bad_before = cell.nan + cell.inf + cell.empty
+            rows[label].add(tensor)
             cell.add(tensor)
-            report.flagged[layer, part] += cell.nan + cell.inf + cell.empty - before
-            lora[part] += lora_pairs.letter(name) is not None
-            place, modules = _place(name)
-            duplicates.setdefault(place, []).append((name, modules))
+            report.flagged[layer, label] += cell.nan + cell.inf + cell.empty - bad_before
+            lora_counts[label] += lora_pairs.letter(name) is not None
+            named = _Name.split(name)
+            same_ends.setdefault((named.layer, named.end), []).append(named)
             partner = lora_pairs.partner(name)
             if partner in tensors:
                 if lora_pairs.letter(name) == "a":
-                    pairs.add(name, tensor, tensors[partner](), part, layer)
+                    pairs.add(name, tensor, tensors[partner](), label, layer)
             elif partner is not None:
-                report.problems.append(f"{part}: {name} has no partner {partner}")
-                report.flagged[layer, part] += 1
+                report.problems.append(f"{label}: {name} has no partner {partner}")
+                report.flagged[layer, label] += 1
     report.rows = [row for row in rows.values() if row.tensors]
 
     if not report.rows:
@@ -180,22 +186,22 @@ def audit(source, config=None, trained=None):
             count = getattr(row, kind)
             if count:
                 report.problems.append(f"{row.component}: {count} of {row.tensors} tensors {_KINDS[kind]}")
-    _add_duplicates(report, [names for places in duplicates.values() if (names := _of_one_tensor(places))])
-    for pairs in judges:
+    _add_duplicates(report, [names for group in same_ends.values() if (names := _of_one_tensor(group))])
+    for pairs in pairs_of_adapters:
         pairs.judge(report, trained)
     if file is not None and config is not None:
         _add_misfits(report, settings, in_files, config, file.name)
     else:
-        _add_layouts(report, judges)
-    for name, _ in COMPONENTS if expected is not None else ():
-        if lora[name] != expected[name]:
-            report.problems.append(f"{name}: {lora[name]} LoRA tensors, the architecture has {expected[name]}")
+        _add_other_layouts(report, pairs_of_adapters)
+    for label, _ in COMPONENTS if expected is not None else ():
+        if (count := lora_counts[label]) != expected[label]:
+            report.problems.append(f"{label}: {count} LoRA tensors, the architecture has {expected[label]}")
     report.flagged = +report.flagged
     return report
 
 
 def _check_comparable(settings, path, file):
-    """ValueError if an adapter's tensors cannot be compared with those that its settings and a base model ask for."""
+    """ValueError if the settings do not say which tensors the adapter of a base model has."""
     if not settings:
         raise ValueError(f"config: given to compare tensors with, but there is no {file.name} in {path}")
     if (kind := settings.get("peft_type", "LORA")) != "LORA":
@@ -206,7 +212,7 @@ def _check_comparable(settings, path, file):
 
 
 def _add_misfits(report, settings, tensors, config, where):
-    """Names and shapes that an adapter with these settings of the base model does not have, by component and kind."""
+    """Add a problem per component and kind: tensors that are missing, extra or of a wrong shape for the base model."""
     from ktlib.conversion.adapters import config_of, fit
 
     try:
@@ -223,14 +229,14 @@ def _add_misfits(report, settings, tensors, config, where):
         name = next(word for word in text.split() if "." in word)
         grouped.setdefault(component(name), {}).setdefault(kind, []).append(text)
         report.flagged[layer_of(name), component(name)] += 1
-    for part, _ in COMPONENTS:
-        for kind, texts in grouped.get(part, {}).items():
+    for label, _ in COMPONENTS:
+        for kind, texts in grouped.get(label, {}).items():
             more = " ..." if len(texts) > 3 else ""
-            report.problems.append(f"{part}: {kind} ({len(texts)}), as {'; '.join(texts[:3])}{more}")
+            report.problems.append(f"{label}: {kind} ({len(texts)}), as {'; '.join(texts[:3])}{more}")
 
 
 def _misfits_beside_pairs(settings, others, model):
-    """The same of what is no matrix of a linear layer or parameter: embeddings, biases, magnitudes, saved modules."""
+    """Misfits of all tensors but LoRA matrices of linear layers and parameters: embeddings, biases, saved modules."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -242,80 +248,104 @@ def _misfits_beside_pairs(settings, others, model):
                     yield f"missing: lora_embedding_{letter} of {name}"
     for key, tensor in others.items():
         name = bare_name(key)
-        place = re.split(r"\.(?:lora_|token_adapter\.)", name)[0]
+        adapted_module = re.split(r"\.(?:lora_|token_adapter\.)", name)[0]
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             yield f"wrong shape: {key} is {tuple(tensor.shape)}, needs {shapes[name]}"
-        elif name not in shapes and (place == name or place not in modules):
+        elif name not in shapes and (adapted_module == name or adapted_module not in modules):
             yield f"extra: {key} is not in the base model"
 
 
-def _add_layouts(report, judges):
-    """Factors of expert parameters that PEFT and ktlib would take for something else than what was trained."""
-    for pairs in judges:
+def _add_other_layouts(report, pairs_of_adapters):
+    """Add a problem for each adapter whose expert factors are not, or not certainly, in PEFT's present layout."""
+    for pairs in pairs_of_adapters:
         try:
             refuse_other_layouts(pairs.settings, pairs.factors, pairs.label.rstrip(": ") or "the adapter")
         except ValueError as error:
             report.problems.append(f"routed_experts: {error}")
 
 
-def _place(name):
-    """Where a tensor is: ``((stack and layer, the name's end from the component on), the modules between the two)``."""
-    dotted = f".{name}"
-    layer = LAYER.search(dotted)
-    pattern = dict(COMPONENTS)[component(name)]
-    part = re.search(pattern, f"{dotted}.") if pattern else None
-    if not layer or not part or part.start() < layer.end() - 1:
-        return name, []
-    return (dotted[: layer.end()], dotted[part.start() :]), re.findall(r"[^.]+", dotted[layer.end() : part.start()])
+class _Name(NamedTuple):
+    """A tensor's name, split around the modules between layer and component."""
+
+    full: str
+    layer: str  # the name up to the layer's number; the full name if it has no layer with a component inside
+    modules: list  # names of the modules between layer and component
+    end: str  # the name from the component on
+
+    @classmethod
+    def split(cls, name):
+        dotted = f".{name}"
+        layer = LAYER.search(dotted)
+        pattern = dict(COMPONENTS)[component(name)]
+        match = re.search(pattern, f"{dotted}.") if pattern else None
+        if not layer or not match or match.start() < layer.end() - 1:
+            return cls(name, name, [], "")
+        between = dotted[layer.end() : match.start()]
+        return cls(name, dotted[: layer.end()], re.findall(r"[^.]+", between), dotted[match.start() :])
 
 
-def _of_one_tensor(places):
-    """Those names in ``[(name, modules between layer and component)]`` that differ from another by wrappers alone.
+def _of_one_tensor(group):
+    """Those full names in a list of :class:`_Name` (of equal layer and end) that differ only by a wrapper's modules.
 
-    A wrapper adds modules to the way, as in ``mlp.original_moe.shared_experts`` beside ``mlp.shared_experts``. Modules
-    of equal structure lie beside each other: ``text_moe.experts`` and ``vision_moe.experts``.
+    A wrapper adds modules to the path: ``mlp.original_moe.shared_experts`` and ``mlp.shared_experts`` are one tensor.
+    Two modules of equal structure in one layer are not: ``text_moe.experts`` and ``vision_moe.experts``.
     """
 
-    def leads_through(modules, others):
-        rest = iter(others)
-        return all(module in rest for module in modules)
+    def is_subsequence(modules, others):
+        remaining = iter(others)
+        return all(module in remaining for module in modules)
 
-    def wrapped(one, other):
-        return one is not other and (leads_through(one[1], other[1]) or leads_through(other[1], one[1]))
+    def wraps(first, second):
+        return first is not second and (
+            is_subsequence(first.modules, second.modules) or is_subsequence(second.modules, first.modules)
+        )
 
-    return [place[0] for place in places if any(wrapped(place, other) for other in places)]
+    return [name.full for name in group if any(wraps(name, other) for other in group)]
 
 
 def _add_duplicates(report, groups):
-    for part, _ in COMPONENTS:
-        here = [names for names in groups if component(names[0]) == part]
-        if here:
-            first, second = here[0][:2]
-            report.problems.append(f"{part}: {len(here)} tensors are stored under two names, as {first} and {second}")
-        for names in here:
-            report.flagged[layer_of(names[0]), part] += len(names)
+    """Add a problem per component; ``groups`` is a list of lists of names, each list of one tensor."""
+    for label, _ in COMPONENTS:
+        found = [names for names in groups if component(names[0]) == label]
+        if found:
+            first, second = found[0][:2]
+            report.problems.append(f"{label}: {len(found)} tensors are stored under two names, as {first} and {second}")
+        for names in found:
+            report.flagged[layer_of(names[0]), label] += len(names)
 
 
 _KINDS = {"nan": "contain NaN", "inf": "contain Inf", "empty": "are empty"}
 
 
 def expected_adapter_counts(model, config, layout="fused"):
-    """LoRA tensors per component that an adapter of this architecture has, counted without PEFT: a Counter.
+    """How many LoRA tensors an adapter of this architecture has by component, counted without PEFT: a Counter.
 
     Args:
-        model: base model (no adapters needed; the meta device will do), or its transformers config.
-        config: LoraConfig, or the dict of an ``adapter_config.json``.
-        layout: "fused", as stock PEFT stores routed experts: A and B for gate_up_proj and for down_proj; or
-            "per_projection": A and B for each of gate, up and down.
+        model: the base model, with or without adapters (the meta device will do), or its transformers config.
+        config: a LoraConfig, or the dict of an ``adapter_config.json``.
+        layout: "fused", as stock PEFT stores routed experts: an A and a B for gate_up_proj and for down_proj; or
+            "per_projection": an A and a B for each of gate, up and down.
 
     Raises:
-        ValueError: an unknown layout, or a config that does not say what is adapted.
+        ValueError: the layout is unknown, or the config does not say what is adapted.
     """
     if layout not in ("fused", "per_projection"):
         raise ValueError(f'layout: got {layout!r}, needed "fused" or "per_projection"')
     config = config if isinstance(config, dict) else config.to_dict()
     check_settings(config, "config")
-    return _expected_counts(model, config, "config", layout)
+    _check_targets(config, "config")
+    if not isinstance(model, torch.nn.Module):
+        model = meta_model(model)
+    counts = Counter()
+    for name, module in bare_modules(model):
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            if _is_targeted(name, config):
+                counts[component(name)] += 2
+        for parameter, value in module.named_parameters(recurse=False):
+            if matches(f"{name}.{parameter}", config.get("target_parameters")):
+                apart = layout == "per_projection" and value.dim() == 3 and parameter == "gate_up_proj"
+                counts[component(name)] += 4 if apart else 2
+    return counts
 
 
 def _check_targets(settings, where):
@@ -330,28 +360,14 @@ def _is_targeted(name, settings):
     return matches(name, settings.get("target_modules")) and not matches(name, settings.get("exclude_modules"))
 
 
-def _expected_counts(model, config, where, layout="fused"):
-    """The same of settings that are checked; ``where`` they are from is named in errors."""
-    _check_targets(config, where)
-    if not isinstance(model, torch.nn.Module):
-        model = meta_model(model)
-    counts = Counter()
-    for name, module in bare_modules(model):
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-            if _is_targeted(name, config):
-                counts[component(name)] += 2
-        for parameter, value in module.named_parameters(recurse=False):
-            if matches(f"{name}.{parameter}", config.get("target_parameters")):
-                fused = layout == "per_projection" and value.dim() == 3 and parameter == "gate_up_proj"
-                counts[component(name)] += 4 if fused else 2
-    return counts
-
-
 def _model_adapters(model):
-    """``{adapter: (settings, {name: function that returns the tensor})}`` of a live model; all is one without any."""
+    """``{adapter: (settings, {name: function that returns the tensor})}`` of a live model.
+
+    A model without adapters counts as one adapter of all its parameters, called None, without settings.
+    """
     configs = getattr(model, "peft_config", {})
     adapters = {}
-    # with duplicates: a module under two names is adapted, and saved, under both
+    # With duplicates, because a module that has two names is adapted, and saved, under both.
     for name, p in model.named_parameters(remove_duplicate=False):
         if match := _ADAPTER.search(f".{name}"):
             settings = configs[match[1]].to_dict() if match[1] in configs else {}
@@ -363,6 +379,7 @@ _ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_delta)\.(
 
 
 def _model_counts(model, config):
+    """The expected LoRA tensors by component of all adapters of a live model; None if the model has no adapter."""
     adapters = getattr(model, "peft_config", {})
     if not adapters:
         if config is not None:
@@ -372,10 +389,12 @@ def _model_counts(model, config):
 
 
 def _beside(path, name):
+    """The path of a file in an adapter's directory, or in the directory of an adapter's file."""
     return (path if path.is_dir() else path.parent) / name
 
 
 def _files(path):
+    """The safetensors files that are a path, or in a directory; ValueError or FileNotFoundError if there are none."""
     if path.is_file():
         if path.suffix in (".bin", ".pt", ".pth"):
             raise ValueError(f"{path}: {tensor_files.PICKLED}")

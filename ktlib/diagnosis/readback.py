@@ -199,7 +199,7 @@ def logits_in_fp32(model, prompts):
 
 
 def check_memory(model):
-    """MemoryError if memory lacks room for, in fp32, the largest decoder layer, its W + BA, and all outside of layers."""
+    """MemoryError if fp32 copies of the largest decoder layer, its W + BA and what is outside of layers do not fit."""
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in repeated_layers(model).values()]
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     need = 12 * max(sizes) + 4 * outside
