@@ -1,12 +1,16 @@
-"""Find the first value that stops being finite, in forward or backward, and say where and why.
+"""Finds the first value that stops being finite, in forward or backward, and says where and why.
 
 >>> with trace_nonfinite(model):
 ...     model(**batch).loss.backward()
 NonFinite: forward: model.layers.1.mlp.experts, stage gate, expert 5, token 17 (row 1, position 5) ...
 
-Every watched module's result is summed, and in backward the gradient that reaches every layer, which is cheap. Only if
-a sum is not finite is anything looked at more closely: the layer's backward is run again with a look at every module,
-and routed experts are computed again, stage by stage, from their own inputs (``ktlib.reference.stages``).
+The cheap check is one sum: of each watched module's result, and in backward of the gradient that reaches each decoder
+layer. Only if a sum is not finite, the tracer searches for the cause: it runs the layer's backward again and checks the
+gradients of every module in it, and it computes routed experts again, stage by stage, from their inputs
+(``ktlib.reference.stages``).
+
+Below, ``call`` is the ``(args, kwargs)`` of a call of a module, and ``inputs`` is what a module computed its result
+from: in forward its call, in backward the gradients of its outputs.
 """
 
 import contextlib
@@ -20,7 +24,7 @@ from ktlib.integrations.transformers_experts import is_experts, layout, other_fo
 from ktlib.names import bare_name
 from ktlib.reference import lora_layout, stages
 
-MAX_NAMES = 1000  # of contaminated modules kept
+MAX_NAMES = 1000  # contaminated modules that a tracer lists
 
 
 class NonFinite(FloatingPointError):
@@ -33,7 +37,7 @@ class NonFinite(FloatingPointError):
 
 @dataclass
 class Finding:
-    """One place where finite values became non-finite. ``print`` it for a report; ``to_dict()`` for JSON."""
+    """Where and why finite values became non-finite. ``print`` it for a report; ``to_dict()`` for JSON."""
 
     phase: str  # "forward", "backward", "gradient", "loss" or "parameter"
     module: str
@@ -43,7 +47,7 @@ class Finding:
     token: int | None = None  # index into the flattened batch
     position: tuple[int, int] | None = None  # (row, column) of the batch
     token_id: int | None = None
-    tensors: list[dict] = field(default_factory=list)
+    tensors: list[dict] = field(default_factory=list)  # of :func:`describe`
 
     def __str__(self):
         where = f"{self.phase}: {self.module}, {self.stage}"
@@ -68,17 +72,17 @@ class Finding:
 
 @contextlib.contextmanager
 def trace_nonfinite(model, *, stop=True, backward=True):
-    """Watch every module of ``model`` for non-finite results while the block runs.
+    """Watch every module of ``model`` for non-finite results while the ``with`` block runs.
 
     Args:
         model: any transformers or PEFT model.
-        stop: raise :class:`NonFinite` at the first one. False: go on and keep notes in the :class:`Tracer` that the
-            block receives: ``causes``, where finite inputs gave a non-finite result, and ``contaminated``, the names
-            of modules whose inputs were already bad.
+        stop: raise :class:`NonFinite` at the first non-finite result. False: go on, and list in the :class:`Tracer`
+            that the block receives ``causes``, the findings where finite inputs gave a non-finite result, and
+            ``contaminated``, the names of modules whose inputs were not finite.
         backward: also watch gradients.
 
-    Results and gradients are bit for bit those without it. Memory: the inputs of every layer are kept until its
-    backward, as gradient checkpointing does.
+    Results and gradients are the same bits as without the tracer. The inputs of every decoder layer stay in memory
+    until its backward, as with gradient checkpointing.
     """
     tracer = Tracer(model, stop, backward)
     tracer.install()
@@ -102,7 +106,7 @@ class Tracer:
         return self.causes[0] if self.causes else None
 
     def report(self):
-        """All causes and, in the order they were hit, the modules that were only contaminated."""
+        """All causes as text, and the contaminated modules in the order in which they were reached."""
         if not self.causes:
             return "all values were finite"
         text = "\n\n".join(map(str, self.causes))
@@ -114,16 +118,16 @@ class Tracer:
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def install(self):
-        keep = self._handles.append
-        keep(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         blocks = repeated_layers(self.model)
         inside = tuple(f"{name}." for name in blocks)
         for name, module in watched(self.model):
-            fine = self.backward and not name.startswith(inside)
-            keep(module.register_forward_hook(self._after_forward(name, is_experts(module), fine), with_kwargs=True))
+            # Inside a block, one look at the gradient that reaches the block is enough.
+            hook = self._after_forward(name, is_experts(module), self.backward and not name.startswith(inside))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for name, block in blocks.items():
-            keep(block.register_forward_hook(self._after_block(name), with_kwargs=True))
-        keep(self.model.register_forward_hook(self._end))
+            self._handles.append(block.register_forward_hook(self._after_block(name), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._end))
 
     def remove(self):
         for handle in self._handles:
@@ -138,15 +142,15 @@ class Tracer:
             self._input_ids = ids
         self._labels = kwargs.get("labels")
 
-    def _after_forward(self, name, experts, fine):
+    def _after_forward(self, name, experts, backward):
         def hook(module, args, kwargs, output):
-            results = _floats(output)
+            call, results = (args, kwargs), _floats(output)
             for result in results:
-                self._watch(result, "forward", name, module, (args, kwargs))
+                self._watch(result, "forward", name, module, call, call)
             if experts:
                 self.check()
-            if fine and results and results[0].grad_fn is not None:
-                self._watch_backward(name, module, results[0], args, (args, kwargs) if experts else None)
+            if backward and results and results[0].grad_fn is not None:
+                self._watch_backward(name, module, results[0], args, call if experts else None)
 
         return hook
 
@@ -155,31 +159,31 @@ class Tracer:
             self.check()
             result = next((t for t in _floats(output) if t.grad_fn is not None), None)
             if self.backward and result is not None:
-                given = _detached((args, kwargs))
-                result.register_hook(lambda gradient: self._arrives(name, block, given, gradient))
+                call = _detached((args, kwargs))
+                result.register_hook(lambda gradient: self._gradient_reaches(name, block, call, gradient))
 
         return hook
 
-    def _arrives(self, name, block, given, gradient):
-        """The cheap look of backward: one gradient per block. The bad one was made in the block looked at before."""
+    def _gradient_reaches(self, name, block, call, gradient):
+        """The cheap check of backward. If the gradient is not finite, the block after this one in forward made it."""
         if not self._installed:
             return
         if _is_finite(gradient):
-            self._last = name, block, given, gradient
+            self._last = name, block, call, gradient
         elif self.causes:
             self._note(name)
         else:
             self._search_last()
 
     def _search_last(self):
-        """Run the last block with a finite gradient once more, with a look at every module's gradients."""
+        """Run the last block that a finite gradient reached once more, and check the gradients of its modules."""
         if self._last is None:
             self._add(Finding("backward", "the model", "loss", "its gradient is not finite"))
             return
         from transformers import Cache  # here, because it takes seconds to import
 
         name, block, (args, kwargs), gradient = self._last
-        # The second run must not write into the cache. It is known by its type: its argument had several names.
+        # The second run must not write into the cache, which is found by its type: its argument's name varies.
         args = [None if isinstance(value, Cache) else value for value in args]
         kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
         hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point())
@@ -202,51 +206,51 @@ class Tracer:
         finding.module = bare_name(f"{name}.{finding.module}".rstrip("."))
         self._add(finding)
 
-    def _watch_backward(self, name, module, result, args, arguments):
-        """Look at the gradients that leave ``module``, on the edges of the graph: nothing is inserted into it."""
+    def _watch_backward(self, name, module, result, args, call):
+        """Check the gradients of a module's inputs, with hooks on the nodes of the graph: no node is added to it."""
         edges = _edges([t for t in args if isinstance(t, torch.Tensor) and t.requires_grad], result.grad_fn)
         if not edges:
             return
-        arguments = arguments and _detached(arguments)
-        came, left, number = [], [len(edges)], result.output_nr
+        call = call and _detached(call)
+        output_gradients, unvisited_edges, number = [], [len(edges)], result.output_nr
 
-        def arrives(gradients):
-            came[:] = [gradients[number]] if self._installed and gradients[number] is not None else []
+        def take_output_gradient(gradients):
+            output_gradients[:] = [gradients[number]] if self._installed and gradients[number] is not None else []
 
-        def leaves(index):
+        def input_gradient_hook(index):
             def hook(gradients, _):
                 if self._installed and gradients[index] is not None:
-                    self._watch(gradients[index], "backward", name, module, (tuple(came), arguments))
+                    self._watch(gradients[index], "backward", name, module, tuple(output_gradients), call)
                     if len(self._pending) >= 64:
                         self.check()
-                left[0] -= 1
-                if not left[0]:
-                    came.clear()
+                unvisited_edges[0] -= 1
+                if not unvisited_edges[0]:
+                    output_gradients.clear()
 
             return hook
 
-        result.grad_fn.register_prehook(arrives)
+        result.grad_fn.register_prehook(take_output_gradient)
         for node, index in edges:
-            node.register_hook(leaves(index))
+            node.register_hook(input_gradient_hook(index))
 
     def _end(self, module, args, output):
         self.check()
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor) and not _is_finite(loss):
-            self._found([loss], "loss", "the model", module, _floats(output.get("logits")))
+            self._found([loss], "loss", "the model", module, output.get("logits"))
 
         result = next((t for t in _floats(output) if t.grad_fn is not None), None)
         if self.backward and result is not None:
             result.register_hook(self._at_the_end_of_backward)
 
-    def _watch(self, result, phase, name, module, given):
-        """Judge what lies on the CPU now; look at the rest later, all together, for each look waits for the device."""
+    def _watch(self, result, phase, name, module, inputs, call):
+        """Check a result on the CPU at once. Those on a device are checked together, since each check waits for it."""
         total = _sum(result)
         if not total.is_cpu:
-            self._pending.append((total, result, phase, name, module, given))
+            self._pending.append((total, result, phase, name, module, inputs, call))
         elif not math.isfinite(total) and not _is_finite(result):
             self.check()
-            self._found([result], phase, name, module, given)
+            self._found([result], phase, name, module, inputs, call)
 
     def _at_the_end_of_backward(self, _):
         if self._installed and not self._callback_queued:
@@ -254,35 +258,35 @@ class Tracer:
             torch.autograd.Variable._execution_engine.queue_callback(self._after_whole_backward)
 
     def _after_whole_backward(self):
-        """Gradients of parameters: bad ones that no module's gradients explain, the first in the order of backward."""
+        """Check the gradients of parameters, which can be bad although the gradients that reached modules are finite."""
         self._callback_queued = False
         self.check()
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
-        bad = bad_ones([(name, p.grad) for name, p in named])
+        bad = nonfinite_tensors([(name, p.grad) for name, p in named])
         if bad and not self.causes and self._last and all(name.startswith(f"{self._last[0]}.") for name, _ in bad):
-            self._search_last()  # the first block: no gradient leaves it
-        for name, gradient in reversed(bad):
+            self._search_last()  # the first block: its input gradient reaches no other block, so was not checked
+        for name, gradient in reversed(bad):  # in the order of backward
             self._found([gradient], "gradient", name, None, ())
         self._last = None
 
     def check(self):
-        """Look at what was only summed so far (on a GPU). Done at every layer's end; call it if you like."""
+        """Check results on a device whose sums were not checked yet. Done after each decoder layer; may be called."""
         pending, self._pending = self._pending, []
         by_device = {}
         for total, *_ in pending:
             by_device.setdefault(total.device, []).append(total.float())
         if all(bool(torch.stack(totals).isfinite().all()) for totals in by_device.values()):
             return
-        for _, result, *entry in pending:
+        for _, result, *origin in pending:
             if not _is_finite(result):
-                self._found([result], *entry)
+                self._found([result], *origin)
 
-    # ---- after the detector fired -----------------------------------------------------------------------------------
+    # ---- after a check failed ---------------------------------------------------------------------------------------
 
-    def _found(self, results, phase, name, module, given):
-        name, inputs = bare_name(name), _floats(given[0] if phase == "backward" else given)
-        came_in_bad = not all(map(_is_finite, inputs))
-        if self.causes and (came_in_bad or phase in ("loss", "gradient")):
+    def _found(self, results, phase, name, module, inputs, call=None):
+        name, inputs = bare_name(name), _floats(inputs)
+        inputs_bad = not all(map(_is_finite, inputs))
+        if self.causes and (inputs_bad or phase in ("loss", "gradient")):
             self._note(name)
             return
         finding = Finding(phase, name, "", "")
@@ -290,10 +294,10 @@ class Tracer:
             finding.stage, finding.reason = "gradient of the parameter", "gradients that reached its module were finite"
             finding.expert = self._expert_of(name, results[0])
         elif phase == "loss":
-            finding.stage, finding.reason = "loss", "the logits are " + ("not finite" if came_in_bad else "finite")
+            finding.stage, finding.reason = "loss", "the logits are " + ("not finite" if inputs_bad else "finite")
         elif is_experts(module):
-            self._search_experts(finding, module, given)
-        elif came_in_bad:
+            self._search_experts(finding, module, inputs, call)
+        elif inputs_bad:
             finding.stage = "input" if phase == "forward" else "gradient of output"
             finding.reason = "came in like this from operations between modules; every module before it was finite"
         else:
@@ -325,12 +329,11 @@ class Tracer:
         if self.stop:
             raise NonFinite(finding)
 
-    def _search_experts(self, finding, module, given):
+    def _search_experts(self, finding, module, inputs, call):
         gradient = None
-        if finding.phase == "backward":
-            came, given = given
-            gradient = came[0].detach().to(module.down_proj.device).flatten(0, -2) if came else None
-        layer = experts_arguments(module, *given)
+        if finding.phase == "backward" and inputs:
+            gradient = inputs[0].detach().to(module.down_proj.device).flatten(0, -2)
+        layer = experts_arguments(module, *call)
         finding.stage = "output" if finding.phase == "forward" else "gradient of input"
         if layer is None or finding.phase == "backward" and gradient is None:
             finding.reason = "its experts are not of the layout that can be computed stage by stage"
@@ -338,7 +341,8 @@ class Tracer:
         place = stages.locate(layer, module._apply_gate, gradient)
         finding.tensors += [describe(name, value) for name, value in _operands(layer)]
         if place is None:
-            undropped = " without dropout" if given[1].get("lora_dropout") else ""  # its masks are not known here
+            # The masks of the call's dropout are not known here.
+            undropped = " without dropout" if call[1].get("lora_dropout") else ""
             finding.reason = (
                 "inputs, weights and adapters are finite, and so is the same layer computed again in plain torch"
                 f"{undropped}: look for memory (stale or overlapping buffers) in the experts implementation, not for "
@@ -373,26 +377,24 @@ class Tracer:
 
 
 def watched(model):
-    """``(name, module)`` whose results are looked at: adapted layers, experts, and modules with weights of their own.
+    """``(name, module)`` whose results are checked: adapted layers, experts, and modules that own parameters.
 
-    The inside of an adapted layer or of experts is not watched: it is searched when its result is bad.
+    Modules inside an adapted layer or inside experts are not watched: they are searched if the result is bad.
     """
-    done = ()
+    watched_prefixes = ()
     for name, module in model.named_modules():
-        if name.startswith(done):
-            continue
-        if ".lora_" in name:
+        if name.startswith(watched_prefixes) or ".lora_" in name:
             continue
         wraps_experts = hasattr(module, "get_base_layer") and is_experts(module.get_base_layer())
         is_adapted = hasattr(module, "base_layer") and not wraps_experts
         if is_experts(module) or is_adapted or next(module.parameters(recurse=False), None) is not None:
             yield name, module
         if is_experts(module) or is_adapted:
-            done += (f"{name}.",)
+            watched_prefixes += (f"{name}.",)
 
 
 def repeated_layers(model):
-    """The repeated layers of a model by name: members of a ModuleList that is not itself inside one."""
+    """``{name: module}`` of a model's repeated layers: the members of every ModuleList that is in no other one."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and not name.startswith(tuple(f"{block}." for block in found)):
@@ -401,8 +403,10 @@ def repeated_layers(model):
 
 
 def experts_arguments(module, args, kwargs):
-    """Arguments of ``moe_experts`` (on the CPU) of one call of an experts module, without those that say what its gate
-    is; None if its experts have no gate, or a norm behind them."""
+    """The arguments of ``moe_experts``, on the experts' device, for one call of an experts module, but for its gate.
+
+    None if the experts have no gate or end in a norm.
+    """
     if other_form(module) is not None or len(args) < 3:
         return None
     device = module.down_proj.device
@@ -420,7 +424,7 @@ def experts_arguments(module, args, kwargs):
 def describe(name, tensor):
     """Name, dtype, device, shape, counts of NaN and Inf, and the range of the finite values, as a dict."""
     tensor = tensor.detach()
-    good = tensor[tensor.isfinite()]
+    finite = tensor[tensor.isfinite()]
     return {
         "name": name,
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -428,8 +432,8 @@ def describe(name, tensor):
         "shape": list(tensor.shape),
         "nan": int(tensor.isnan().sum()),
         "inf": int(tensor.isinf().sum()),
-        "min": good.min().item() if good.numel() else None,
-        "max": good.max().item() if good.numel() else None,
+        "min": finite.min().item() if finite.numel() else None,
+        "max": finite.max().item() if finite.numel() else None,
     }
 
 
@@ -450,7 +454,7 @@ def _describe_all(name, tensors):
 
 
 def _edges(tensors, root):
-    """``(node, index)`` of the autograd graph from ``root`` down, where the gradients of ``tensors`` come out."""
+    """``(node, index)`` in the autograd graph below ``root`` whose output ``index`` is the gradient of a tensor."""
     targets = {(edge.node, edge.output_nr) for edge in map(torch.autograd.graph.get_gradient_edge, tensors)}
     found, seen, stack = [], {root}, [root] if targets else []
     while stack:
@@ -474,7 +478,7 @@ def _detached(values):
 
 
 def _sum(tensor):
-    """Not finite if any element is not; the reverse (an overflow of the sum) is checked for before it counts."""
+    """A sum that is not finite if any element is not. A sum of finite elements may overflow: callers check for that."""
     tensor = tensor.detach()
     return tensor.sum(dtype=torch.float32) if tensor.dtype == torch.float16 else tensor.sum()
 
@@ -483,12 +487,12 @@ def _is_finite(tensor):
     return math.isfinite(_sum(tensor).item()) or bool(tensor.detach().isfinite().all())
 
 
-def bad_ones(named):
-    """Those of ``(name, tensor)`` that are not finite, after one look at the norms of all."""
+def nonfinite_tensors(named):
+    """Those ``(name, tensor)`` of a list that are not finite. If all norms are finite, no tensor is checked itself."""
     by_device = {}
     for _, tensor in named:
         by_device.setdefault(tensor.device, []).append(tensor.detach())
     norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in by_device.values()]
-    if all(bool(one.isfinite().all()) for one in norms):
+    if all(bool(device_norms.isfinite().all()) for device_norms in norms):
         return []
     return [(name, tensor) for name, tensor in named if not _is_finite(tensor)]

@@ -1,4 +1,4 @@
-"""Callbacks for ``transformers.Trainer``: a guard that keeps non-finite values from the adapter, and progress."""
+"""Callbacks for ``transformers.Trainer``: a stop before non-finite values reach the adapter, and a progress bar."""
 
 import json
 import warnings
@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ktlib.diagnosis.trace import Finding, Tracer, bad_ones, describe
+from ktlib.diagnosis.trace import Finding, Tracer, describe, nonfinite_tensors
 from ktlib.files import ownership
 from ktlib.names import bare_name
 
@@ -15,22 +15,23 @@ from ktlib.names import bare_name
 class StopOnNonFinite(TrainerCallback):
     """Stops a ``transformers.Trainer`` before a non-finite value reaches the adapter.
 
-    Looks at loss and activations (with ``trace``), at gradients before each optimizer step, and at the trained
-    parameters after it. At the first bad one the step is skipped, training stops, no further checkpoint is written (so
-    that those on disk stay good), the report goes to ``nonfinite.txt`` and ``.json`` in ``folder``, and the model as it
-    was before the step to ``last_good`` there. A report of an earlier training in this folder is removed. Files of
-    these names that ktlib did not write end the training with a ValueError before its first step.
+    It checks loss and activations (with ``trace``), gradients before each optimizer step, and the trained parameters
+    after the step. At the first non-finite value the step is skipped and training stops. No further checkpoint is
+    written, so that those on disk stay good. The report is written to ``nonfinite.txt`` and ``nonfinite.json`` in
+    ``folder``, and the model from before the step to ``last_good`` in ``folder``. When training begins, reports of an
+    earlier training are removed from ``folder``; if ktlib did not write the files of these names, training ends with a
+    ValueError before its first step.
 
     Args:
-        trace: watch every module, and name the first one; False looks at gradients and parameters only.
-        folder: where report and model go. Default: the Trainer's ``output_dir``.
+        trace: watch every module, and name the first that is not finite; False checks gradients and parameters only.
+        folder: where report and model are written. Default: the Trainer's ``output_dir``.
     """
 
     def __init__(self, trace=True, folder=None):
         self.trace, self.folder, self.finding, self._tracer = trace, folder, None, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.close()  # a training that ended with an exception had no on_train_end
+        self.close()  # the Trainer did not call on_train_end if an earlier training ended with an exception
         self.finding = None
         reports = [self._path(args, name) for name in ("nonfinite.txt", "nonfinite.json")]
         ownership.refuse_foreign([*reports, self._path(args, "last_good")], "folder", self._path(args, ""))
@@ -46,7 +47,7 @@ class StopOnNonFinite(TrainerCallback):
         finding = finding or _first_bad("gradient", [(name, p.grad) for name, p in trained])
         if finding is not None:
             for _, parameter in trained:
-                parameter.grad = None  # an optimizer leaves parameters without gradient alone
+                parameter.grad = None  # an optimizer skips parameters that have no gradient
             self._stop(finding, args, state, control, model)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -81,26 +82,27 @@ class StopOnNonFinite(TrainerCallback):
         report = json.dumps({"step": step, **finding.to_dict()}, indent=1)
         for name, content in (("nonfinite.txt", f"step {step}\n{text}\n"), ("nonfinite.json", report)):
             ownership.write_text(self._path(args, name), content, "folder", replace=True)
-        kept = "checkpoints on disk are from before"
+        where = "checkpoints on disk are from before"
         if finding.phase != "parameter" and hasattr(model, "save_pretrained"):
             with ownership.new_folder(self._path(args, "last_good"), "folder", replace=True) as folder:
                 model.save_pretrained(folder)
-            kept = "the model before this step is in last_good"
-        warnings.warn(f"training stopped in step {step}, {kept}. {str(finding).splitlines()[0]}", stacklevel=2)
+            where = "the model before this step is in last_good"
+        warnings.warn(f"training stopped in step {step}, {where}. {str(finding).splitlines()[0]}", stacklevel=2)
 
 
 def _first_bad(phase, named):
-    bad = bad_ones(named)
+    """A :class:`Finding` for the first ``(name, tensor)`` of a list that is not finite; None if all are finite."""
+    bad = nonfinite_tensors(named)
     if not bad:
         return None
-    what = "gradient" if phase == "gradient" else "value after the optimizer step"
+    stage = "gradient" if phase == "gradient" else "value after the optimizer step"
     name, tensor = bad[0]
     reason = f"the first of {len(bad)} that are not finite, of {len(named)}"
-    return Finding(phase, bare_name(name), what, reason, tensors=[describe(what, tensor)])
+    return Finding(phase, bare_name(name), stage, reason, tensors=[describe(stage, tensor)])
 
 
 class ShowProgress(TrainerCallback):
-    """A tqdm bar with the latest loss, or ten printed lines, over the optimiser steps."""
+    """Shows optimizer steps and the latest loss: a tqdm bar or, with ``lines``, about ten printed lines."""
 
     def __init__(self, lines=False):
         self.lines, self.bar = lines, None

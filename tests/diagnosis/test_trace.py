@@ -11,7 +11,7 @@ from support.simulated_device import register
 
 import ktlib
 from ktlib import reference
-from ktlib.diagnosis.trace import NonFinite, bad_ones, trace_nonfinite, watched
+from ktlib.diagnosis.trace import NonFinite, nonfinite_tensors, trace_nonfinite, watched
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.lab.validation import random_layer
 from ktlib.reference import stages
@@ -341,7 +341,7 @@ def test_large_finite_values_whose_sum_overflows_are_fine(dtype):
     with trace_nonfinite(model) as trace:
         model(torch.ones(3, 2, dtype=dtype)).sum().backward()
     assert trace.first is None
-    assert bad_ones([("a", torch.full((9,), large)), ("b", torch.tensor([NAN]))])[0][0] == "b"
+    assert nonfinite_tensors([("a", torch.full((9,), large)), ("b", torch.tensor([NAN]))])[0][0] == "b"
 
 
 def test_gradient_of_an_adapter_matrix():
