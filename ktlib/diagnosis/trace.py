@@ -258,7 +258,7 @@ class Tracer:
             torch.autograd.Variable._execution_engine.queue_callback(self._after_whole_backward)
 
     def _after_whole_backward(self):
-        """Check the gradients of parameters, which can be bad although the gradients that reached modules are finite."""
+        """Check gradients of parameters: they can be bad although the gradients that reached modules are finite."""
         self._callback_queued = False
         self.check()
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]

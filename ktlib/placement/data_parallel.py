@@ -1,8 +1,8 @@
-"""What training on several GPUs, or in several processes, does to a model with pinned experts.
+"""Refuses or avoids training a model with pinned experts on several GPUs.
 
-torch's DataParallel (one process, several GPUs) and DistributedDataParallel (a process per GPU) want all of a model on
-GPUs, and FSDP and DeepSpeed move all of it there. Pinned experts stay on the CPU, so that one process trains on one
-GPU, and several processes train on CPUs.
+torch's DataParallel (one process, several GPUs) and DistributedDataParallel (one process per GPU) need the whole model
+on GPUs, and FSDP and DeepSpeed move the whole model to GPUs. Pinned experts stay on the CPU. So a single process trains
+on one GPU, and several processes train on CPUs.
 """
 
 import functools
@@ -10,12 +10,13 @@ import warnings
 
 
 class DdpIgnores:
-    """Names of parameters that DistributedDataParallel leaves alone.
+    """The names of parameters that DistributedDataParallel ignores: it neither broadcasts nor synchronises them.
 
-    As the attribute ``_ddp_params_and_buffers_to_ignore`` of what it wraps, which is the first that
-    DistributedDataParallel asks for; torch has no other way to set it. PEFT's models pass the question on.
+    An instance is the model's attribute ``_ddp_params_and_buffers_to_ignore``; torch has no other way to set the names.
+    DistributedDataParallel reads this attribute before anything else, through PEFT's models too. So this is also the
+    place where a model with parameters on GPUs is refused.
 
-    Raises, when it is asked:
+    Raises, when DistributedDataParallel iterates over it:
         RuntimeError: parameters of the model are on GPUs.
     """
 
@@ -23,29 +24,29 @@ class DdpIgnores:
         self.model, self.names = model, names
 
     def __iter__(self):
-        elsewhere = {str(p.device) for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-        if elsewhere:
+        devices = {str(p.device) for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
+        if devices:
             raise RuntimeError(
                 f"{type(self.model).__name__}: data parallel training in processes (torchrun, accelerate launch) with "
-                f"pinned experts needs the whole model on the CPU, got parameters on {', '.join(sorted(elsewhere))}; "
+                f"pinned experts needs the whole model on the CPU, got parameters on {', '.join(sorted(devices))}; "
                 "start the script with python instead, and it trains on one GPU"
             )
         return iter(self.names)
 
 
 def use_one_gpu(arguments, reason="a model with pinned experts does not train on several"):
-    """Let a Trainer with these TrainingArguments train on its first GPU alone, with a warning if there are more."""
+    """Make a Trainer with these TrainingArguments use its first GPU only, and warn if several are visible."""
     if arguments.n_gpu > 1:
         warnings.warn(
             f"training on {arguments.device}, one of {arguments.n_gpu} visible GPUs, because {reason}; "
             "CUDA_VISIBLE_DEVICES chooses another",
             stacklevel=2,
         )
-        arguments._n_gpu = 1  # as Trainer does for a model that lies on several devices
+        arguments._n_gpu = 1  # as Trainer itself does for a model that is spread over several devices
 
 
 def refuse_sharding(trainer):
-    """RuntimeError if a Trainer would hand its model to FSDP or DeepSpeed on a GPU, experts included."""
+    """RuntimeError if a Trainer would let FSDP or DeepSpeed move its model, experts included, to a GPU."""
     used = [
         name
         for name, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled))
@@ -61,11 +62,11 @@ def refuse_sharding(trainer):
 
 @functools.cache
 def check_trainers(is_pinned):
-    """From now on transformers' Trainer calls :func:`refuse_sharding` and :func:`use_one_gpu` if its model is pinned.
+    """Make every later transformers Trainer whose model is pinned call :func:`refuse_sharding` and :func:`use_one_gpu`.
 
-    Trainer counts the visible GPUs, whatever the model, for its batch size and for DataParallel. Before that it calls
-    one public method in which it has its model, given or made with ``model_init``: ``add_callback``. All other models
-    are trained as ever. ``is_pinned(model)`` says which is which.
+    Trainer takes the number of visible GPUs for its batch size and for DataParallel, whatever the model. The only
+    public method that it calls before that, with its model set (given or from ``model_init``), is ``add_callback``,
+    which is patched here. Trainers of models for which ``is_pinned(model)`` is False work as before.
     """
     from transformers import Trainer  # here, because it takes a second to import
 

@@ -1,8 +1,9 @@
-"""Expert weights over the NUMA nodes of a machine with several sockets.
+"""Spreads expert weights over the NUMA nodes of a machine with several sockets.
 
-Each weight matrix is cut into as many runs of consecutive rows as there are parts, part p of all experts lies on one
-node, and in the forward pass threads take the rows of their own node first (csrc/layer/routing.h). Nothing is summed
-over parts, so no result depends on their number. The backward pass contracts over rows: it reads all nodes alike.
+The rows of each weight matrix are divided into ``parts`` blocks of consecutive rows. Row block p of every expert is
+placed on the same node, and in the forward pass a thread takes the row blocks of its own node first
+(csrc/layer/routing.h). No sum runs over row blocks, so that results do not depend on their number. The backward pass
+sums over rows, so that each of its threads reads from all nodes.
 """
 
 import re
@@ -12,40 +13,45 @@ from ktlib import _kernels
 from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, layout
 from ktlib.operator.checks import check_parts
 
-WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
-STATUS = Path("/proc/self/status")
+NODES_WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
+PROCESS_STATUS = Path("/proc/self/status")
 
 
 def numa_nodes():
-    """Numbers of the NUMA nodes that have memory for this process, ``[0]`` where the machine has none to speak of."""
-    if not WITH_MEMORY.is_file():
+    """Numbers of the NUMA nodes whose memory this process may use; ``[0]`` if the system does not list nodes."""
+    if not NODES_WITH_MEMORY.is_file():
         return [0]
-    nodes = _numbers(WITH_MEMORY.read_text())
-    allowed = re.search(r"^Mems_allowed_list:(.*)$", STATUS.read_text(), re.MULTILINE)  # a container may have fewer
-    return sorted(nodes & _numbers(allowed[1]) if allowed else nodes)
+    nodes = _parse_numbers(NODES_WITH_MEMORY.read_text())
+    # A container may be allowed fewer nodes than the machine has.
+    allowed = re.search(r"^Mems_allowed_list:(.*)$", PROCESS_STATUS.read_text(), re.MULTILINE)
+    return sorted(nodes & _parse_numbers(allowed[1]) if allowed else nodes)
 
 
-def _numbers(ranges):
-    """``"0,2-4"``, as the kernel writes a set of numbers."""
-    parts = [part.partition("-") for part in ranges.strip().split(",")]
-    return {number for first, _, last in parts for number in range(int(first), int(last or first) + 1)}
+def _parse_numbers(text):
+    """The set of numbers that the kernel writes as, for example, ``"0,2-4"``."""
+    ranges = [numbers.partition("-") for numbers in text.strip().split(",")]
+    return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
 
 
-def row_slices(size, parts):
-    """``parts`` slices of ``range(size)``, as csrc/layer/forward_in_place.cpp assigns rows to parts."""
+def row_blocks(size, parts):
+    """``range(size)`` divided into ``parts`` slices, as csrc/layer/forward_in_place.cpp divides the rows."""
     edges = [-(-part * size // parts) for part in range(parts + 1)]
     return [slice(first, last) for first, last in zip(edges, edges[1:], strict=False)]
 
 
 def place_experts(model, parts=None):
-    """Spread the routed experts' weights over NUMA nodes, and let the operator know. Returns ``model``.
+    """Spread the routed experts' weights over NUMA nodes, and tell the operator. Returns ``model``.
 
-    Moves pages, copies nothing. Call it when the weights are loaded; with a memory-mapped checkpoint the pages of the
-    file move. ``parts`` (default: the number of nodes) need not be that number; 1 undoes the preference of threads.
+    Pages of memory move to other nodes; nothing is copied. Call it after the weights are loaded. If the weights are a
+    memory-mapped checkpoint, the pages of the file move.
+
+    Args:
+        parts: into how many row blocks each weight matrix is divided (default: the number of nodes). Block p lies on
+            node ``p % number of nodes``. With 1, threads no longer prefer any rows.
 
     Raises:
-        TypeError, ValueError: parts is not an int from 1 to 1024; the model has no routed experts, or has transposed
-            ones (their rows are not features of one part), or some that are not on the CPU.
+        TypeError, ValueError: parts is not an int from 1 to 1024; the model has no routed experts; its expert weights
+            are transposed (a row of them holds a value of every feature) or not on the CPU.
         RuntimeError: the operating system does not let this process place memory.
     """
     nodes = numa_nodes()
@@ -61,12 +67,13 @@ def place_experts(model, parts=None):
             raise ValueError(f"model: its experts' {name} is on {weight.device}, needs expert weights on the CPU")
     for module in modules:
         gate_up = module.gate_up_proj
-        # the gate and the up rows of a feature lie in the same part; interleaved ones do so by themselves
-        halves = [gate_up] if layout(module)["interleaved"] else gate_up.chunk(2, dim=1)
-        for rows in (*halves, module.down_proj):
-            for expert in rows.detach():
-                for part, piece in enumerate(row_slices(len(expert), parts)):
-                    where = expert[piece]
-                    _kernels.place_pages(where.data_ptr(), where.nbytes, nodes[part % len(nodes)])
+        # Gates and ups are divided apart, so that the gate row and the up row of a feature lie on the same node.
+        # Interleaved, the two rows are neighbours anyway.
+        gates_and_ups = [gate_up] if layout(module)["interleaved"] else gate_up.chunk(2, dim=1)
+        for weights in (*gates_and_ups, module.down_proj):
+            for matrix in weights.detach():
+                for number, rows in enumerate(row_blocks(len(matrix), parts)):
+                    block = matrix[rows]
+                    _kernels.place_pages(block.data_ptr(), block.nbytes, nodes[number % len(nodes)])
         module.ktlib_parts = parts
     return model

@@ -1,9 +1,9 @@
-"""Routed experts stay on the CPU, whatever moves the rest of the model.
+"""Keeps routed experts on the CPU, whatever moves the rest of the model.
 
-``nn.Module`` moves and casts through one method, ``_apply``, which ``.to``, ``.cuda``, Trainer, accelerate and PEFT all
-end in. :func:`pin_experts` gives each module that owns routed experts a subclass of its own class in which ``_apply``
-passes dtypes on to the experts and their adapters, but not devices. It is the owner that is subclassed and not the
-experts, so that adapters which PEFT puts around the experts later are covered by it too.
+``.to``, ``.cuda``, Trainer, accelerate and PEFT all move and cast modules through the method ``nn.Module._apply``.
+:func:`pin_experts` replaces the class of each module that owns routed experts by a subclass whose ``_apply`` changes
+the dtype of the experts and of their adapters, but not their device. The class of the owner is replaced and not that of
+the experts, so that adapters which PEFT later puts around the experts are covered too.
 """
 
 import functools
@@ -20,31 +20,33 @@ STOCK = ("eager", "grouped_mm", "batched_mm")
 
 
 def pin_experts(model, lora_device="cpu", stream_rows=None):
-    """Keep the routed experts of ``model`` on the CPU from now on; everything else moves as always. Returns ``model``.
+    """Keep the routed experts of ``model`` on the CPU from now on; all other modules move as usual. Returns ``model``.
 
-    ``.to("cuda")``, ``.cuda()``, ``transformers.Trainer``, accelerate and PEFT then move all but the experts; casts of
-    the dtype reach them. Pin before or after adapters are added, before or after moving (experts on a GPU come back).
-    Pinning again with another ``lora_device`` moves the adapters, with another ``stream_rows`` changes that.
+    ``.to("cuda")``, ``.cuda()``, ``transformers.Trainer``, accelerate and PEFT then move everything but the experts.
+    Casts to another dtype apply to the experts too. The model can be pinned before or after adapters are added, and
+    before or after it is moved: experts that are on a GPU return to the CPU. Call the function again to change
+    ``lora_device`` or ``stream_rows``.
 
-    A ``transformers.Trainer`` with a pinned model, given or made by its ``model_init``, trains on the first visible GPU
-    and says so if there are more. It refuses FSDP and DeepSpeed on GPUs. So pin before the Trainer is made. In
-    processes of ``torchrun`` or ``accelerate launch``, DistributedDataParallel takes the model on the CPU only, see
-    :func:`share_experts`.
+    Pin the model before a ``transformers.Trainer`` is made, or in its ``model_init``. The Trainer then trains on the
+    first visible GPU, with a warning if several are visible, and refuses FSDP and DeepSpeed on GPUs. In processes of
+    ``torchrun`` or ``accelerate launch``, DistributedDataParallel takes a pinned model only if all of it is on the CPU;
+    see :func:`share_experts`.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
-        lora_device: where adapters of routed experts live, "cpu" or another device ("cuda"). They go there at once or,
-            if they are added later, at the next move of the model and at the latest in its next forward.
-        stream_rows: as in :func:`ktlib.moe_experts`: experts with at least so many rows in a batch are computed on the
-            GPU that the rest of the model is on, from weights that stay on the CPU and are copied there each time.
-            None: the CPU computes all. :func:`ktlib.estimate.break_even_rows` says from how many on that is faster for
-            one expert. Where most experts of the usual batch have more, a small number is best: the CPU takes several
-            milliseconds for whatever is left to it.
+        lora_device: the device of the routed experts' adapters, "cpu" or another ("cuda"). Adapters that exist move at
+            once. Adapters that are added later move when the model next moves or, at the latest, in its next forward.
+        stream_rows: as in :func:`ktlib.moe_experts`. Experts with at least this many rows in a batch are computed on
+            the GPU of the inputs; their weights stay on the CPU and are copied to the GPU for each call. None: the CPU
+            computes all experts. :func:`ktlib.estimate.break_even_rows` returns the number of rows from which on
+            streaming is faster for one expert. If most experts of a usual batch have more rows than that, a small
+            ``stream_rows`` is best, since the CPU takes several milliseconds even for a few rows.
 
     Raises:
         TypeError: stream_rows is not an int.
-        ValueError: the model has no routed experts, or is itself what holds their weights; stream_rows is below 1.
-        RuntimeError: in a later forward on another device, if the operator cannot compute these experts.
+        ValueError: no submodule of the model is a routed experts module (the model itself may be one); stream_rows is
+            below 1.
+        RuntimeError: in a later forward with inputs on another device, if the operator cannot compute these experts.
     """
     check_stream_rows(stream_rows)
     lora_device = torch.device(lora_device)
@@ -66,12 +68,12 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
 
 
 def share_experts(model):
-    """Keep the frozen routed experts of ``model`` in memory once for all CPU processes of a machine; returns ``model``.
+    """Let all CPU processes of a machine share one copy of the frozen routed experts of ``model``; returns ``model``.
 
-    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint with fused experts, which
-    every process maps. Call it last, on the model that goes to the Trainer or to DistributedDataParallel: besides
-    pinning the experts, it tells DistributedDataParallel not to broadcast them at its start, which would copy them.
-    Adapters and everything else are synchronised as always.
+    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint with fused experts, whose
+    file every process maps. Call it last, on the model that is given to the Trainer or to DistributedDataParallel. It
+    pins the experts, and tells DistributedDataParallel not to broadcast them when it starts: a broadcast would give
+    each process its own copy. Adapters and all other parameters are synchronised as usual.
 
     Raises:
         ValueError: as :func:`pin_experts`.
@@ -87,12 +89,12 @@ def share_experts(model):
 
 
 def is_pinned(model):
-    """Whether routed experts of ``model`` were pinned to the CPU."""
+    """Whether :func:`pin_experts` was called on ``model`` or on a model in it."""
     return any(isinstance(module, _Owner) for module in model.modules())
 
 
 def placement(model):
-    """``{(component, device, dtype): bytes}`` of all parameters and buffers: what lies where."""
+    """``{(component, device, dtype): bytes}`` of all parameters and buffers; adapters are components of their own."""
     table = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         label = f"{component(name)} LoRA" if ".lora_" in name else component(name)
@@ -102,7 +104,11 @@ def placement(model):
 
 
 class _Owner:
-    """Mixin in front of the class of a module that owns pinned experts."""
+    """The mixin that makes a class one of modules that own pinned experts.
+
+    ``_pinned_slots`` are the names of the children that are experts, with or without adapters around them, and
+    ``_pinned_lora_device`` is the device of those adapters.
+    """
 
     def _apply(self, fn, recurse=True):
         if recurse:
@@ -113,25 +119,26 @@ class _Owner:
                     child._apply(fn)
         return super()._apply(fn, recurse=False)
 
-    def __reduce_ex__(self, protocol):  # a generated class cannot be found by name
+    def __reduce_ex__(self, protocol):  # pickle cannot find a generated class by its name
         return _restore, (type(self).__bases__[1],), self.__dict__
 
 
 @functools.cache
 def _pinned_class(owner_class):
-    """A subclass of ``owner_class`` with the mixin in front, and with the same name: PEFT and Trainer look at names."""
+    """A subclass of the mixin and ``owner_class`` that has the name of ``owner_class``, which PEFT and Trainer read."""
     bases = (_Owner, owner_class)
     namespace = {"__module__": owner_class.__module__, "__qualname__": owner_class.__qualname__}
     return type(owner_class.__name__, bases, namespace)
 
 
 def _restore(owner_class):
-    made = _pinned_class(owner_class)
-    return made.__new__(made)
+    """An empty instance of the pinned class, to be filled by pickle or ``copy.deepcopy``."""
+    pinned_class = _pinned_class(owner_class)
+    return pinned_class.__new__(pinned_class)
 
 
 def _owners(model):
-    """``{module: names of the children that are routed experts, under adapters or not}``."""
+    """``{module: names of its children that are routed experts, with or without adapters around them}``."""
     owners = {}
     for parent in model.modules():
         if hasattr(parent, "base_layer"):
@@ -160,10 +167,10 @@ def _move(child, fn, lora_device):
 
 
 def _stay(fn, device, tensor):
-    """What ``fn`` does to ``tensor``, but on ``device``."""
-    probe = fn(torch.empty(0, dtype=tensor.dtype))
+    """``fn(tensor)``, where ``fn`` moves or casts a tensor, but with the result on ``device``."""
+    probe = fn(torch.empty(0, dtype=tensor.dtype))  # its dtype and device are those that `fn` asks for
     if tensor.is_meta and not probe.is_meta:
-        fn(torch.empty(0, dtype=tensor.dtype, device="meta"))  # only to_empty can do this; .to raises
+        fn(torch.empty(0, dtype=tensor.dtype, device="meta"))  # raises unless `fn` is that of to_empty, as torch does
         return torch.empty_like(tensor, dtype=probe.dtype, device=device)
     if probe.device == tensor.device and device.type == tensor.device.type:
         return tensor if _only_copies(fn, tensor.dtype) else fn(tensor)
@@ -171,18 +178,18 @@ def _stay(fn, device, tensor):
 
 
 def _only_copies(fn, dtype):
-    """Whether ``fn`` gives CPU tensors back unchanged, but copied, as ``.to("cpu:0")`` does.
+    """Whether ``fn`` returns an unchanged copy of a CPU tensor, as ``.to("cpu:0")`` does.
 
-    The Trainer says that in each of several CPU processes. A copy would end their sharing of mapped weights.
+    The Trainer calls ``.to`` like this in each of several CPU processes. Copies would not be shared by the processes.
     """
-    one = torch.ones(1, dtype=dtype)
-    result = fn(one)
-    same = result.dtype == dtype and result.device == CPU and bool(result.eq(1).all())
-    return same and result.data_ptr() != one.data_ptr()
+    probe = torch.ones(1, dtype=dtype)
+    result = fn(probe)
+    unchanged = result.dtype == dtype and result.device == CPU and bool(result.eq(1).all())
+    return unchanged and result.data_ptr() != probe.data_ptr()
 
 
 def _before_forward(owner, args):
-    """Adapters that were added since the last move go to their place; what cannot work says so."""
+    """Move adapters that were added since the last move; RuntimeError if the experts cannot be computed on the CPU."""
     device = owner._pinned_lora_device
     for slot in owner._pinned_slots:
         child = owner._modules[slot]

@@ -1,4 +1,4 @@
-"""Several GPUs and several processes, as far as a machine without a GPU can tell (tests/gpu/test_several_gpus.py)."""
+"""Pinned models with several GPUs or processes, both simulated; tests/gpu/test_several_gpus.py has real ones."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def new_process(monkeypatch):
-    """Nothing was pinned before: transformers' Trainer is as it is imported, and is so again after the test."""
+    """As if nothing had been pinned in this process: Trainer is not patched, before and after the test."""
     monkeypatch.setattr(Trainer, "add_callback", inspect.unwrap(Trainer.add_callback))
     data_parallel.check_trainers.cache_clear()
     yield
@@ -39,13 +39,13 @@ def two_gpus(monkeypatch, new_process):
 
 @pytest.fixture
 def one_gpu(monkeypatch, new_process):
-    """torch says that it sees a GPU, and Trainer that it trains on it."""
+    """torch says that it sees one GPU, and the Trainer's device is the simulated one."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(TrainingArguments, "device", property(lambda self: self._setup_devices and SIM))
 
 
 def sharding(field):
-    """A Trainer as if it was launched with FSDP or DeepSpeed, which this machine cannot: they want GPUs."""
+    """A Trainer class as if launched with FSDP or DeepSpeed, which cannot be launched without GPUs."""
 
     class Launched(Trainer):
         def create_accelerator_and_postprocess(self):
@@ -57,7 +57,7 @@ def sharding(field):
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
-    """A process group of this process alone, as torchrun would have set it up."""
+    """A process group, as torchrun makes it, of which this process is the only member."""
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield

@@ -1,4 +1,4 @@
-"""Parts of the weights by NUMA node, and recomputation: where and when something is computed, never what."""
+"""Row blocks of the weights on NUMA nodes, and recomputation: neither of them changes a bit of a result."""
 
 import re
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ LAYOUTS = [{}, {"interleaved": True}, {"transposed": True}]
 
 
 def results(layer, **options):
-    """Output and all gradients, a call after another in the same memory."""
+    """Output and all gradients of a call of the operator."""
     layer = dict(layer)
     for name in ("hidden_states", "top_k_weights"):
         layer[name] = layer[name].clone().requires_grad_()
@@ -55,23 +55,23 @@ def test_not_a_bit_changes(layer, isa, options, change):
 
 
 @pytest.mark.parametrize("biases", [False, True])
-def test_recomputation_keeps_arguments_only(layer, biases):
-    """Gradients of full fine-tuning too; what autograd holds is what it was given."""
+def test_recomputation_saves_arguments_only(layer, biases):
+    """With recomputation autograd saves nothing but the arguments, and gradients of weights are the same bits."""
     layer = dict(layer)
     if biases:
         layer |= {"gate_up_bias": torch.randn(5, 272), "down_bias": torch.randn(5, 200)}
     layer["gate_up_proj"] = layer["gate_up_proj"].clone().requires_grad_()
-    held, gradients = {}, {}
+    saved_bytes, gradients = {}, {}
     for recompute in (False, True):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             output = ktlib.moe_experts(**layer, recompute=recompute)
-        given = {t.data_ptr() for t in layer.values() if isinstance(t, torch.Tensor)}
-        given |= {t.data_ptr() for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]}
-        held[recompute] = sum(t.nbytes for t in kept if t.data_ptr() not in given)
+        arguments = {t.data_ptr() for t in layer.values() if isinstance(t, torch.Tensor)}
+        arguments |= {t.data_ptr() for name in ("gate_up_lora", "down_lora") for t in layer[name][:2]}
+        saved_bytes[recompute] = sum(t.nbytes for t in saved if t.data_ptr() not in arguments)
         (gradients[recompute],) = torch.autograd.grad(output.sum(), layer["gate_up_proj"])
     slots, inter, rank = 300, 136, 3
-    assert held == {False: 2 * slots * (2 * inter + 4 * rank), True: 0}
+    assert saved_bytes == {False: 2 * slots * (2 * inter + 4 * rank), True: 0}
     assert torch.equal(gradients[False], gradients[True])
 
 
@@ -83,20 +83,19 @@ def test_wrong_parts(layer, parts, error):
         ktlib.place_experts(tiny_model("qwen3_moe", "ktlib"), parts)
 
 
-def test_row_slices_are_those_of_the_operator():
-    """csrc/layer/forward_in_place.cpp: row r of n is in part r * parts / n."""
+def test_row_blocks_are_those_of_the_operator():
+    """csrc/layer/forward_in_place.cpp: row r of n is in row block r * parts / n."""
     for size in (1, 5, 64, 1408):
         for parts in (1, 2, 3, 7, 100):
-            slices = numa.row_slices(size, parts)
+            slices = numa.row_blocks(size, parts)
             assert [r * parts // size for r in range(size)] == [
-                part for part, piece in enumerate(slices) for _ in range(piece.start, piece.stop)
+                number for number, rows in enumerate(slices) for _ in range(rows.start, rows.stop)
             ]
 
 
-def test_nodes(monkeypatch, tmp_path):
-    """Those with memory that this process may use."""
-    monkeypatch.setattr(numa, "WITH_MEMORY", tmp_path / "has_memory")
-    monkeypatch.setattr(numa, "STATUS", tmp_path / "status")
+def test_nodes_are_those_with_memory_that_this_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(numa, "NODES_WITH_MEMORY", tmp_path / "has_memory")
+    monkeypatch.setattr(numa, "PROCESS_STATUS", tmp_path / "status")
     assert numa.numa_nodes() == [0]
     for text, allowed, nodes in (
         ("0\n", "0", [0]),
@@ -105,15 +104,17 @@ def test_nodes(monkeypatch, tmp_path):
         ("0,2-4,8\n", "0-63", [0, 2, 3, 4, 8]),
         ("0,2-4,8-11\n", "3-8,10", [3, 4, 8, 10]),
     ):
-        numa.WITH_MEMORY.write_text(text)
-        numa.STATUS.write_text(f"Name:\tpython\nMems_allowed:\t00000000,00000001\nMems_allowed_list:\t{allowed}\n")
+        numa.NODES_WITH_MEMORY.write_text(text)
+        numa.PROCESS_STATUS.write_text(
+            f"Name:\tpython\nMems_allowed:\t00000000,00000001\nMems_allowed_list:\t{allowed}\n"
+        )
         assert numa.numa_nodes() == nodes
-    numa.STATUS.write_text("Name:\tpython\n")
+    numa.PROCESS_STATUS.write_text("Name:\tpython\n")
     assert numa.numa_nodes() == [0, 2, 3, 4, 8, 9, 10, 11]
 
 
 def policies(tensor):
-    """Policies of the mappings of this process that overlap the tensor, by the kernel's account."""
+    """The memory policies, as the kernel reports them, of this process's mappings that overlap the tensor."""
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     starts = []
     with open("/proc/self/maps") as maps:

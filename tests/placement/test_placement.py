@@ -74,7 +74,7 @@ def test_gradients_stay_with_their_parameters():
     (True, "ktlib", "cpu"), (True, "eager", "sim"), (False, "ktlib", "sim"),
 ])  # fmt: skip
 def test_fine_tuning_pins_the_experts_where_there_is_a_gpu(cuda, experts, stays, monkeypatch):
-    """Those of the operator: stock experts follow the model, as without ktlib."""
+    """Experts of ktlib's implementation are pinned; stock experts move with the model, as without ktlib."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     model = sft.add_lora(sft.load_model("base", experts)[0], rank=2).to(SIM)
     assert devices(model, is_expert) == devices(model, is_expert_lora) == {stays}
@@ -82,7 +82,7 @@ def test_fine_tuning_pins_the_experts_where_there_is_a_gpu(cuda, experts, stays,
 
 
 def test_fine_tuning_with_the_rest_on_a_gpu(tmp_path, monkeypatch, one_thread):
-    """sft with a Trainer that takes the simulated device, from which nothing can be saved, for its own: same losses."""
+    """The losses of sft are the same if the Trainer's device is the simulated one, from which nothing can be saved."""
 
     class NothingSaved(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -277,7 +277,7 @@ def test_transfers_are_differentiable():
 
 @pytest.mark.parametrize("trained", [(), (0,), (1,), (0, 1)])
 def test_copies_of_frozen_tensors_are_frozen(trained):
-    """As the copies from CUDA are made, here on the CPU."""
+    """The function that copies from CUDA, called with CPU tensors."""
     tensors = [torch.randn(3).requires_grad_(i in trained) for i in range(2)] + [torch.arange(3)]
     copies = host_copies._ToHost.apply(*tensors)
     assert [copy.requires_grad for copy in copies] == [t.requires_grad for t in tensors]
@@ -292,7 +292,7 @@ def test_placement_table_adds_up():
     model = adapted()
     table = placement(model)
     assert sum(table.values()) == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert {device for part, device, _ in table if part.startswith("routed_experts")} == {"cpu"}
+    assert {device for label, device, _ in table if label.startswith("routed_experts")} == {"cpu"}
 
 
 def test_moves_from_cpu_to_cpu_copy_nothing():
