@@ -1,7 +1,7 @@
-"""How a file holds the LoRA factors of expert parameters: as PEFT does now, as it did before 0.19.1, or as Unsloth did.
+"""In which layout a file holds the LoRA factors of expert parameters: PEFT's present one, its former one or Unsloth's.
 
-A weight of E experts maps ``in`` features to ``out`` features. For an adapter of rank r of such a weight
-(``target_parameters``), these have been written:
+A stacked weight of E experts maps ``in`` features to ``out`` features. Adapters of rank r of such a weight
+(``target_parameters``) have been written in these layouts:
 
 =============================================  ==============================  ================================
 writer                                         lora_A (rows grouped by expert)  lora_B
@@ -11,9 +11,10 @@ PEFT before, weight stored as (E, out, in)     (E*r, out)                      (
 Unsloth before 2026.9.6, on either PEFT        as its PEFT                     as its PEFT, grouped by expert
 =============================================  ==============================  ================================
 
-In rank-major columns the expert varies fastest: column ``j * E + e`` is rank j of expert e. Grouped by expert it is
-column ``e * r + j``. The second layout is the transpose of the first, ``dW^T = A^T B^T``. Shapes tell the two apart
-unless in equals out; they never tell the order of columns. So the file's ``adapter_config.json`` decides, or the user.
+Rank j of expert e is column ``j * E + e`` of a rank-major lora_B, and column ``e * r + j`` of one grouped by expert.
+The second layout holds the transposed update of the first, ``dW^T = A^T B^T``. Shapes tell these two layouts apart
+unless ``in`` equals ``out``; they never tell the order of columns. Where shapes do not tell, the file's
+``adapter_config.json`` or the user does.
 """
 
 from typing import NamedTuple
@@ -28,41 +29,43 @@ CONVERTED = "ktlib.import_adapter rewrites routed experts as PEFT has them now"
 
 
 class Base(NamedTuple):
-    """What a base model says of its experts: ``{weight: (E, out, in)}``; whether weights are stored as (E, in, out);
-    whether experts were one module each, without 3-D parameters, before transformers 5."""
+    """What the layout of an adapter may depend on in its base model."""
 
-    shapes: dict
-    transposed: bool
-    were_modules: bool
+    shapes: dict  # {weight: (E, out, in)}
+    transposed: bool  # the weights are stored as (E, in, out)
+    were_modules: bool  # before transformers 5, each expert was a module and there were no 3-D parameters
 
 
 def check_options(lora_b_order, lora_a_features):
-    """ValueError if an option is neither None nor one of its two values."""
+    """ValueError if an option of :func:`ktlib.import_adapter` is neither None nor one of its two values."""
     for name, value, known in (("lora_b_order", lora_b_order, ORDERS), ("lora_a_features", lora_a_features, FEATURES)):
         if value is not None and value not in known:
             raise ValueError(f"{name}: got {value!r}, needs {' or '.join(map(repr, known))}, or None")
 
 
 def layouts_of(settings, shapes, where, base=None, lora_b_order=None, lora_a_features=None):
-    """``({weight: order of lora_B's columns}, features that lora_A has)`` of the expert parameters in a file.
+    """The layout of the expert parameters' factors in a file.
 
     Args:
-        settings: the dict of its ``adapter_config.json``.
+        settings: the dict of the file's ``adapter_config.json``.
         shapes: ``{weight: (shape of lora_A, shape of lora_B)}``.
         where: what errors call the file.
-        base: what is known of the model. Without it, a file whose shapes allow one layout only is taken for PEFT's
-            layout of now: if it is not, it cannot be loaded.
-        lora_b_order, lora_a_features: what the user says, see :func:`ktlib.import_adapter`.
+        base: the :class:`Base`, if the model is known. Without it, factors of a weight whose in and out differ are
+            taken for PEFT's present layout: PEFT refuses to load them if they are not.
+        lora_b_order, lora_a_features: the layout if the user knows it, see :func:`ktlib.import_adapter`.
+
+    Returns:
+        ``{weight: one of ORDERS}``, the order of lora_B's columns; and one of ``FEATURES``, those that lora_A has.
 
     Raises:
-        ValueError: nothing says which layout it is, or the user says something else than the file.
+        ValueError: neither file nor user says which layout it is, or they contradict each other.
     """
     orders = {weight: _order(settings, weight, where, lora_b_order) for weight in shapes}
     return orders, _features(settings, shapes, where, base, lora_a_features) if shapes else "in"
 
 
 def refuse_other_layouts(settings, shapes, where, base=None):
-    """The same, with a ValueError also if it is not PEFT's layout of now."""
+    """:func:`layouts_of`, with a ValueError also if the layout is not PEFT's present one."""
     orders, features = layouts_of(settings, shapes, where, base)
     if "grouped_by_expert" in orders.values():
         raise ValueError(f"lora_B in {where} is grouped by expert, as Unsloth wrote it before 2026.9.6; {CONVERTED}")
@@ -73,29 +76,28 @@ def refuse_other_layouts(settings, shapes, where, base=None):
 
 def expert_factors(tensors, settings):
     """``{weight: (shape of lora_A, shape of lora_B)}`` of the expert parameters in ``{name in a file: tensor}``."""
-    found = {}
+    shapes = {}
     for name, tensor in tensors.items():
         if (match := MATRIX.fullmatch(name)) and (weight := weight_of(match[1], settings)).endswith(tuple(FUSED)):
-            found.setdefault(weight, {})[match[2]] = tuple(tensor.shape)
-    return {weight: (of["A"], of["B"]) for weight, of in found.items() if len(of) == 2}
+            shapes.setdefault(weight, {})[match[2]] = tuple(tensor.shape)
+    return {weight: (pair["A"], pair["B"]) for weight, pair in shapes.items() if len(pair) == 2}
 
 
 def as_peft_has_it(a, b, experts, order, features):
-    """lora_A (E*r, in) and lora_B (out, r*E), rank-major, of a pair of :class:`Stored` in the layout given."""
+    """A pair of :class:`Stored` converted from the given layout to PEFT's: lora_A (E*r, in), lora_B (out, r*E)."""
     if order == "grouped_by_expert":
         grouped = b
         b = Stored(b.shape, b.dtype, lambda: _rank_major(grouped.load(), experts))
     if features == "in":
         return a, b
-    of_in, of_out = b, a
     return (
-        Stored(of_in.shape[::-1], of_in.dtype, lambda: stack_a(split_b(of_in.load(), experts).mT)),
-        Stored(of_out.shape[::-1], of_out.dtype, lambda: _rank_major(of_out.load().T, experts)),
+        Stored(b.shape[::-1], b.dtype, lambda: stack_a(split_b(b.load(), experts).mT)),
+        Stored(a.shape[::-1], a.dtype, lambda: _rank_major(a.load().T, experts)),
     )
 
 
 def _rank_major(b, experts):
-    """Columns rank-major of columns grouped by expert, which are the rows of a lora_A."""
+    """A lora_B with columns grouped by expert, which are ordered as the rows of a lora_A, with rank-major columns."""
     return stack_b(split_a(b.T, experts).mT)
 
 
@@ -103,8 +105,9 @@ def _rank_major(b, experts):
 
 
 def _order(settings, weight, where, given):
+    """The order of lora_B's columns; ``given`` is the user's."""
     if rank_and_alpha(settings, weight)[0] == 1:
-        return "rank_major"  # with one column for each expert there is one order
+        return "rank_major"  # the two orders are the same
     recorded = _recorded_order(settings, weight.rpartition(".")[2])
     if given and recorded and given != recorded:
         raise ValueError(f"lora_b_order: got {given!r}, but {where} says that {weight} is {recorded!r}")
@@ -120,9 +123,10 @@ def _order(settings, weight, where, given):
 
 
 def _recorded_order(settings, parameter):
-    """What Unsloth since 2026.9.6 records: for each parameter, and once for all if they agree; None where it does not.
+    """The order that Unsloth since 2026.9.6 records, by parameter and, if all agree, for the file; None if it does not.
 
-    PEFT drops unknown settings when it loads a file, so there is a copy in ``auto_mapping``, which it keeps.
+    PEFT drops settings that it does not know when it loads a file, but not ``auto_mapping``. So Unsloth records the
+    order there a second time.
     """
     for record in (settings, _mapping(settings)):
         parameters = _dict(_dict(record.get("unsloth_fused_expert_lora")).get("parameters"))
@@ -149,10 +153,11 @@ def _dict(value):
 
 
 def _features(settings, shapes, where, base, given):
+    """The features that lora_A has; ``given`` are the user's."""
     possible = set(FEATURES)
     for weight, (a, b) in shapes.items():
         fitting = _fitting(a, b, base and base.shapes[weight])
-        possible &= fitting or possible  # what fits neither has a wrong shape, which others report
+        possible &= fitting or possible  # shapes that fit neither are wrong, which is reported elsewhere
     if given and possible and given not in possible:
         raise ValueError(f"lora_a_features: got {given!r}, but in {where} lora_A has the {possible.pop()}_features")
     if given or len(possible) < 2:
@@ -170,20 +175,21 @@ def _features(settings, shapes, where, base, given):
 
 
 def _fitting(a, b, shape):
+    """Those of FEATURES that lora_A can have by its shape ``a``, lora_B's ``b`` and, if known, the weight's."""
     if len(a) != 2 or len(b) != 2:
         return set()
     if shape is None:
         return set(FEATURES) if a[1] == b[0] else {"in"}
-    _, out, inner = shape
-    wanted = {"in": (inner, out), "out": (out, inner)}
-    return {features for features in FEATURES if (a[1], b[0]) == wanted[features]}
+    _, out_features, in_features = shape
+    sizes = {"in": (in_features, out_features), "out": (out_features, in_features)}
+    return {features for features in FEATURES if (a[1], b[0]) == sizes[features]}
 
 
 def _features_by_version(settings, base):
-    """What lora_A has by the version of PEFT that wrote the file, or None if that does not decide it.
+    """The features that lora_A has by the version of PEFT that wrote the file, or None if the version does not tell.
 
-    Up to 0.18 lora_A has the second dimension of the parameter as it was stored. 0.19.0 and the versions in development
-    before 0.19.1 took sometimes one and sometimes the other. Unsloth has rules of its own for them.
+    Up to PEFT 0.18, lora_A has the size of the second dimension of the parameter as it was stored. PEFT 0.19.0 and the
+    development versions before 0.19.1 wrote sometimes one and sometimes the other. Unsloth had rules of its own.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -197,4 +203,5 @@ def _features_by_version(settings, base):
         return None
     if base.transposed:
         return "in"
-    return "out" if base.were_modules else None  # else transformers 4 may have stored the parameter the other way
+    # If transformers 4 had the parameter, it may have stored it transposed.
+    return "out" if base.were_modules else None

@@ -1,12 +1,13 @@
 """The seam into PEFT: LoRA on routed experts reaches the operator as factors.
 
 Stock PEFT adapts 3-D expert weights with ``LoraConfig(target_parameters=...)`` and its ``ParamWrapper``, which adds
-``scaling * B @ A`` to the whole stack of experts at every forward and takes a dense gradient of it in backward. The
-subclass here hands ``(A, B, scaling)`` to the experts function instead. Parameters, names, shapes and files are
-PEFT's own: adapters saved here load in stock PEFT without ktlib, and stock adapters load here.
+``scaling * B @ A`` to the whole stack of experts in every forward, and computes a dense gradient of the sum in
+backward. The subclass in this file passes ``(A, B, scaling)`` to the experts function instead. Parameters, names,
+shapes and files stay PEFT's: adapters saved with ktlib load in stock PEFT without ktlib, and the other way round.
 
-With factors there is a LoRA input to drop from, so ``lora_dropout`` works on experts too. Stock PEFT refuses a
-configuration that asks for it there, even to load the adapter: it is saved under a name of its own.
+The operator multiplies the input by A, so that ``lora_dropout`` can drop elements of that input. Stock PEFT has no
+such input and refuses configurations with dropout on expert parameters, even to load the adapter. Therefore files hold
+the dropout as ``ktlib_lora_dropout``.
 """
 
 import contextlib
@@ -44,9 +45,10 @@ _FACTORS_ARGUMENT = {"gate_up_proj": "gate_up_lora", "down_proj": "down_lora"}
 class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
     """LoRA on one parameter of an experts module (or on the weight of a Linear) without building ``W + BA``.
 
-    Whatever it cannot factor (experts that ktlib's operator does not serve, another experts implementation, merged or
-    disabled adapters) takes the stock path of its base class. That has no dropout: in training with it, it is refused;
-    in training without, a warning says once if the experts implementation alone is in the way.
+    The stock path, that of the base class, computes experts that ktlib's operator does not serve, experts with another
+    experts implementation, and merged or disabled adapters. The stock path has no dropout, so that training with
+    dropout is refused there. Training without dropout logs one warning if only the experts implementation keeps the
+    operator from computing the experts.
     """
 
     def __init__(self, base_layer, adapter_name, parameter_name, config, **kwargs):
@@ -58,7 +60,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         self._set_dropout(adapter_name, config)
 
     def _set_dropout(self, adapter_name, config):
-        """Where LoRA on a Linear has it, so that train() and eval() switch it."""
+        """Put the dropout where LoRA on a Linear has it, so that train() and eval() switch it on and off."""
         if config.lora_dropout:
             self.lora_dropout[adapter_name] = torch.nn.Dropout(config.lora_dropout)
 
@@ -87,7 +89,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
             return result.to(base.dtype)
         factors, dropout = self.factors(), self._expert_dropout()
         if factors is not None:
-            if kwargs.setdefault("lora_dropout", dropout) != dropout:  # the wrapper around this one has put it there
+            if kwargs.setdefault("lora_dropout", dropout) != dropout:  # the other weight's wrapper may have set it
                 raise ValueError(
                     f"lora_dropout: got {dropout} on {self.parameter_name} and {kwargs['lora_dropout']} on the other "
                     "weight of the same experts, needs one for both"
@@ -96,10 +98,10 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         return self.base_layer(x, *args, **kwargs)
 
     def factors(self):
-        """``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` of the active adapters, or None without any.
+        """``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` of the active adapters, or None if none is active.
 
-        Several adapters are one of the summed rank. Ranks and scalings are read from the tensors and settings of this
-        moment.
+        Several active adapters are returned as one whose rank r is the sum of their ranks. All is read anew in each
+        call, so that changed ranks and scalings take effect.
 
         Raises:
             ValueError: a factor's shape does not fit the parameter.
@@ -113,7 +115,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         return lora_layout.stack_a(torch.cat(lora_A, dim=1)), lora_layout.stack_b(torch.cat(lora_B, dim=2)), 1.0
 
     def _expert_dropout(self):
-        """The probability that training drops an element with; 0.0 in evaluation, and on the weight of a Linear."""
+        """The active adapters' dropout probability; 0.0 in evaluation mode."""
         active = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         layers = [self.lora_dropout[adapter] for adapter in active if self.lora_dropout[adapter].training]
         dropout = max([0.0, *(layer.p for layer in layers if isinstance(layer, torch.nn.Dropout))])
@@ -125,14 +127,15 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         return dropout
 
     def _active_factors(self):
+        """``{adapter: (lora_A, lora_B, scaling)}``, both matrices bf16 or both fp32, as the operator needs them."""
         factors = {}
         num_experts, out_features, in_features = self._parameter_shape()
         for adapter in self.active_adapters:
             if adapter not in self.lora_A:
                 continue
             lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            wanted = lora_layout.shapes(lora_A.shape[0] // num_experts, num_experts, out_features, in_features)
-            if (lora_A.shape, lora_B.shape) != wanted:
+            needed = lora_layout.shapes(lora_A.shape[0] // num_experts, num_experts, out_features, in_features)
+            if (lora_A.shape, lora_B.shape) != needed:
                 raise ValueError(
                     f"adapter {adapter!r} of {self.parameter_name}: got lora_A {tuple(lora_A.shape)} and lora_B "
                     f"{tuple(lora_B.shape)}, needed (E*r, {in_features}) and ({out_features}, r*E) with E={num_experts}"
@@ -143,14 +146,14 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
         return factors
 
     def _parameter_shape(self):
-        """``(experts, out, in)``, however the parameter is stored."""
+        """``(experts, out, in)`` of the parameter, whether it is stored transposed or not."""
         shape = self.get_param().shape
         if len(shape) < 3:
             return 1, *shape
         return (shape[0], shape[2], shape[1]) if self.get_base_layer().is_transposed else shape
 
     def _not_factored(self, x):
-        """Why the stock path has to be taken, in words; None if the factored one can."""
+        """Why the stock path must compute this call, in words; None if the operator can."""
         base = self.get_base_layer()
         if isinstance(base, torch.nn.Linear):
             return None
@@ -160,7 +163,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT compares the class name
 
 
 def _without_dropout(config):
-    """The same configuration as PEFT's own class for parameters accepts it."""
+    """A copy of the configuration without dropout, which PEFT's ``ParamWrapper`` refuses."""
     config = copy.copy(config)
     config.lora_dropout = 0.0
     return config
@@ -168,27 +171,25 @@ def _without_dropout(config):
 
 @dataclasses.dataclass
 class LoraConfigWithDropout(LoraConfig):
-    """A LoraConfig with ``lora_dropout`` on expert parameters too. Its file is one that stock PEFT loads."""
+    """A LoraConfig whose ``lora_dropout`` applies to expert parameters too. Stock PEFT can load the file it writes."""
 
     def to_dict(self):
         return super().to_dict() | {"lora_dropout": 0.0, SAVED_DROPOUT: self.lora_dropout}
 
 
 def load_lora_config(folder):
-    """The LoraConfig of the adapter in ``folder``, for going on with its training::
+    """The LoraConfig of the adapter in ``folder``, with which its training can be continued::
 
         config = ktlib.load_lora_config(folder)
         model = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
 
-    Stock PEFT reads the same file without the dropout of expert adapters, and says with a warning that it ignores
-    ``ktlib_lora_dropout``: for everything but further training that makes no difference. Expert adapters take the
-    factored path, as with :func:`lora_config`.
+    Expert adapters take the factored path, as with :func:`lora_config`. Stock PEFT can load the same folder: it warns
+    that it ignores ``ktlib_lora_dropout`` and trains expert adapters without dropout. Inference is the same.
 
     Raises:
-        FileNotFoundError: no ``adapter_config.json`` there.
-        ValueError: that file is damaged, or not the configuration of a LoRA adapter; the weights beside it are not, or
-            not certainly, in the layout that PEFT has now for expert parameters (see
-            :mod:`ktlib.integrations.factor_layouts`).
+        FileNotFoundError: ``folder`` has no ``adapter_config.json``.
+        ValueError: that file is damaged or does not configure a LoRA adapter; or the adapter's weights are not, or not
+            certainly, in PEFT's present layout of expert parameters (see :mod:`ktlib.integrations.factor_layouts`).
     """
     file = Path(folder) / CONFIG
     if not file.is_file():
@@ -214,7 +215,7 @@ def _can_factor(base_layer, parameter_name):
 
 
 def _wrap(target, adapter_name, config, parameter_name=None, **kwargs):
-    """PEFT asks this before its own dispatchers; None leaves the target to them."""
+    """The adapter layer for a target, or None for targets that PEFT wraps itself. PEFT calls this function first."""
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not _can_factor(base_layer, parameter_name):
         return None
@@ -225,11 +226,12 @@ def factor_adapters(model):
     """Switch adapters that stock PEFT put on expert parameters of ``model`` to the factored path, in place.
 
     For adapters loaded with ``PeftModel.from_pretrained`` or made from a plain LoraConfig. Values, names and training
-    state stay as they are. Returns the number of wrappers switched.
+    state stay unchanged. Returns the number of adapted parameters that were switched.
 
     Raises:
-        ValueError: what PEFT keeps of an adapter's file says that its tensors are not, or not certainly, in the layout
-            that PEFT has now for expert parameters (see :mod:`ktlib.integrations.factor_layouts`); nothing is switched.
+        ValueError: an adapter's tensors are not, or not certainly, in PEFT's present layout of expert parameters,
+            judged by the configuration that PEFT loaded (see :mod:`ktlib.integrations.factor_layouts`). No adapter is
+            switched then.
     """
     wrappers = {
         name: module
@@ -238,8 +240,9 @@ def factor_adapters(model):
     }
     for adapter, config in getattr(model, "peft_config", {}).items():
         shapes = {
-            f"{name}.{wrapper.parameter_name}": tuple(
-                of[adapter].weight.shape for of in (wrapper.lora_A, wrapper.lora_B)
+            f"{name}.{wrapper.parameter_name}": (
+                wrapper.lora_A[adapter].weight.shape,
+                wrapper.lora_B[adapter].weight.shape,
             )
             for name, wrapper in wrappers.items()
             if wrapper.num_experts > 1 and adapter in wrapper.lora_A
@@ -258,29 +261,30 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     Args:
         model: the transformers model to adapt (with or without adapters).
         r, lora_alpha: rank per expert and per linear layer, and alpha, as in LoraConfig.
-        target_modules: layers to adapt: names or ends of names, a regular expression for whole names, "all-linear"
+        target_modules: layers to adapt: names or ends of names, a regular expression for full names, "all-linear"
             (all linear layers of the language model but the output head and the routers), or [] for none. Default:
-            attention, shared experts and dense MLPs of the language model. Towers for images, video and audio are
-            left alone unless they are named: an end of a name that the language model has means its layers alone.
+            attention, shared experts and dense MLPs of the language model. An end of a name that occurs in the language
+            model means the layers there only; so towers for images, video and audio are adapted only by names that the
+            language model does not have.
         target_parameters: parameters to adapt: a list of names or ends of names. Default: the weights of all routed
             experts of the language model. [] for none.
-        **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for such models.
-            ``exclude_modules`` is for routed experts too, by the name of the module or of the parameter.
-            ``lora_dropout`` is for all adapters, those of routed experts included, which stock PEFT cannot do: the
+        **kwargs: any other argument of LoraConfig. ``task_type`` defaults to "CAUSAL_LM" for causal language models.
+            ``exclude_modules`` applies to routed experts too, by the name of the module or of the parameter.
+            ``lora_dropout`` applies to all adapters, also to those of routed experts, which stock PEFT cannot do: the
             saved configuration calls it ``ktlib_lora_dropout``, see :func:`load_lora_config`.
 
-    The targets come out spelled as PEFT needs them, as ends of names that nothing else in the model has. PEFT takes
-    ``gate_proj``, ``up_proj`` and ``down_proj`` in ``target_modules`` of most MoE models for names of the routed
-    experts, even for ``shared_experts.gate_proj``, and leaves the shared experts alone. Such layers are listed in
-    ``target_parameters`` by their weight, which stock PEFT adapts and stores the same way.
+    The returned targets are ends of names that nothing else in the model has. In most MoE models, PEFT takes
+    ``gate_proj``, ``up_proj`` and ``down_proj`` in ``target_modules`` for names of the routed experts, even in
+    ``shared_experts.gate_proj``, and does not adapt the shared experts. The weights of such layers are listed in
+    ``target_parameters`` instead, from which stock PEFT makes adapters with the same names and shapes in files.
 
     Warns:
         UserWarning: transformers' own implementation will compute the experts although ktlib's was asked for, and why.
 
     Raises:
-        TypeError, ValueError: an option that expert parameters cannot have, a lora_dropout that is no probability below
-            1, a lora_alpha that is no finite number, no routed experts or some that compute themselves, or a target
-            that is not in the model or that PEFT cannot adapt, with its type.
+        TypeError, ValueError: an option is not possible with expert parameters; lora_dropout is no probability below 1;
+            lora_alpha is no finite number; the model has no routed experts, or has experts outside transformers'
+            experts interface; or a target is not in the model, or of a type that PEFT cannot adapt.
     """
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha: got {lora_alpha!r}, needs a finite number")
@@ -290,18 +294,18 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     excluded = kwargs.get("exclude_modules")
     parameters = chosen_parameters(model, modules, language, target_parameters, excluded)
     _warn_of_unserved(modules, parameters)
-    chosen, names_of_experts = chosen_layers(model, modules, language, target_modules)
-    if target_parameters is None or target_parameters:  # which says it already
-        names_of_experts = []
+    chosen, expert_targets = chosen_layers(model, modules, language, target_modules)
+    if target_parameters is None or target_parameters:  # the experts are among the parameters already
+        expert_targets = []
     chosen = [name for name in chosen if not matches(name, excluded)]
     layer_names = unambiguous_ends(chosen, modules)
     taken = taken_by_peft(model, layer_names)
     by_parameter = [f"{end}.weight" for end in taken]
 
     if parameters or by_parameter:
-        _refuse_what_parameters_cannot_have(kwargs)
+        _refuse_options_not_for_parameters(kwargs)
         for pattern in ("rank_pattern", "alpha_pattern"):
-            # a pattern for one of these layers has to name its weight
+            # PEFT looks for patterns of these layers by the name of the weight.
             for key in list(kwargs.get(pattern) or {}):
                 if any(matches(name, rf"(.*\.)?({key})") for name in chosen if matches(name, taken)):
                     kwargs[pattern] = {**kwargs[pattern], rf"{key}\.weight": kwargs[pattern][key]}
@@ -312,7 +316,7 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
     config = (LoraConfigWithDropout if with_dropout else LoraConfig)(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=sorted(layer_names - taken) + names_of_experts,
+        target_modules=sorted(layer_names - taken) + expert_targets,
         target_parameters=[*parameters, *sorted(by_parameter)],
         **kwargs,
     )
@@ -321,26 +325,27 @@ def lora_config(model, r=8, lora_alpha=16, target_modules=None, target_parameter
 
 
 def _warn_of_unserved(modules, parameters):
-    """Say at once if transformers' own implementation will compute experts that are to have adapters, and why.
+    """Warn if transformers' own implementation will compute experts that are to have adapters, and say why.
 
-    Experts that are not on the CPU are passed over: they may be pinned there before they run.
+    Experts that are not on the CPU give no warning: they may be pinned to the CPU before they run.
     """
-    adapted = by_end(f"{name}.{own}" for name, m in modules.items() for own, _ in m.named_parameters(recurse=False))
-    owners = dict.fromkeys(name.rpartition(".")[0] for end in parameters for name in adapted[end])
+    matching = by_end(f"{name}.{leaf}" for name, m in modules.items() for leaf, _ in m.named_parameters(recurse=False))
+    owners = dict.fromkeys(name.rpartition(".")[0] for end in parameters for name in matching[end])
     reasons = set()
     for experts in (modules[name] for name in owners if is_experts(modules[name])):
         on_cpu = all(parameter.device.type == "cpu" for parameter in experts.parameters())
         if on_cpu and experts.config._experts_implementation == IMPLEMENTATION:
             reasons.add((type(experts).__name__, unserved(experts, torch.empty(0, dtype=torch.bfloat16))))
-    for kind, reason in sorted((kind, reason) for kind, reason in reasons if reason is not None):
+    for name, reason in sorted((name, reason) for name, reason in reasons if reason is not None):
         warnings.warn(
-            f"{kind}: transformers' own implementation will compute these experts, with adapters as a dense W + BA, "
+            f"{name}: transformers' own implementation will compute these experts, with adapters as a dense W + BA, "
             f"because {reason}",
             stacklevel=3,
         )
 
 
-def _refuse_what_parameters_cannot_have(kwargs):
+def _refuse_options_not_for_parameters(kwargs):
+    """ValueError for an option of LoraConfig that does not work on expert parameters."""
     reasons = {
         "use_dora": "PEFT has no DoRA for parameters",
         "lora_bias": "expert adapters have no bias",

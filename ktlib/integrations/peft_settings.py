@@ -1,4 +1,4 @@
-"""``adapter_config.json``: read and checked, and PEFT's rules for what it says of one weight."""
+"""Reads and checks ``adapter_config.json``, and applies PEFT's rules for one weight to it."""
 
 import re
 import sys
@@ -8,27 +8,27 @@ from ktlib.integrations.expert_names import FUSED
 from ktlib.names import PREFIX
 
 CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")  # in a file: the module that a matrix adapts, and which it is
-SAVED_DROPOUT = "ktlib_lora_dropout"  # what lora_dropout is called in an adapter_config.json of expert parameters
+MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")  # a LoRA matrix's name in a file: the adapted module, A or B
+SAVED_DROPOUT = "ktlib_lora_dropout"  # the name of lora_dropout in files of adapters with expert parameters
 
 
 def read_settings(file):
-    """The dict in an ``adapter_config.json``, ``{}`` if there is no such file.
+    """The dict in an ``adapter_config.json``; ``{}`` if there is no such file.
 
     Raises:
-        ValueError: not a JSON object, or a field is nothing LoRA can work with; the file and the field are named.
+        ValueError: the file holds no JSON object, or PEFT cannot use the value of a field.
     """
     settings = read_json(file)
-    if settings.get("peft_type", "LORA") == "LORA":  # other kinds mean other things by these names
+    if settings.get("peft_type", "LORA") == "LORA":  # other methods give other meanings to the same names
         check_settings(settings, file)
     return settings
 
 
 def check_settings(settings, where):
-    """ValueError that names ``where`` and the field, if PEFT's rules cannot be applied to what it holds."""
-    for name, (is_right, needed) in _NEEDED.items():
+    """ValueError if PEFT cannot use the value of a field; ``where`` is what the error calls the settings."""
+    for name, (is_valid, needed) in _NEEDED.items():
         value = settings.get(name)
-        if value is not None and not is_right(value):
+        if value is not None and not is_valid(value):
             raise ValueError(f"{where}: {name} is {value!r:.60}, needs {needed}")
 
 
@@ -55,8 +55,9 @@ def _is_target(value):
     return _is_names(value) or _is_expression(value)
 
 
-def _is_table(of):
-    return lambda value: isinstance(value, dict) and all(_is_expression(key) and of(value[key]) for key in value)
+def _is_table(is_valid):
+    """The check of a dict of regular expressions, whose values ``is_valid`` checks."""
+    return lambda value: isinstance(value, dict) and all(_is_expression(key) and is_valid(value[key]) for key in value)
 
 
 _NEEDED = {
@@ -71,14 +72,14 @@ _NEEDED = {
 }
 
 
-# ------------------------------------------------------------------------------------- what other layouts can have
+# --------------------------------------------------------------------------- settings that other layouts can express
 
 _CARRIED_OVER = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", SAVED_DROPOUT),
     *("target_modules", "target_parameters", "modules_to_save", "exclude_modules"),
 }
-# what was there when the file was written, and what PEFT looks at only beside another setting, which is refused
+# Settings that record how the file was written, and those that PEFT reads only beside a setting that is refused.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "peft_version", "runtime_config"),
     *("lora_B_layout", "unsloth_fused_expert_lora"),  # factor_layouts reads these, with auto_mapping and peft_version
@@ -87,9 +88,9 @@ _WITHOUT_EFFECT = {
 
 
 def refuse_unsupported(settings, where):
-    """ValueError that names the first setting that may change what the adapter means and is not carried over.
+    """ValueError for the first setting that may change what the adapter computes and that conversion would lose.
 
-    A field that is off or at LoraConfig's default is fine, also one that the installed PEFT does not know.
+    Settings that are off or have LoraConfig's default are accepted, even if the installed PEFT does not know them.
     """
     from peft import LoraConfig
 
@@ -98,7 +99,7 @@ def refuse_unsupported(settings, where):
         off = value is None or value is False or value == []
         if name in _CARRIED_OVER | _WITHOUT_EFFECT or off or value == defaults.get(name):
             continue
-        if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):  # others may change the base
+        if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):  # others change base weights
             continue
         raise ValueError(f"{where}: {name} is {value!r:.60}, which has no place in the layouts")
 
@@ -107,14 +108,17 @@ def refuse_unsupported(settings, where):
 
 
 def matches(name, targets):
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or ends of names."""
+    """Whether ``targets`` names a module or parameter, by PEFT's rule.
+
+    A string is a regular expression for the whole name; a list holds names or ends of names.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
 def by_end(names):
-    """``{end: [names]}``: what :func:`matches` finds for a list that holds one name or end, for all ends at once."""
+    """``{end: names that it matches}`` by the rule of :func:`matches` for lists, for every end of every name."""
     found = {}
     for name in names:
         for start in [0, *(dot.end() for dot in re.finditer(r"\.", name))]:
@@ -123,27 +127,29 @@ def by_end(names):
 
 
 def weight_of(module, settings):
-    """Name of the weight that ``lora_A`` and ``lora_B`` of a module adapt, the module named as in an adapter file."""
+    """The name of the weight that ``lora_A`` and ``lora_B`` of a module adapt; ``module`` as in an adapter file."""
     module = module.removeprefix(PREFIX)
     experts = module.removesuffix(".base_layer")
     if not f".{experts}".endswith(".experts"):
         return f"{module}.weight"
     weights = [f"{experts}.{leaf}" for leaf in FUSED]
     targeted = [weight for weight in weights if matches(weight, settings.get("target_parameters"))] or weights
-    return targeted[0 if experts != module else -1]  # PEFT nests one wrapper per weight, down_proj's outside
+    # PEFT puts one wrapper per weight around the experts; that of down_proj is the outer one, without ".base_layer".
+    return targeted[0 if experts != module else -1]
 
 
 def rank_and_alpha(settings, weight):
-    """What PEFT gives a weight: the first pattern that matches the end of its name, else r and lora_alpha (or None).
+    """``[rank, alpha]`` that PEFT gives a weight, each by the first pattern that matches the end of the weight's name.
 
-    A linear layer goes by its own name, unless its weight is a target parameter.
+    Without such a pattern they are ``r`` and ``lora_alpha``, or None where the settings lack these. Patterns match the
+    name of a linear layer without ``.weight``, unless its weight is one of ``target_parameters``.
     """
     name = weight if matches(weight, settings.get("target_parameters")) else weight.removesuffix(".weight")
     values = []
     for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         value, table = settings.get(default), settings.get(pattern)
         if table:
-            from peft.utils.other import get_pattern_key  # seconds, which an audit of most files saves
+            from peft.utils.other import get_pattern_key  # here, because it takes seconds to import
 
             value = table.get(get_pattern_key(table, name), value)
         values.append(value)

@@ -1,13 +1,13 @@
 """The seam into transformers: ``experts_implementation="ktlib"``.
 
-transformers 5 keeps the routed experts of a layer as two 3-D parameters and dispatches their forward through
-``transformers.integrations.moe.ExpertsInterface``. Registering one function there is the whole integration: no module
-is replaced, wrapped or emptied, and the same function serves every model family whose experts hold
+transformers 5 stores the routed experts of a layer as two 3-D parameters and dispatches their forward through
+``transformers.integrations.moe.ExpertsInterface``. The integration is one function registered in that interface; no
+module is replaced or wrapped. The function serves every model family whose experts have
 
     gate_up_proj (E, 2I, H) and down_proj (E, H, I) in bf16, or both transposed; biases or none;
-    gates and ups one after the other or alternating; a gate that the operator has (found by its values)
+    gate rows before up rows, or alternating with them; a gate that the operator has (found by its values)
 
-Anything else runs a stock implementation, and one line of the log says so per model and reason.
+A stock implementation computes all other experts, and logs one line per model and reason.
 """
 
 import functools
@@ -43,16 +43,16 @@ def experts_forward(
         hidden_states: (tokens, hidden), bf16 or fp32.
         top_k_index: (tokens, k), integers.
         top_k_weights: (tokens, k), floating point.
-        gate_up_lora, down_lora: ``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` in PEFT's layout, or None. They
-            come as keyword arguments from :class:`ktlib.integrations.peft_lora.ParamWrapper`, so nothing is left behind
-            on a module.
-        lora_dropout: on the inputs of both, as in :func:`ktlib.moe_experts`.
+        gate_up_lora, down_lora: ``(lora_A (E*r, in), lora_B (out, r*E), scaling)`` in PEFT's layout, or None.
+            :class:`ktlib.integrations.peft_lora.ParamWrapper` passes them as keyword arguments, so that modules hold no
+            state of a call.
+        lora_dropout: the dropout probability on the inputs of both LoRA pairs, as in :func:`ktlib.moe_experts`.
 
     Returns:
         (tokens, hidden) in hidden_states' dtype and on its device.
 
     Raises:
-        RuntimeError: LoRA factors came with experts that the operator does not serve (they are never dropped).
+        RuntimeError: LoRA factors are given, which must not be ignored, and the operator does not serve the experts.
     """
     reason = unserved(self, hidden_states)
     if reason is not None:
@@ -91,14 +91,14 @@ def layout(experts):
 
 
 def unsupported(experts):
-    """Why the operator cannot compute experts of this class and config, whatever their weights, in words; or None."""
+    """Why the operator can never compute experts of this class and config, in words; None if it can."""
     if (reason := other_form(experts)) is not None:
         return reason
     return f"its gate is none of {', '.join(gates.GATES)}" if gate_of(experts) is None else None
 
 
 def other_form(experts):
-    """Why experts are of no form that the operator has, whatever their gate and weights, in words; or None."""
+    """Why the operator does not have the structure of these experts, in words; None if only gate or weights matter."""
     if not experts.has_gate:
         return "its experts have no gate"
     if getattr(experts, "has_post_expert_norm", False):
@@ -136,19 +136,19 @@ def unserved(experts, hidden_states):
 
 
 def _stored(experts, name):
-    """A weight as it is stored: an attribute access computes W + BA while stock PEFT parametrizes it."""
+    """The stored weight. While stock PEFT parametrizes a weight, its attribute is W + BA, computed at each access."""
     parametrized = getattr(experts, "parametrizations", {})
     return parametrized[name].original if name in parametrized else getattr(experts, name)
 
 
-def _own_class(experts):
-    """The class of an experts module. torch makes a new subclass of it whenever it parametrizes the module."""
+def _unparametrized_class(experts):
+    """The class of an experts module, without the subclass that torch makes each time it parametrizes the module."""
     return type(experts).__base__ if hasattr(experts, "parametrizations") else type(experts)
 
 
 def stock_forward(experts):
     """``("grouped_mm" | "eager", function)``: the fastest stock implementation that can run these experts."""
-    # torch.nn.functional.grouped_mm wants rows of a multiple of 16 bytes, forward and backward.
+    # torch.nn.functional.grouped_mm needs rows of a multiple of 16 bytes, in forward and in backward.
     weights = [w for w in experts.parameters() if w.dim() == 3]
     if all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:]):
         return "grouped_mm", sys.modules[_INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
@@ -156,21 +156,20 @@ def stock_forward(experts):
 
 
 def gate_of(experts):
-    """What ``experts._apply_gate`` computes, found by calling it: keyword arguments of the operator, None if it has no
-    such gate.
+    """The gate of experts as keyword arguments of the operator, found by calling ``experts._apply_gate``.
 
-    The answer is kept per gate function, activation and their plain settings, so that replacing the activation of a
-    model is noticed at its next forward.
+    None if the operator has no such gate. The result is cached by gate function, activation and their plain settings,
+    so that a replaced activation is noticed in the next forward.
     """
-    found = _known_gate(experts)
-    return None if found is None else dict(zip(("gate", "limit", "alpha"), found, strict=True))
+    gate = _known_gate(experts)
+    return None if gate is None else dict(zip(("gate", "limit", "alpha"), gate, strict=True))
 
 
 def _known_gate(experts):
     key = _gate_key(experts)
     if key not in _gates:
-        # The first call may come under torch.export, FakeTensorMode, torch.jit.trace, vmap or autocast. Each holds for
-        # the thread that entered it, so that in another thread the probe computes with real tensors, and is not traced.
+        # The first call may happen under torch.export, FakeTensorMode, torch.jit.trace, vmap or autocast. These apply
+        # only to the thread that entered them, so the probe runs in another thread: with real tensors, and untraced.
         with ThreadPoolExecutor(1) as thread:
             _gates[key] = thread.submit(_probe_gate, experts).result()
     return _gates[key]
@@ -181,11 +180,12 @@ _gates = {}
 
 @functools.cache
 def _keep_out_of_graphs():
-    """In a compiled model the gate is a constant that its graph is made for (a tuple, because a dict cannot be one).
-    What is logged is logged while the graph is made.
+    """Tell torch.compile not to trace the functions that find the gate and that log.
 
-    Before 2.13 torch could not take a module's answer as constant; there the graph ends before the question and another
-    begins after it. Either imports torch's compiler, which transformers does too, but ``import ktlib`` should not.
+    From torch 2.13 on, a compiled graph contains the gate as a constant (a tuple, since a dict cannot be one), and
+    messages are logged while the graph is compiled. Older versions of torch cannot take the result of a function of a
+    module as a constant; they split the graph at each of these functions. Both decorators import torch's compiler,
+    which transformers imports too, but ``import ktlib`` should not.
     """
     global _known_gate, _log_once
     new_torch = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -198,7 +198,7 @@ def _activations(experts):
 
 
 def _gate_key(experts):
-    """What the gate can depend on: functions and plain settings of the experts module and of its activation."""
+    """All that the gate can depend on: functions and plain settings of the experts module and of its activation."""
     children = _activations(experts)
     settings = [
         (name, value)
@@ -206,25 +206,27 @@ def _gate_key(experts):
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) or (callable(value) and not name.endswith("forward"))
     ]
-    return _own_class(experts), type(experts)._apply_gate, *map(type, children), *settings
+    return _unparametrized_class(experts), type(experts)._apply_gate, *map(type, children), *settings
 
 
 @torch.no_grad()
 def _probe_gate(experts):
-    """``(gate, limit, alpha)`` or None. Numbers that the module itself holds, such as its ``limit``, are tried as limit
-    and alpha: they are exact. A gate with tensors of its own is None, whatever they hold now: they may be trained.
+    """``(gate, limit, alpha)`` of the operator that compute the same as the module's gate; None if there are none.
+
+    As limit and alpha, the numbers among the module's attributes, such as its ``limit``, are tried: these are exact. An
+    activation with tensors gives None whatever their values are, since they may be trained.
     """
     if any(child.state_dict() for child in _activations(experts)):
         return None
     values = torch.linspace(-20, 20, 401, device="cpu", dtype=torch.float64)
-    powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # beyond every limit
+    powers = 2.0 ** torch.arange(21, device="cpu", dtype=torch.float64)  # larger than every limit
     values = torch.cat([values, powers, -powers])
     gate, up = values.repeat(3), torch.cat([values.roll(1), values.flip(0), values])
     width = _stored(experts, "down_proj").shape[1 if experts.is_transposed else 2]
     rows = torch.arange(-(-gate.numel() // width) * width, device="cpu").reshape(-1, width) % gate.numel()
     gate, up = gate[rows], up[rows]
-    alternate = layout(experts)["interleaved"]
-    got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if alternate else torch.cat([gate, up], -1))
+    interleaved = layout(experts)["interleaved"]
+    got = experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2) if interleaved else torch.cat([gate, up], -1))
     numbers = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf}
     for name in gates.GATES:
         for limit in (None, *numbers):
@@ -236,12 +238,12 @@ def _probe_gate(experts):
 
 
 def warn_once(experts, message):
-    """Log a warning about an experts module, once for all such modules of a model.
+    """Log a warning about an experts module, once for all modules of its class in a model.
 
-    It goes to the logger "ktlib", by default as one line on stderr. Python's ``warnings`` would show it once per
-    process, however many models follow, and not where a script ignores warnings.
+    The logger is "ktlib", which by default prints one line to stderr. Python's ``warnings`` would show the message once
+    per process, however many models there are, and not at all in scripts that ignore warnings.
     """
-    _log_once(experts.config, f"{_own_class(experts).__name__}: {message}")
+    _log_once(experts.config, f"{_unparametrized_class(experts).__name__}: {message}")
 
 
 def _log_once(config, message):
@@ -250,11 +252,14 @@ def _log_once(config, message):
         logging.getLogger("ktlib").warning("ktlib: %s", message)
 
 
-_logged = weakref.WeakValueDictionary()  # an entry goes with the model's config, after which another may have its id
+_logged = weakref.WeakValueDictionary()  # an entry is deleted with the config, whose id may then be another's
 
 
 class _RegisterOnImport:
-    """Registers when transformers imports its experts interface, which costs 1.5 s that ``import ktlib`` saves."""
+    """Registers the function when transformers imports its experts interface, so that ``import ktlib`` need not.
+
+    That import takes 1.5 s.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != _INTERFACE:
