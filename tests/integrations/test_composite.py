@@ -25,7 +25,7 @@ from ktlib.training import sft
 
 ADAPTER_FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLASSES = {
-    one.__name__: one for family in sorted({family for family, _ in discover()}) for one in model_classes(family)
+    cls.__name__: cls for family in sorted({family for family, _ in discover()}) for cls in model_classes(family)
 }
 # Not classes of a language model that predicts the next token.
 OTHER_KINDS = ("DiffusionGemmaForBlockDiffusion", "OpenAIPrivacyFilterForTokenClassification")
@@ -41,7 +41,7 @@ MULTIMODAL = [name for name in LANGUAGE_MODELS if hasattr(CLASSES[name].config_c
 
 
 def config_of(name, **changes):
-    """A tiny config that names its class, as a published one does."""
+    """A tiny config that names its model class, as the config of a published checkpoint does."""
     config = tiny_config(CLASSES[name].config_class)
     config.architectures = [name]
     for key, value in changes.items():
@@ -80,7 +80,7 @@ def loaded(model, folder):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(model, folder)
-    return model, [str(one.message) for one in caught if "adapter keys" in str(one.message)]
+    return model, [str(warning.message) for warning in caught if "adapter keys" in str(warning.message)]
 
 
 # ------------------------------------------------------------------------------------------------- the class
@@ -226,19 +226,21 @@ def test_an_audit_knows_the_names_of_a_composite_base(name, tmp_path):
 )
 def test_an_adapter_of_the_text_class_is_imported_for_the_published_one(text, published, tmp_path):
     whole = random_model(published)
-    part = CLASSES[text]._from_config(copy.deepcopy(whole.config.get_text_config()), dtype=torch.float32)
-    part.set_experts_implementation("eager")
+    text_model = CLASSES[text]._from_config(copy.deepcopy(whole.config.get_text_config()), dtype=torch.float32)
+    text_model.set_experts_implementation("eager")
     state = whole.model.language_model.state_dict() | {"lm_head.weight": whole.lm_head.weight}
-    part.load_state_dict({key if key.startswith("lm_head") else f"model.{key}": value for key, value in state.items()})
+    text_model.load_state_dict(
+        {key if key.startswith("lm_head") else f"model.{key}": value for key, value in state.items()}
+    )
     options = {"rank_pattern": {r"model\.layers\.0\.self_attn\.o_proj": 3}, "alpha_pattern": {"down_proj": 5}}
-    part = random_adapter(get_peft_model(part, lora_config(part, r=2, lora_alpha=3, **options)))
-    part.save_pretrained(tmp_path / "text")
+    text_model = random_adapter(get_peft_model(text_model, lora_config(text_model, r=2, lora_alpha=3, **options)))
+    text_model.save_pretrained(tmp_path / "text")
     ktlib.import_adapter(tmp_path / "text", tmp_path / "published", config_of(published))
     plain = logits(whole)
     model, missing = loaded(whole, tmp_path / "published")
     assert missing == []
-    assert relative_error(logits(model), logits(part)) < 1e-5 < relative_error(plain, logits(part))
-    ktlib.import_adapter(tmp_path / "published", tmp_path / "back", part.get_base_model())
+    assert relative_error(logits(model), logits(text_model)) < 1e-5 < relative_error(plain, logits(text_model))
+    ktlib.import_adapter(tmp_path / "published", tmp_path / "back", text_model.get_base_model())
     first, second = load_file(tmp_path / "text" / ADAPTER_FILE), load_file(tmp_path / "back" / ADAPTER_FILE)
     assert first.keys() == second.keys()
 

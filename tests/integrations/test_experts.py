@@ -173,7 +173,7 @@ def test_a_method_gate_is_noticed(calls, logged):
     ],
 )
 def test_unserved_experts_run_stock_with_one_line_in_the_log(build, reason, calls, logged):
-    """One for all layers, and for every model one of its own."""
+    """One warning for all layers of a model, and one for each model."""
     for number in (1, 2):
         ours, stock = build("ktlib"), build("eager")
         logits = ours(tokens()).logits

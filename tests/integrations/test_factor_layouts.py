@@ -30,17 +30,17 @@ class Written:
 
     Args:
         folder: where to write it.
-        of: how the program multiplies, with W the parameter as it is stored, (E, m, n):
+        writer: how the program multiplies, where W (E, m, n) is the parameter as it is stored:
             "before 0.19.1": PEFT's ``einsum("o r e, e r i -> e i o", B (n, r, E), A (E, r, m))``;
-            "now": the same, with the features of W that the experts put in and out, whatever the order it is stored in;
-            "unsloth": the latter with B read as (out, E, r).
+            "now": the same product, with the in_features of W for m and the out_features for n;
+            "unsloth": as "now", but with B read as (out, E, r).
         settings: fields of adapter_config.json.
     """
 
     def __init__(
-        self, folder, of, parameters=("gate_up_proj",), family="qwen3_moe", size=SQUARE, rank=RANK, **settings
+        self, folder, writer, parameters=("gate_up_proj",), family="qwen3_moe", size=SQUARE, rank=RANK, **settings
     ):
-        self.folder, self.of, self.family, self.rank = folder, of, family, rank
+        self.folder, self.writer, self.family, self.rank = folder, writer, family, rank
         self.changes = {"moe_intermediate_size": size, "intermediate_size": size}
         self.config, model = tiny_config(family, **self.changes), self.model()
         tensors, generator = {}, torch.Generator().manual_seed(5)
@@ -48,10 +48,10 @@ class Written:
             module, _, leaf = name.rpartition(".")
             if leaf in parameters:
                 wrapper = module + ".base_layer" * (leaf == "gate_up_proj" and len(parameters) == 2)
-                of_a, of_b = self.sides(leaf, parameter.shape)
+                a_features, b_features = self.sides(leaf, parameter.shape)
                 experts = parameter.shape[0]
-                a = 0.3 * torch.randn(experts * rank, of_a, generator=generator)
-                b = 0.3 * torch.randn(of_b, rank * experts, generator=generator)
+                a = 0.3 * torch.randn(experts * rank, a_features, generator=generator)
+                b = 0.3 * torch.randn(b_features, rank * experts, generator=generator)
                 tensors |= {f"base_model.model.{wrapper}.lora_{letter}.weight": x for letter, x in (("A", a), ("B", b))}
                 parameter.data += (ALPHA / rank) * self.delta(leaf, parameter.shape, a, b)
         folder.mkdir()
@@ -71,21 +71,21 @@ class Written:
         return self.family == "gpt_oss"
 
     def sides(self, leaf, shape):
-        in_out = self.of == "before 0.19.1" or self.is_stored_in_out()
+        in_out = self.writer == "before 0.19.1" or self.is_stored_in_out()
         return (shape[1], shape[2]) if in_out else (shape[2], shape[1])
 
     def delta(self, leaf, shape, a, b):
         experts = shape[0]
         a = a.reshape(experts, -1, a.shape[1])
-        if self.of == "unsloth":
+        if self.writer == "unsloth":
             b = b.reshape(b.shape[0], experts, -1).transpose(1, 2)
         else:
             b = b.reshape(b.shape[0], -1, experts)
-        to = "e i o" if self.of == "before 0.19.1" or self.is_stored_in_out() else "e o i"
+        to = "e i o" if self.writer == "before 0.19.1" or self.is_stored_in_out() else "e o i"
         return torch.einsum(f"o r e, e r i -> {to}", b, a)
 
     def error(self, folder):
-        """Of the logits of stock PEFT with the adapter in ``folder``."""
+        """The error of stock PEFT's logits with the adapter in ``folder``."""
         with torch.no_grad():
             return relative_error(PeftModel.from_pretrained(self.model(), folder)(tokens()).logits, self.logits)
 
@@ -94,7 +94,7 @@ class Written:
         return self.error(import_adapter(self.folder, out, self.config, **options))
 
     def every_refusal(self):
-        """The sentences with which it is refused, or in an audit reported: nothing takes it for what it is not."""
+        """The error messages of everything that reads the adapter, and the problems that audits report."""
         sentences = []
         for call in (
             lambda: import_adapter(self.folder, self.folder.with_name("refused"), self.config),

@@ -1,6 +1,6 @@
 """Every model family of the installed transformers that has routed experts: the operator against stock eager experts.
 
-Families are found in transformers' sources, so one that a new release adds is tested, and named, by itself.
+Families are found in transformers' sources, so that a family of a new release is tested without a change here.
 """
 
 import pytest
@@ -56,7 +56,7 @@ def test_the_scan_finds_what_it_should():
 
 @pytest.mark.parametrize("family, name", SERVED, ids="/".join)
 def test_outputs_and_all_gradients(family, name, logged):
-    """Of the hidden states, the routing weights, and every weight and bias of the experts."""
+    """Gradients of the hidden states, the routing weights, and every weight and bias of the experts."""
     results = []
     for implementation, dtype in (("ktlib", torch.bfloat16), ("eager", torch.float32)):
         module = tiny_experts(family, name, implementation, dtype)

@@ -21,11 +21,11 @@ OPTIONS = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora
 
 @pytest.fixture(autouse=True)
 def fallbacks(logged):
-    """What this test expects ktlib to log, in order, by a part of each line: nothing, unless the test adds to it."""
+    """The lines that ktlib must log in the test, by a substring of each: none, unless the test appends to the list."""
     expected = []
     yield expected
     lines = logged()
-    assert len(lines) == len(expected) and all(part in line for part, line in zip(expected, lines, strict=True)), lines
+    assert len(lines) == len(expected) and all(text in line for text, line in zip(expected, lines, strict=True)), lines
 
 
 def stock_twin(config):
@@ -46,7 +46,7 @@ def assert_close(ours, stock, bound=FORWARD_BOUND, **kwargs):
 
 
 def gradients(model, ids=None, **kwargs):
-    """Gradients by name of one step on the given tokens, cleared before."""
+    """``{name: gradient}`` of one step on the given tokens."""
     ids = tokens() if ids is None else ids
     model.zero_grad()
     model(ids, labels=ids, **kwargs).loss.backward()
@@ -164,7 +164,7 @@ def test_subsets_and_patterns_by_layer(options, ranks):
 
 
 def test_adapters_matter():
-    """The bounds above are far below what a lost adapter, a transposed one or a wrong scaling would do."""
+    """The bounds above are far below the error of a lost or transposed adapter or of a wrong scaling."""
     ours, _ = pair()
     logits = ours(tokens()).logits
     module = ours.base_model.model.model.layers[1].mlp.experts
@@ -190,7 +190,7 @@ def test_factors_of_wrong_shape_are_errors(matrix, shape):
 
 
 def assert_as_good_as_stock(ours, stock, reference, run):
-    """Errors against the fp32 reference no larger than those of stock PEFT at the same precision (and 25 %)."""
+    """Errors against the fp32 reference are at most 25 % larger than those of stock PEFT at the same precision."""
     got, peer, wanted = run(ours), run(stock), run(reference)
     assert got.keys() == peer.keys() == wanted.keys()
     for name in wanted:
@@ -237,7 +237,7 @@ def test_upcast_at_any_time_changes_nothing():
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)], ids=str)
 def test_matrices_of_other_dtypes_count_as_fp32(dtypes):
-    """The operator takes two of bf16 or two of fp32; PEFT does not care."""
+    """The operator needs A and B both in bf16 or both in fp32; PEFT allows any dtypes."""
     ours, _ = pair()
     wanted = ours(tokens()).logits
     for module in ours.modules():
@@ -304,7 +304,7 @@ def test_other_forwards_between_forward_and_backward():
 
 
 def test_models_in_threads_do_not_meet():
-    """Factors travel in the call: a thread cannot see, or lose, those of another."""
+    """Factors are arguments of the call, so that a thread can neither see nor lose those of another thread."""
     model, _ = pair()
     inputs = [tokens(seed=seed) for seed in range(8)]
     with torch.no_grad():
@@ -466,8 +466,8 @@ def test_unserved_experts_keep_their_adapters(fallbacks):
     assert all(relative_error(got[name], wanted[name]) < 1e-4 for name in wanted)
 
 
-def test_what_is_said_of_adapters_on_a_gate_that_is_not_served_is_the_gate(fallbacks):
-    """And the gate is looked up, not found out, in every forward after the first."""
+def test_adapters_on_a_gate_that_is_not_served_log_the_gate_as_the_reason(fallbacks):
+    """After the first forward, gates are looked up in the cache."""
     model = tiny_model("qwen3_moe", "ktlib")
     for layer in model.model.layers:
         del layer.mlp.experts.act_fn

@@ -73,19 +73,19 @@ def test_logits_and_every_gradient_agree_with_the_reference(family, monkeypatch)
     assert relative_error(logits(model.eval(), ids), wanted_logits) > 4 * FORWARD_BOUND, "there was no dropout"
 
 
-class Given(torch.nn.Module):
-    """In the place of PEFT's dropout: keeps what it is told to keep."""
+class DropoutWithMask(torch.nn.Module):
+    """Replaces PEFT's dropout: its mask is given, not drawn."""
 
-    def __init__(self, kept):
+    def __init__(self, mask):
         super().__init__()
-        self.kept = kept
+        self.mask = mask
 
     def forward(self, x):
-        return x * self.kept / (1 - P)
+        return x * self.mask / (1 - P)
 
 
 def test_the_reference_is_stock_lora_with_these_masks():
-    """One module per expert, as before experts were fused: stock PEFT on nn.Linear, with its draws replaced."""
+    """Stock PEFT on one nn.Linear per expert and projection, with masks of the reference in its dropout."""
     num_experts, hidden, intermediate, rank, top_k = 3, 10, 8, 2, 2
     layer = in_float64(
         random_layer("trained", tokens=7, experts=num_experts, top_k=top_k, hidden=hidden, intermediate=intermediate,
@@ -112,8 +112,8 @@ def test_the_reference_is_stock_lora_with_these_masks():
                 (("gate_up", gate_up_proj, gate_up_lora), ("down", down_proj, down_lora))
             ):
                 linear = linears.model[f"{name}_{e}"]
-                kept = reference.keep_mask(11, P, projection, token * top_k + slot, sizes[name][0])
-                linear.lora_dropout["default"] = Given(kept)
+                mask = reference.keep_mask(11, P, projection, token * top_k + slot, sizes[name][0])
+                linear.lora_dropout["default"] = DropoutWithMask(mask)
                 tensors = {
                     "base_layer.weight": weight[e],
                     "lora_A.default.weight": lora_A.reshape(num_experts, rank, -1)[e],
@@ -130,7 +130,7 @@ def test_the_reference_is_stock_lora_with_these_masks():
 
 
 def test_shared_experts_by_their_weight_drop_as_a_linear_does():
-    """PEFT takes them for parameters; with factors they are linear layers like any other."""
+    """PEFT adapts them as parameters, without dropout; the factored path computes them as linear layers."""
     model = adapted()
     wrapper = model.base_model.model.model.layers[1].mlp.shared_experts.gate_proj
     x, (lora_A, lora_B, scaling) = torch.randn(5, 64), wrapper.factors()

@@ -1,4 +1,4 @@
-"""What ktlib/integrations/README.md says of stock code. Where a test fails, a sentence there is out of date."""
+"""The statements of ktlib/integrations/README.md about stock code: if a test fails, one of them is out of date."""
 
 import json
 

@@ -38,11 +38,11 @@ def preferences():
     return datasets.Dataset.from_list(
         [
             {
-                "prompt": message("user", one["prompt"]),
-                "chosen": message("assistant", one["response"]),
+                "prompt": message("user", row["prompt"]),
+                "chosen": message("assistant", row["response"]),
                 "rejected": message("assistant", other["response"]),
             }
-            for one, other in zip(ROWS, ROWS[1:] + ROWS[:1], strict=True)
+            for row, other in zip(ROWS, ROWS[1:] + ROWS[:1], strict=True)
         ]
     )
 
