@@ -19,7 +19,10 @@ def main(argv=None):
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"ktlib {arguments.command}: {error}", file=sys.stderr)
+        # Python's own text of a file that cannot be opened begins with its number: "[Errno 2] ..."
+        from_system = isinstance(error, OSError) and error.filename is not None and error.strerror
+        message = f"{error.filename}: {error.strerror.lower()}" if from_system else error
+        print(f"ktlib {arguments.command}: {message}", file=sys.stderr)
         return 2
 
 

@@ -150,6 +150,15 @@ def test_sft_refuses_wrong_pairs_with_2(sft, capsys, pair):
     assert pair.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", (["sft", "{}"], ["sweep", "{}"], ["sft", "--repeat", "{}"], ["audit", "{}"]), ids=" ".join
+)
+def test_a_file_that_is_missing_is_named_first(arguments, tmp_path, capsys):
+    path = tmp_path / "nowhere"
+    assert cli.main([argument.format(path) for argument in arguments]) == 2
+    assert capsys.readouterr().err == f"ktlib {arguments[0]}: {path}: no such file or directory\n"
+
+
 def test_sft_outside_a_clone(tmp_path, capsys):
     assert cli.main(["sft", "--notebook", str(tmp_path / "none.ipynb")]) == 2
     assert "none.ipynb not found" in capsys.readouterr().err
