@@ -19,7 +19,10 @@ def main(argv=None):
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"ktlib {arguments.command}: {error}", file=sys.stderr)
+        # Python's own text of a file that cannot be opened begins with its number: "[Errno 2] ..."
+        from_system = isinstance(error, OSError) and error.filename is not None and error.strerror
+        message = f"{error.filename}: {error.strerror.lower()}" if from_system else error
+        print(f"ktlib {arguments.command}: {message}", file=sys.stderr)
         return 2
 
 
@@ -41,21 +44,23 @@ def parser():
     top = argparse.ArgumentParser(prog="ktlib", description="Fine-tune MoE models with the routed experts on the CPU.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("info", help="what this processor offers and which kernels run on it")
-    command.set_defaults(run=info)
+    def add(name, run, help_text, **options):
+        command = commands.add_parser(name, help=help_text, description=f"{help_text}.", **options)
+        command.set_defaults(run=run)
+        return command
 
-    command = commands.add_parser(
-        "audit", help="what is in an adapter and what is wrong with it; exit code 1 on a problem"
-    )
+    add("info", info, "what this processor offers and which kernels run on it")
+
+    command = add("audit", audit, "what is in an adapter and what is wrong with it; exit code 1 on a problem")
     command.add_argument("adapter", type=Path, help="folder of a saved adapter, or a safetensors file")
     command.add_argument("--base", type=Path, help="folder of the base model: compare names and shapes with it")
     command.add_argument("--trained", action="store_true", help="it was trained: every B must have been updated")
     command.add_argument("--figure", type=Path, help="write the map of findings by layer and component to this file")
-    command.set_defaults(run=audit)
 
-    command = commands.add_parser(
+    command = add(
         "sft",
-        help="run the SFT notebook and write the executed notebook and a report",
+        sft,
+        "run the SFT notebook and write the executed notebook and a report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_parameters_of_a_run(),
     )
@@ -69,18 +74,14 @@ def parser():
     )
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
     command.add_argument("--notebook", type=Path, default=notebooks.SFT, help=argparse.SUPPRESS)
-    command.set_defaults(run=sft)
 
-    command = commands.add_parser("sweep", help="run a notebook over a grid of parameters, going on where it stopped")
+    command = add("sweep", sweep, "run a notebook over a grid of parameters, going on where it stopped")
     command.add_argument("grid", type=Path, help="YAML file with notebook, fixed and grid")
     command.add_argument("--name", help="name of the sweep, default: the file's name")
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
     command.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
-    command.set_defaults(run=sweep)
 
-    command = commands.add_parser(
-        "adapter", help="convert an adapter between PEFT's, per-expert and KTransformers' files"
-    )
+    command = add("adapter", adapter, "convert an adapter between PEFT's, per-expert and KTransformers' files")
     command.add_argument("source", type=Path, help="folder of the adapter")
     command.add_argument("out", type=Path, help="folder to make")
     command.add_argument("--base", type=Path, required=True, help="folder of the base model (its config is enough)")
@@ -98,12 +99,10 @@ def parser():
         help="with --to peft: features of lora_A where shapes and PEFT's version do not tell, as before PEFT 0.19.1",
     )
     command.add_argument("--allow-nonfinite", action="store_true", help="carry NaN and Inf over, default: refuse")
-    command.set_defaults(run=adapter)
 
-    command = commands.add_parser("fuse", help="write a checkpoint with fused experts, which loads without a copy")
+    command = add("fuse", fuse, "write a checkpoint with fused experts, which loads without a copy")
     command.add_argument("source", type=Path, help="folder of the checkpoint")
     command.add_argument("out", type=Path, help="folder to make, or to go on with after an interruption")
-    command.set_defaults(run=fuse)
     return top
 
 

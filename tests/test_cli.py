@@ -1,8 +1,10 @@
 """The command line: exit codes, where results go, and refusal of wrong parameters."""
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 
 import nbformat
@@ -48,6 +50,19 @@ def sft(tmp_path, monkeypatch):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert "isa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ("info", "audit", "sft", "sweep", "adapter", "fuse"))
+def test_help_of_a_command_says_what_it_does(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = []
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 0
+        shown.append(capsys.readouterr().out)
+    (said,) = re.findall(rf"\n    {command} +(\S.*)\n", shown[0])
+    assert f"\n\n{said}.\n" in shown[1], "the same words as in the list of commands"
 
 
 def test_help_of_sft_lists_every_parameter_with_its_default(capsys):
@@ -135,6 +150,15 @@ def test_sft_refuses_wrong_pairs_with_2(sft, capsys, pair):
     assert pair.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", (["sft", "{}"], ["sweep", "{}"], ["sft", "--repeat", "{}"], ["audit", "{}"]), ids=" ".join
+)
+def test_a_file_that_is_missing_is_named_first(arguments, tmp_path, capsys):
+    path = tmp_path / "nowhere"
+    assert cli.main([argument.format(path) for argument in arguments]) == 2
+    assert capsys.readouterr().err == f"ktlib {arguments[0]}: {path}: no such file or directory\n"
+
+
 def test_sft_outside_a_clone(tmp_path, capsys):
     assert cli.main(["sft", "--notebook", str(tmp_path / "none.ipynb")]) == 2
     assert "none.ipynb not found" in capsys.readouterr().err
@@ -194,7 +218,10 @@ def test_adapter_and_fuse_convert_files(tmp_path, capsys):
     assert cli.main(["fuse", str(tmp_path / "base"), str(tmp_path / "fused")]) == 0
     random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "peft")
     convert = ["adapter", "--base", str(tmp_path / "fused")]
-    assert cli.main([*convert, "--to", "ktransformers", str(tmp_path / "peft"), str(tmp_path / "kt")]) == 0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert cli.main([*convert, "--to", "ktransformers", str(tmp_path / "peft"), str(tmp_path / "kt")]) == 0
+    assert not [str(one.message) for one in warned if one.category is FutureWarning], "what no user can act on"
     assert cli.main([*convert, str(tmp_path / "kt"), str(tmp_path / "back")]) == 0
     assert f"adapter   {tmp_path / 'back'}" in capsys.readouterr().out
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))

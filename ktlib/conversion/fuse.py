@@ -34,7 +34,7 @@ def fuse_checkpoint(source, out, progress=True):
 
     Raises:
         FileNotFoundError: ``source`` is no checkpoint folder, or one of its files is missing.
-        ValueError: weights are quantised; transformers does not know the layout of the family; tensors are missing or
+        ValueError: weights are quantised; files of the family hold experts stacked already; tensors are missing or
             have another shape than the config says (they are listed); a file is damaged; ``out`` is ``source``, or
             holds files of another source, or a file that would be copied there with other contents.
         OSError: the disk has too little space; nothing is written then.
@@ -53,7 +53,11 @@ def fuse_checkpoint(source, out, progress=True):
     found = tensor_files.read(*files)
     model = meta_model(config)
     layout = ExpertLayout(model)
-    layout.require_per_expert()
+    if not layout.per_expert:
+        raise ValueError(
+            f"source: {source} is of a family ({config.model_type}) whose files hold the experts of a layer stacked "
+            "already, needs one with a tensor per expert; load this one as it is"
+        )
     tensors = fused_tensors(found, layout)
     _check(tensors, model, source)
 
@@ -67,7 +71,8 @@ def fuse_checkpoint(source, out, progress=True):
     nonfinite = []
     tensors = {name: _noting_nonfinite(name, tensor, nonfinite) for name, tensor in tensors.items()}
     try:
-        return tensor_files.write_sharded(out, tensor_files.shards_of(tensors), about, NOTE, copied, progress)
+        shards = tensor_files.shards_of(tensors)
+        return tensor_files.write_sharded(out, shards, about, NOTE, copied, progress, argument="out")
     finally:  # also after an interruption, because the next call does not read again what this call has written
         if nonfinite:
             warnings.warn(f"source: {source} has NaN or Inf, copied as it is, in {first_of(nonfinite)}", stacklevel=2)

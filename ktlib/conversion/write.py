@@ -48,7 +48,7 @@ def _peft_config(settings, pairs, config):
     Returns ``(LoraConfig, {weight: (key of lora_A, key of lora_B)}, {key: shape}, {key: name in a file})``. The last
     dict has only tensors that PEFT, loading a file, would not find under their keys.
     """
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     from ktlib.integrations.peft_lora import lora_config
 
@@ -72,11 +72,20 @@ def _peft_config(settings, pairs, config):
     )
     made.base_model_name_or_path, made.revision = settings.get("base_model_name_or_path"), settings.get("revision")
     made.inference_mode = True
-    adapted = get_peft_model(model, made, low_cpu_mem_usage=True)
+    adapted = adapted_in_silence(model, made, low_cpu_mem_usage=True)
     shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     slots = {weight: keys for weight, (_, keys) in _slots(adapted).items()}
     names, _ = names_for_peft(adapted, list(shapes), spelling)
     return made, slots, {key: tuple(value.shape) for key, value in shapes.items()}, names
+
+
+def adapted_in_silence(model, config, **options):
+    """``peft.get_peft_model``, without the warning that PEFT asks transformers by a name that is going to change."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*checkpointing", category=FutureWarning)
+        return get_peft_model(model, config, **options)
 
 
 def _slots(adapted):
@@ -260,7 +269,11 @@ def write_per_projection(folder, settings, pairs, saved, config, layout, made):
     model = meta_model(config)
     spelling = ExpertLayout(model)
     if layout == "ktransformers" or any(weight in spelling.experts for weight in pairs):
-        spelling.require_per_expert()
+        if not spelling.per_expert:
+            raise ValueError(
+                f"layout: got {layout!r}, but transformers knows no per-expert spelling of the experts of "
+                f"{spelling.model_type!r}: files hold them stacked, as layout 'peft' does, which is needed here"
+            )
     modules, stacked = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {projection: Pair of stacks}}
     for weight, pair in pairs.items():
         if not (projections := spelling.projections(weight)):

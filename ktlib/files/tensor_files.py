@@ -174,7 +174,7 @@ def write(path, tensors):
         recent.cache_clear()
 
 
-def write_sharded(folder, shards, about, note, others=(), progress=True):
+def write_sharded(folder, shards, about, note, others=(), progress=True, argument="folder"):
     """Write a checkpoint of several files, going on where an earlier call was interrupted; returns the folder.
 
     Args:
@@ -182,6 +182,7 @@ def write_sharded(folder, shards, about, note, others=(), progress=True):
         shards: one ``{name: Stored}`` for each file. Files that are there already are kept.
         about: a dict that says what these weights are, stored as JSON in the file ``note``.
         others: paths of files, of which ``folder`` gets copies.
+        argument: what the caller calls ``folder``, for error messages.
 
     Raises:
         ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way, or any other
@@ -202,30 +203,32 @@ def write_sharded(folder, shards, about, note, others=(), progress=True):
     strange = [path.name for path in there if path not in (*files, index)]
     if before != about and (before or there):
         raise ValueError(
-            f"folder: {folder} holds a checkpoint that was made from something else ({note} differs), needs another "
-            f"folder, such as {ownership.free_name(folder)}"
+            f"{argument}: {folder} holds a checkpoint that was made from something else ({note} differs), needs "
+            f"another folder, such as {ownership.free_name(folder)}"
         )
     if strange:
-        raise ValueError(f"folder: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
+        raise ValueError(f"{argument}: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
     differ = [folder / path.name for path in others if not ownership.same_bytes(path, folder / path.name)]
     if index.is_file() and index.read_text(encoding="utf-8", errors="replace") != index_text:
         differ.append(index)
     differ += [file for file in files if os.path.lexists(file) and not file.is_file()]
-    ownership.refuse_foreign(differ, "folder", folder, replace=False)
+    ownership.refuse_foreign(differ, argument, folder, replace=False)
     done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     space = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if space < size - done:
-        raise OSError(f"folder: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}")
+        raise OSError(
+            f"{argument}: {folder} has {space / 1e9:.1f} GB free, the checkpoint needs {(size - done) / 1e9:.1f}"
+        )
     if not before:
-        write_text(folder / note, json.dumps(about), "folder")
+        write_text(folder / note, json.dumps(about), argument)
     for file, shard in zip(tqdm(files, desc="writing shards", disable=not progress), shards, strict=True):
         if not file.is_file():
             write(file, shard)
     with ownership.temporary_folder(folder) as made:
         for path in others:
             shutil.copyfile(path, made / path.name)
-        ownership.publish(made, folder, "folder")
-    write_text(index, index_text, "folder")
+        ownership.publish(made, folder, argument)
+    write_text(index, index_text, argument)
     return folder
 
 

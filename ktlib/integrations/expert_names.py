@@ -71,16 +71,6 @@ class ExpertLayout:
         apart = {spelling.projection for spelling in self.spellings if "*" in spelling.source}
         self.per_expert = apart >= {"up", "down"}
 
-    def require_per_expert(self):
-        """ValueError if files do not hold these experts one by one."""
-        if not self.per_expert:
-            rules = [rule for rule in self.computed if ".experts" in rule.target_patterns[0]]
-            how = sorted({type(operation).__name__ for rule in rules for operation in rule.operations})
-            raise ValueError(
-                f"model: transformers knows no per-expert spelling of the experts of {self.model_type!r}: checkpoints "
-                f"hold them stacked{' (' + ', '.join(how) + ')' if how else ''}, as layout 'peft' does"
-            )
-
     # -------------------------------------------------------------------------------------------- from files
 
     def located(self, name, other_classes=True):

@@ -1,7 +1,7 @@
 """Build, run and measure a hybrid run: routed experts on the CPU, the rest on a GPU (or all on the CPU).
 
-What the notebook ``08_hybrid_training`` and the true-size measurement share. Everything trained here is stock: PEFT
-adapters, torch's AdamW and checkpointing; the timeline comes from torch's profiler.
+What the notebooks ``08_hybrid_training`` and ``11_hybrid_step`` and the true-size measurement share. Everything trained
+here is stock: PEFT adapters, torch's AdamW and checkpointing; the timeline comes from torch's profiler.
 """
 
 import resource

@@ -21,7 +21,7 @@ from ktlib.system.cpu import cpu_info
 from ktlib.system.environment import device
 from ktlib.system.threads import MOST
 from ktlib.training.output_dir import check_output_dir
-from ktlib.training.tasks import TASKS, load_data, tokenise
+from ktlib.training.tasks import TASKS, check_dataset, load_data, tokenise
 
 TARGET_OF = {"self_attn": "attention", "routed_experts": "experts", "shared_experts": "shared", "dense_mlp": "dense"}
 TARGETS = tuple(TARGET_OF.values())  # the names of components in the parameter targets
@@ -192,8 +192,7 @@ def check_parameters(**parameters):
     need(checked.finetuning == "lora" or not checked.lora_dropout, "lora_dropout", "0 with finetuning='full'")
     need(checked.finetuning == "lora" or not checked.stream_rows, "stream_rows", "none with finetuning='full'")
     check_folder(checked.model)
-    is_data = str(checked.dataset) in TASKS or Path(checked.dataset).is_file()
-    need(is_data, "dataset", f"one of {', '.join(TASKS)} or a JSONL file")
+    check_dataset(checked.dataset)
     check_output_dir(checked.output_dir, folder_of(checked.model))
     check_model(given)
     check_data(checked.dataset, checked.model, checked.sequence_length, checked.seed)
@@ -283,15 +282,11 @@ def check_model(parameters):
             f"training of {name} {error}; needs fewer, or another model"
         ) from None
     if parameters["finetuning"] == "lora":
-        from peft import get_peft_model
+        from ktlib.conversion.write import adapted_in_silence, rename_for_peft
 
-        from ktlib.conversion.write import rename_for_peft
-
-        with torch.device("meta"), warnings.catch_warnings():
-            # PEFT reads an attribute of the model by a deprecated name.
-            warnings.filterwarnings("ignore", message=".*checkpointing", category=FutureWarning)
+        with torch.device("meta"):
             lora = {name: parameters[name] for name in ("rank", "alpha", "lora_dropout")}
-            rename_for_peft(get_peft_model(empty, adapter_config(empty, parameters["targets"], **lora)))
+            rename_for_peft(adapted_in_silence(empty, adapter_config(empty, parameters["targets"], **lora)))
     check_weights(model)
 
 

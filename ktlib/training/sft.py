@@ -232,6 +232,8 @@ def train(
         refuse_foreign(output_dir, source_of(model))
         check_space(output_dir, model)
         resume, first_step = start_or_resume(checkpoints, identity | {"isa": cpu_info()["isa"]}) or (None, 0)
+        if resume and progress == "lines":
+            print(f"resuming from the checkpoint of step {first_step} of {steps}", flush=True)
         trainer = Trainer(
             model=model,
             args=arguments,

@@ -73,6 +73,16 @@ def codebook(n_train=4000, n_test=200, seed=0, n_words=24, length=3):
 TASKS = {"dates": dates, "codebook": codebook}
 
 
+def check_dataset(dataset):
+    """ValueError if ``dataset`` is neither a key of TASKS nor a file; a relative path starts at the current folder."""
+    path = Path(dataset)
+    if str(dataset) not in TASKS and not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"dataset: got {str(dataset)!r}, need one of {', '.join(TASKS)} or a JSONL file: {path.absolute()} {found}"
+        )
+
+
 def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
     """``(train, test)`` rows of a built-in task (a key of TASKS) or of a JSONL file.
 
@@ -81,8 +91,7 @@ def load_data(dataset, seed=0, test_fraction=0.1, max_test=200):
     """
     if str(dataset) in TASKS:
         return TASKS[str(dataset)](seed=seed)
-    if not Path(dataset).is_file():
-        raise ValueError(f"dataset: got {str(dataset)!r}, need one of {sorted(TASKS)} or the path of a JSONL file")
+    check_dataset(dataset)
     rows = load_jsonl(dataset)
     prompts = sorted({row["prompt"] for row in rows})
     if len(prompts) < 2:

@@ -6,12 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapter_files import ADAPTER_FILE, CONFIG, assert_same_files, save_peft, save_per_expert, settings_of
-from support.models import tiny_config, tiny_model
+from support.models import tiny_config
 
 import ktlib
 from ktlib.conversion.adapters import export_adapter, import_adapter
 from ktlib.files import ownership
-from ktlib.integrations.expert_names import ExpertLayout
 
 
 def changed(folder, change):
@@ -234,8 +233,9 @@ def test_files_and_folders_are_checked(tmp_path):
         import_adapter(source, tmp_path / "out", config)
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
         import_adapter(tmp_path, tmp_path / "out", config)
-    with pytest.raises(ValueError, match="knows no per-expert spelling of the experts of 'gpt_oss'"):
-        ExpertLayout(tiny_model("gpt_oss")).require_per_expert()
+    source, config = save_peft(tmp_path / "stacked", "gpt_oss")
+    with pytest.raises(ValueError, match="layout: got 'per_expert', .*no per-expert spelling of .* 'gpt_oss'"):
+        export_adapter(source, tmp_path / "out", config)
 
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
     for name in ("model.layers.1.mlp.experts.5.up_proj.weight", "model.norm.weight", "lm_head.weight"):
         trained = shutil.copytree(hub, tmp_path / name)
         rewrite(trained, lambda t, name=name: t[name].mul_(1.1))
-        with pytest.raises(ValueError, match="out holds a checkpoint that was made from something else"):
+        with pytest.raises(ValueError, match="^out: .*out holds a checkpoint that was made from something else"):
             fuse_checkpoint(trained, out, progress=False)
     next(iter(stamps)).unlink()
     with pytest.raises(ValueError, match="made from something else"):  # nor is half of it made from another source
@@ -281,6 +281,11 @@ def test_wrong_folders_are_refused(tmp_path, monkeypatch):
         fuse_checkpoint(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="the source itself"):
         fuse_checkpoint(hub, tmp_path / "x" / ".." / "hub")
+    tiny_model("gpt_oss").save_pretrained(tmp_path / "stacked")
+    with pytest.raises(
+        ValueError, match="source: .*stacked is of a family .gpt_oss. whose files hold .* stacked already"
+    ):
+        fuse_checkpoint(tmp_path / "stacked", tmp_path / "out")
     other, _ = save_hub(tmp_path / "other")
     with pytest.raises(ValueError, match="made from something else"):
         fuse_checkpoint(hub, other, progress=False)

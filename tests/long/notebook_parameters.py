@@ -100,6 +100,14 @@ def failure_museum(choose, folder):
 
 
 def hybrid_training(choose, folder):
+    length = choose.randint(1, 4096)
+    return {
+        "tokens": length * choose.randint(1, 64), "sequence_length": length, "rank": choose.randint(1, 256),
+        "cpu_rate": log_uniform(choose, 9, 16), "bandwidth": log_uniform(choose, 8, 13),
+    }  # fmt: skip
+
+
+def hybrid_step(choose, folder):
     length = choose.randint(2, 64)
     return {
         "layers": choose.randint(2, 5), "hidden": 8 * choose.randint(1, 37), "experts": choose.randint(6, 24),
@@ -123,7 +131,7 @@ def which_adapters_matter(choose, folder):
 
 
 DRAWS = (environment, kernel_validation, kernel_performance, lora_init_sensitivity, full_sft, adapter_audit,
-         failure_museum, hybrid_training, compare_runs, which_adapters_matter)  # fmt: skip
+         failure_museum, hybrid_training, compare_runs, which_adapters_matter, hybrid_step)  # fmt: skip
 NOTEBOOKS = {notebook: draw for draw in DRAWS for notebook in notebooks.NOTEBOOKS.glob(f"*_{draw.__name__}.ipynb")}
 REFUSED = re.compile(r"cell \d+: ValueError: poison_expert: got \d+, needs an expert of layer")  # nobody knows before
 

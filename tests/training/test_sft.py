@@ -217,7 +217,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("lora_dtype", LORA_DTYPES)
-def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_adapter_and_says_so(tmp_path, lora_dtype, monkeypatch, capsys):
     options = SMALL | {"steps": 4, "save_every": 2}
     whole, tokenizer = adapted(lora_dtype=lora_dtype)
     sft.train(whole, tokenizer, ROWS, tmp_path / "whole", **options)
@@ -237,7 +237,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(tmp_path, lora_dtype, mo
         patch.setenv("KTLIB_ISA", "portable")
         sft.train(adapted(lora_dtype=lora_dtype)[0], tokenizer, ROWS, tmp_path / "cut", **options)
     resumed, _ = adapted(lora_dtype=lora_dtype)
-    result = sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options)
+    capsys.readouterr()
+    result = sft.train(resumed, tokenizer, ROWS, tmp_path / "cut", **options | {"progress": "lines"})
+    assert capsys.readouterr().out.startswith("resuming from the checkpoint of step 2 of 4\nstep     3 of 4")
     assert result["resumed_from"] == 2 and [entry["step"] for entry in result["log"]] == [1, 2, 3, 4]
     for name, expected in weights(whole).items():
         assert torch.equal(expected, weights(resumed)[name]), name

@@ -261,7 +261,10 @@ CHOICES = {
     "targets": ("attention+shared", "targets: got 'attention.shared', but MixtralForCausalLM has no shared; it has .*"),
     "sequence_length": (129, "sequence_length: got 129, need at most 128, the max_position_embeddings of the model"),
     "model": ("no/such/folder", "model: got 'no/such/folder', need 'base' or a checkpoint folder"),
-    "dataset": ("no-such.jsonl", "dataset: got 'no-such.jsonl', need one of dates, codebook or a JSONL file"),
+    "dataset": (
+        "no-such.jsonl",
+        "dataset: got 'no-such.jsonl', need one of dates, codebook or a JSONL file: /.*/no-such.jsonl does not exist",
+    ),
     "batch_size": (10**9, "batch_size: got 1000000000 rows of 128 tokens, .*needs .* GB of host memory"),
     "lora_dropout": (1.5, "lora_dropout: got 1.5, need a number from 0 to below 1"),
     "output_dir": (__file__, "output_dir: got .*need a folder, not a file"),
