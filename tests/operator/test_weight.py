@@ -1,5 +1,8 @@
 """moe_experts with a ktlib.Weight: the bits of the decoded weights."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from support.weights import random_weight
@@ -9,6 +12,7 @@ from ktlib.lab.validation import QUANTITIES, evaluate, random_layer
 from ktlib.operator.weight import Weight
 from ktlib.reference import formats
 
+ROOT = Path(__file__).parents[2]
 ISAS = [name for name, missing in ktlib.cpu_info()["isas"].items() if not missing]
 
 
@@ -69,6 +73,15 @@ def test_same_bits_from_weights_in_several_tensors(isa, tensors):
     for hidden, intermediate in ((75, 41), (96, 64)):
         layer = small_layer(hidden, intermediate)
         assert_same_bits(layer, cut(layer["gate_up_proj"]), cut(layer["down_proj"]), isa=isa)
+
+
+def test_the_example_of_the_page():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "ktlib" / "operator" / "README.md").read_text(), re.S)
+    names = {}
+    exec(code, names)
+    decoded = names["gate_up_proj"].decoded()
+    assert names["gate_up_proj"].nbytes < 0.3 * decoded.nbytes
+    assert names["output"].shape == (10, 64) and names["output"].isfinite().all()
 
 
 def test_any_number_of_threads(monkeypatch):
