@@ -29,12 +29,12 @@ def main(argv=None):
 def _parameters_of_a_run():
     """The list of :class:`ktlib.training.parameters.Parameters` for ``ktlib sft --help``: names, defaults, meanings."""
     lines = ["parameters (default), as NAME=VALUE or lines of the YAML file:"]
-    for one in fields(Parameters):
-        default = "none" if one.default is None else str(one.default).lower()
-        if one.name == "output_dir":
+    for field in fields(Parameters):
+        default = "none" if field.default is None else str(field.default).lower()
+        if field.name == "output_dir":
             default = "adapter, in the folder of the run"
         lines += textwrap.wrap(
-            f"{one.name} ({default}): {one.metadata['help']}", 100, initial_indent="  ", subsequent_indent="      "
+            f"{field.name} ({default}): {field.metadata['help']}", 100, initial_indent="  ", subsequent_indent="      "
         )
     return "\n".join(lines)
 
@@ -72,13 +72,13 @@ def parser():
     command.add_argument(
         "--repeat", type=Path, metavar="RUN.ipynb", help="do again what this executed notebook did, and compare"
     )
-    command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs, default: runs")
     command.add_argument("--notebook", type=Path, default=notebooks.SFT, help=argparse.SUPPRESS)
 
     command = add("sweep", sweep, "run a notebook over a grid of parameters, going on where it stopped")
     command.add_argument("grid", type=Path, help="YAML file with notebook, fixed and grid")
     command.add_argument("--name", help="name of the sweep, default: the file's name")
-    command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept, default: runs")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs, default: runs")
     command.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
 
     command = add("adapter", adapter, "convert an adapter between PEFT's, per-expert and KTransformers' files")
@@ -190,12 +190,12 @@ def sweep(arguments):
     if unknown := sorted(set(given) - {"notebook", "fixed", "grid"}):
         raise ValueError(f"{arguments.grid}: has {', '.join(unknown)}, needs notebook, grid and (or not) fixed")
     folder = arguments.out / (arguments.name or arguments.grid.stem)
-    parts = given.get("notebook", "sft"), folder, given.get("grid"), given.get("fixed")
-    planned = sweeps.plan(*parts)
+    planned_sweep = given.get("notebook", "sft"), folder, given.get("grid"), given.get("fixed")
+    planned = sweeps.plan(*planned_sweep)
     if arguments.dry_run:
         print(*planned, sep="\n")
         return 0
-    rows = sweeps.sweep(*parts)
+    rows = sweeps.sweep(*planned_sweep)
     failed = [row["run"] for row in rows if row["failed"]]
     for run in failed:
         print(f"FAILED    {folder / run}.html", file=sys.stderr)

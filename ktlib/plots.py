@@ -51,8 +51,8 @@ def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     else:
         fig.suptitle(title, x=0.01, ha="left", weight="bold", size="medium")
-        for one in ax:
-            one.set(xlabel=xlabel, ylabel=ylabel)
+        for axis in ax:
+            axis.set(xlabel=xlabel, ylabel=ylabel)
     return fig, ax
 
 
@@ -65,25 +65,25 @@ def audit_map(report, ax=None):
     from matplotlib.colors import LinearSegmentedColormap
 
     layers = sorted({layer for layer, _ in report.layers}, key=lambda layer: (layer is None, layer))
-    parts = [row.component for row in report.rows]
+    components = [row.component for row in report.rows]
     if ax is None:
-        size = (2.6 + 0.32 * max(len(layers), 12), 1.3 + 0.42 * len(parts))
+        size = (2.6 + 0.32 * max(len(layers), 12), 1.3 + 0.42 * len(components))
         _, ax = axes("Findings by layer and component", "layer", size=size)
     colors = LinearSegmentedColormap.from_list("findings", ["#F6D7A8", ORANGE, RED])
-    for y, part in enumerate(parts):
+    for y, component in enumerate(components):
         for x, layer in enumerate(layers):
-            cell = report.layers.get((layer, part))
+            cell = report.layers.get((layer, component))
             if cell is None:
                 continue
-            count = report.flagged[layer, part]
+            count = report.flagged[layer, component]
             face = colors(min(1.0, count / cell.tensors)) if count else "#CFE8DF"
             ax.add_patch(plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=face))
             if count:
                 ax.text(x, y, count, ha="center", va="center", fontsize=8)
     step = max(1, len(layers) // 14)
     ax.set_xticks(range(0, len(layers), step), ["-" if layer is None else layer for layer in layers[::step]])
-    ax.set_yticks(range(len(parts)), parts)
-    ax.set(xlim=(-0.6, len(layers) - 0.4), ylim=(len(parts) - 0.4, -0.6))
+    ax.set_yticks(range(len(components)), components)
+    ax.set(xlim=(-0.6, len(layers) - 0.4), ylim=(len(components) - 0.4, -0.6))
     ax.grid(False)
     return ax
 
@@ -93,20 +93,20 @@ def placement_map(table, ax=None):
 
     ``table``: ``{(component, device, dtype): bytes}``. Adapters are drawn beside what they adapt. Returns the axes.
     """
-    parts, devices = {}, []
-    for (part, device, _), size in table.items():
+    sizes_of, devices = {}, []
+    for (component, device, _), size in table.items():
         kind = "GPU" if device.startswith("cuda") else device.upper()
-        parts.setdefault(part, {}).setdefault(kind, 0)
-        parts[part][kind] += size
+        sizes_of.setdefault(component, {}).setdefault(kind, 0)
+        sizes_of[component][kind] += size
         devices += [kind] if kind not in devices else []
-    names = sorted(parts, key=lambda name: (name.removesuffix(" LoRA"), name))
-    largest = max(max(sizes.values()) for sizes in parts.values())
+    names = sorted(sizes_of, key=lambda name: (name.removesuffix(" LoRA"), name))
+    largest = max(max(sizes.values()) for sizes in sizes_of.values())
     scale, unit = next((pair for pair in UNITS if largest >= pair[0]), (1, "bytes"))
     if ax is None:
         _, ax = axes("Where the parameters are", unit, size=(8, 1.2 + 0.3 * len(names)))
     colors = dict(zip(sorted(devices), (BLUE, ORANGE, GREEN), strict=False))
     for y, name in enumerate(names):
-        for kind, size in parts[name].items():
+        for kind, size in sizes_of[name].items():
             ax.barh(y, size / scale, color=colors[kind], height=0.7, label=kind)
             ax.text((size + 0.01 * largest) / scale, y, bytes_text(size), va="center", fontsize=8)
     ax.set(xlim=(0, 1.15 * largest / scale), ylim=(len(names) - 0.4, -0.6))

@@ -330,8 +330,8 @@ def publish(made, folder, argument, given=None, replace=False, old=()):
     """
     folder, given = Path(folder), given or folder
     paths = sorted(Path(made).iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
-    kept = {folder / path.name for path in paths if same_bytes(path, folder / path.name)}
-    paths = [path for path in paths if folder / path.name not in kept]
+    unchanged = {folder / path.name for path in paths if same_bytes(path, folder / path.name)}
+    paths = [path for path in paths if folder / path.name not in unchanged]
     refuse_foreign([folder / path.name for path in paths], argument, given, replace)
     for path in paths:
         if path.is_dir() and replace:
@@ -339,7 +339,7 @@ def publish(made, folder, argument, given=None, replace=False, old=()):
         sync(path)
     if replace:
         record(folder, {path.name: path for path in paths if not path.is_dir()})
-    for path in {*old} - kept:
+    for path in {*old} - unchanged:
         remove(path)
     for path in paths:
         target = folder / path.name

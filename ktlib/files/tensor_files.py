@@ -199,9 +199,9 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
     weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
     index = folder / "model.safetensors.index.json"
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
-    there = ownership.named(folder, WEIGHT_FILES)
-    strange = [path.name for path in there if path not in (*files, index)]
-    if before != about and (before or there):
+    present = ownership.named(folder, WEIGHT_FILES)
+    strange = [path.name for path in present if path not in (*files, index)]
+    if before != about and (before or present):
         raise ValueError(
             f"{argument}: {folder} holds a checkpoint that was made from something else ({note} differs), needs "
             f"another folder, such as {ownership.free_name(folder)}"
@@ -244,14 +244,14 @@ def read_json(file):
 
 
 def shards_of(tensors):
-    """``{name: Stored}`` divided for :func:`write_sharded`: a layer's routed experts, its other tensors, and the rest.
+    """``{name: Stored}`` divided for :func:`write_sharded`: routed experts of a layer, its other tensors, those of no layer.
 
     A mapped file stays in a process's memory as long as one of its tensors is in use. So experts that stay on the host
     have files to themselves, and what went to a GPU leaves nothing behind.
     """
     shards = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        layer = next((tuple(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), None)
+        components = name.split(".")
+        layer = next((tuple(components[: i + 1]) for i, word in enumerate(components) if word.isdigit()), None)
         shards.setdefault((layer, component(name) == "routed_experts"), {})[name] = tensor
     return list(shards.values())

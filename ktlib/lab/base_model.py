@@ -103,7 +103,7 @@ def copy_document(rng):
 
 
 def fields(rng):
-    """Two or three unlike items: numbers, words, names, or the parts of a date in words."""
+    """Two or three unlike items: numbers, words, names, or day, month and year in words."""
     if rng.random() < 0.3:
         return [rng.choice(MONTHS), str(rng.randint(1, 31)), str(rng.randint(1000, 2999))]
     kinds = (name, lambda r: r.choice(WORDS), lambda r: str(r.randrange(10 ** r.randint(1, 4))))
@@ -215,19 +215,19 @@ def pretrain(model, tokenizer, steps=3000, batch_size=16, length=128, lr=5e-4, m
     Muon for the matrices of attention and MLPs (copying from context emerges in half the steps that AdamW alone takes),
     AdamW for the rest. ``balance`` weighs the usual auxiliary loss that spreads tokens evenly over the experts.
     """
-    matrices, rest = [], []
+    matrices, others = [], []
     for key, parameter in model.named_parameters():
-        inner = parameter.dim() == 2 and not any(part in key for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
-        (matrices if inner else rest).append(parameter)
+        inner = parameter.dim() == 2 and not any(name in key for name in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+        (matrices if inner else others).append(parameter)
     optimizers = (
         torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     )
     rates = [
         torch.optim.lr_scheduler.LambdaLR(
-            one, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, s / steps))))
+            optimizer, lambda s: min(1, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1, s / steps))))
         )
-        for one in optimizers
+        for optimizer in optimizers
     ]
     router_logits = []
 

@@ -143,9 +143,11 @@ def on_another_device():
         moe_experts(**layer | {"down_proj": layer["down_proj"].to(device)})
     except ValueError as error:
         print(f"ValueError: {str(error).replace(str(device), 'other')}")
-    there, here = _output_and_gradients(layer, device), _output_and_gradients(layer, torch.device("cpu"))
-    print(f"ktlib: {sum(t.device.type == device.type for t in there)} of {len(there)} results live where they belong,")
-    print(f"       {sum(torch.equal(t.cpu(), h) for t, h in zip(there, here, strict=True))} equal those of the CPU")
+    on_device, on_cpu = _output_and_gradients(layer, device), _output_and_gradients(layer, torch.device("cpu"))
+    moved = sum(result.device.type == device.type for result in on_device)
+    equal = sum(torch.equal(result.cpu(), other) for result, other in zip(on_device, on_cpu, strict=True))
+    print(f"ktlib: {moved} of {len(on_device)} results live where they belong,")
+    print(f"       {equal} equal those of the CPU")
 
 
 def _output_and_gradients(layer, device):

@@ -92,7 +92,7 @@ def layers_of(model, input_ids):
     """One dict of ``moe_experts`` arguments (without LoRA) per MoE layer of ``model``, taken from a real forward."""
     layers, handles = [], []
 
-    def keep(module, arguments):
+    def record(module, arguments):
         hidden_states, top_k_index, top_k_weights = (tensor.detach().clone() for tensor in arguments)
         layers.append(
             {
@@ -106,7 +106,7 @@ def layers_of(model, input_ids):
 
     for module in model.modules():
         if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            handles.append(module.register_forward_pre_hook(keep))
+            handles.append(module.register_forward_pre_hook(record))
     try:
         with torch.no_grad():
             model(input_ids)
@@ -162,7 +162,7 @@ def with_roundings(layer, draws=None, seed=0):
     The definition in fp32, where every value that the operator rounds somewhere (csrc/layer/moe.h lists these places)
     carries a relative error of a rounding's size, drawn anew each time: LoRA matrices given in fp32, gate and up, the
     input of the down projection, the gradients of gate and up, and the results that are bf16. Gate and up carry it in
-    forward too, where the operator keeps them in fp32, so that the simulated errors are not smaller than the
+    forward too, where the operator has them in fp32, so that the simulated errors are not smaller than the
     operator's.
 
     Args:

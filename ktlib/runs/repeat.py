@@ -55,10 +55,10 @@ def differences(before, now):
     results, circumstances = [], []
     if before["adapter"] != now["adapter"]:
         results.append(f"adapter: {before['adapter'][:16]}, now {now['adapter'][:16]}")
-    for part, lines in (("identity", results), ("parameters", circumstances), ("environment", circumstances)):
-        names = [*before[part], *(name for name in now[part] if name not in before[part])]
+    for table, lines in (("identity", results), ("parameters", circumstances), ("environment", circumstances)):
+        names = [*before[table], *(name for name in now[table] if name not in before[table])]
         for name in names:
-            old, new = before[part].get(name), now[part].get(name)
+            old, new = before[table].get(name), now[table].get(name)
             if old != new:
                 lines.append(f"{name}: {old}, now {new}")
     return results, circumstances

@@ -139,7 +139,7 @@ def is_finite_number(value):
 
 def is_curve(value):
     """Whether a value of a run can be drawn along its steps: a list of at least one number."""
-    return isinstance(value, list) and bool(value) and all(isinstance(one, int | float) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(number, int | float) for number in value)
 
 
 def _order(value):

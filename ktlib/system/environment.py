@@ -58,7 +58,7 @@ def _outside():
 
 
 def _at_least(installed, specifiers):
-    return all(one.contains(installed, prereleases=True) for one in specifiers if one.operator == ">=")
+    return all(item.contains(installed, prereleases=True) for item in specifiers if item.operator == ">=")
 
 
 def unusable_cuda():

@@ -16,8 +16,8 @@ def available_memory(mount="/sys/fs/cgroup", membership="/proc/self/cgroup"):
         lines = Path(membership).read_text().splitlines()
     except OSError:  # a kernel without control groups
         lines = []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for group in map(str, (PurePath(own), *PurePath(own).parents)):  # each may have a limit; a container sees its own
+    group_of_process = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for group in map(str, (PurePath(group_of_process), *PurePath(group_of_process).parents)):  # each may have a limit
         try:
             files = {name: Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")}
             counts = dict(line.split() for line in files["stat"].splitlines())
