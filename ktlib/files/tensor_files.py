@@ -244,7 +244,7 @@ def read_json(file):
 
 
 def shards_of(tensors):
-    """``{name: Stored}`` by file, for :func:`write_sharded`: routed experts of a layer, its other tensors, those of no layer.
+    """Shards for :func:`write_sharded`: a layer's routed experts, its other tensors, and those of no layer.
 
     A mapped file stays in a process's memory as long as one of its tensors is in use. So experts that stay on the host
     have files to themselves, and what went to a GPU leaves nothing behind.
