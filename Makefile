@@ -99,14 +99,14 @@ TSAN = $(call EXTENSION,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_P
 FORBIDDEN = $(call EXTENSION,pages) KTLIB_TEST_PAGES=1
 sanitized = $(timed) $(PY) -m cmake -S . -B build/$(1) -G Ninja -DKTLIB_SANITIZE=$(2) -DCMAKE_BUILD_TYPE=$(or $(3),RelWithDebInfo) \
 	-DPython_EXECUTABLE="$(CURDIR)/$(PY)" -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja"
-OPERATOR_TESTS = $(addprefix tests/operator/, test_moe_experts.py test_ops.py test_dropout.py)
+OPERATOR_TESTS = $(addprefix tests/operator/, test_moe_experts.py test_weight.py test_ops.py test_dropout.py)
 PIECES = $(addprefix tests/operator/test_streaming.py::, \
 	test_copies test_copies_through_a_ring test_copies_end_with_what_is_raised_meanwhile test_masks_of_rows)
 FUZZ = $(PY) tests/fuzz_long.py --calls 1000000 --seconds 25
 sanitize: setup ## the operator's tests and random calls under ASan and UBSan, under TSan, and between forbidden pages
 	$(call sanitized,sanitize,address$(COMMA)undefined)
 	$(timed) $(PY) -m cmake --build build/sanitize
-	$(timed) $(ASAN) $(PY) -m pytest tests/csrc/test_kernels.py $(OPERATOR_TESTS) \
+	$(timed) $(ASAN) $(PY) -m pytest tests/csrc/test_kernels.py tests/csrc/test_codes.py $(OPERATOR_TESTS) \
 		$(PIECES)
 	$(timed) $(ASAN) $(FUZZ)
 	$(call sanitized,tsan,thread)
@@ -116,7 +116,7 @@ sanitize: setup ## the operator's tests and random calls under ASan and UBSan, u
 	$(timed) $(TSAN) $(FUZZ)
 	$(call sanitized,pages,pages,Release)
 	$(timed) $(PY) -m cmake --build build/pages
-	$(timed) $(FORBIDDEN) $(PY) -m pytest $(OPERATOR_TESTS)
+	$(timed) $(FORBIDDEN) $(PY) -m pytest tests/csrc/test_codes.py $(OPERATOR_TESTS)
 	$(timed) $(FORBIDDEN) $(FUZZ)
 
 lint: setup ## ruff only

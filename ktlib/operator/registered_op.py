@@ -65,6 +65,7 @@ for _suffix, _schema in (("", f"{_TENSORS}, {_SETTINGS}"), ("_stored", f"{_TENSO
 
 
 def call_op(name, tensors, stored, settings, last):
+    """The registered op ``name``, or with weights that are stored otherwise its twin; ``last`` is its last argument."""
     if stored == NOTHING_STORED:
         return getattr(torch.ops.ktlib, name)(*tensors, *settings, last)
     return getattr(torch.ops.ktlib, f"{name}_stored")(*tensors, *stored, *settings, last)

@@ -83,7 +83,7 @@ class Weight:
 
     @classmethod
     def of_stack(cls, stack):
-        """Of a bf16 tensor (experts, rows, columns) that was checked."""
+        """The Weight of a bf16 tensor (experts, rows, columns) that checks.py has checked."""
         return cls._unchecked("bf16", [stack], [], [], None, stack.shape)
 
     def placeholder(self):
@@ -98,6 +98,10 @@ class Weight:
     def unpack(cls, name, tensors, format, numbers, shape):
         """The Weight that was packed. What C++ relies on is checked again: tensors may have changed meanwhile."""
         count, *group = numbers
+        if format not in FORMATS or count < 1 or shape[0] * shape[1] % count or len(group) != 2 * (format != "bf16"):
+            raise ValueError(
+                f"{name}: got format {format!r} with numbers {list(numbers)}, needs what Weight.pack returns"
+            )
         codes, scales, zeros = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
         lengths = (count, 0, 0) if format == "bf16" else (count, count, len(zeros) and count)
         if (len(codes), len(scales), len(zeros)) != lengths or len(tensors) != sum(lengths):
@@ -160,7 +164,7 @@ class Weight:
 
 
 def _addresses(name, tensors, elements):
-    """Of tensors that hold so many elements, one after the other, also after what may have been done to them since."""
+    """The addresses of tensors, each of which still has memory for so many elements; ValueError if one has not."""
     for tensor in tensors:
         end = (tensor.storage_offset() + elements) * tensor.itemsize
         if tensor.dtype != tensors[0].dtype or end > tensor.untyped_storage().nbytes():

@@ -1,6 +1,7 @@
 """Random expert weights in every format that a ktlib.Weight may have."""
 
 import torch
+from support import extension
 
 from ktlib.operator.weight import Weight
 from ktlib.reference import formats
@@ -36,9 +37,9 @@ def random_weight(format, shape, group=(1, 32), zeros=False, seed=0, scale_dtype
 
 
 def _cut(stack, count):
-    """``count`` tensors, each at an odd address; the stack itself if that is 1."""
+    """``count`` tensors, each at an odd address; if that is 1, the stack, between forbidden pages if there are any."""
     if count == 1:
-        return stack
+        return extension.guarded(stack.shape, stack.dtype).copy_(stack)
     pieces = []
     for piece in stack.view(torch.uint8).reshape(count, -1, stack.view(torch.uint8).shape[-1]):
         memory = torch.zeros(piece.numel() + stack.itemsize, dtype=torch.uint8)[stack.itemsize :]
