@@ -39,7 +39,7 @@ def random_weight(format, shape, group=(1, 32), zeros=False, seed=0, scale_dtype
 def _cut(stack, count):
     """``count`` tensors, each at an odd address; if that is 1, the stack, between forbidden pages if there are any."""
     if count == 1:
-        return extension.guarded(stack.shape, stack.dtype).copy_(stack)
+        return extension.guarded(stack.shape, stack.dtype).copy_(stack) if extension.PAGES else stack
     pieces = []
     for piece in stack.view(torch.uint8).reshape(count, -1, stack.view(torch.uint8).shape[-1]):
         memory = torch.zeros(piece.numel() + stack.itemsize, dtype=torch.uint8)[stack.itemsize :]
