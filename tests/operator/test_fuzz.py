@@ -100,7 +100,7 @@ def test_a_setting_that_is_not_obeyed_is_noticed(setting, change, monkeypatch):
         return changed
 
     monkeypatch.setattr(fuzz, "MISTAKES", {"dtype": fuzz.MISTAKES["dtype"]})
-    assert failures(monkeypatch, wrong_call, calls=80) > 3
+    assert failures(monkeypatch, wrong_call, calls=120) > 3
 
 
 def test_the_long_run(tmp_path):

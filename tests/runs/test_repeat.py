@@ -67,7 +67,7 @@ def test_what_cannot_be_repeated_is_refused_with_2(command, tmp_path, capsys):
     (tmp_path / "list.ipynb").write_text("[1]")
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "norecord.ipynb")
     for name, words in (
-        ("none.ipynb", "No such file"),
+        ("none.ipynb", "no such file"),
         ("empty.ipynb", "not a notebook"),
         ("list.ipynb", "not a notebook"),
         ("norecord.ipynb", "has no record of a run"),
