@@ -80,9 +80,11 @@ def foreign(paths):
 
 def named(folder, patterns):
     """The paths in ``folder`` whose names match one of ``patterns``, sorted; [] if there is no such folder."""
-    folder = Path(folder)
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return [folder / name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    return [Path(folder, name) for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def refuse_foreign(paths, argument, given, replace=True):
@@ -168,8 +170,10 @@ def add_to_list(folder, files):
     """Add entries for ``{final name: file}`` to the list in ``folder``, before the files are moved to these names.
 
     Several processes can do this at once: all entries are appended in a single write, and no entry is ever changed.
+    The line breaks at both ends separate them from a line that a crash cut off, and from a second header, which appears
+    if two processes begin the list at the same time.
     """
-    lines = "".join(f"\n{json.dumps(_entry(file, name))}" for name, file in files.items())
+    lines = "".join(f"\n{json.dumps(_entry(file, name))}" for name, file in files.items()) + "\n"
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     with open(os.open(_list_file(folder), flags, 0o644), "ab") as file:
         file.write((lines if file.tell() else HEADER + lines).encode())
@@ -215,7 +219,7 @@ def temporary_folder(parent):
 
 def delete_abandoned(parent):
     """Delete the temporary folders in the folder ``parent`` whose processes died."""
-    for folder in Path(parent).glob(f"{TEMPORARY}*"):
+    for folder in named(parent, [f"{TEMPORARY}*"]):
         descriptor = None
         with contextlib.suppress(OSError):  # BlockingIOError: the folder's process lives
             descriptor = lock(folder)

@@ -285,6 +285,18 @@ def test_a_line_that_a_crash_cut_off_costs_that_file_alone(tmp_path):
     assert ownership.is_own(tmp_path / "other.txt")
 
 
+def test_a_list_that_two_processes_began_at_once_has_the_entries_of_both(tmp_path):
+    list_file = tmp_path / f"{ownership.LIST_PREFIX}{os.geteuid()}.jsonl"
+    written = b""
+    for name in ("a", "b"):
+        put(tmp_path, name)
+        ownership.add_to_list(tmp_path, {name: tmp_path / name})
+        written += list_file.read_bytes()
+        list_file.unlink()
+    list_file.write_bytes(written)
+    assert ownership.is_own(tmp_path / "a") and ownership.is_own(tmp_path / "b")
+
+
 # ---- races ----------------------------------------------------------------------------------------------------------
 
 
