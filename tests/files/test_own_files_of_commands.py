@@ -17,7 +17,7 @@ from ktlib.assets import BASE
 from ktlib.files import ownership, tensor_files
 from ktlib.lab import bench, synthetic
 from ktlib.runs import notebooks, sweep
-from ktlib.runs.repeat import repeat
+from ktlib.runs.repeat import run_again
 
 # ---- notebooks that are run -----------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def test_a_run_folder_with_files_of_somebody_else_is_refused_before_the_notebook
     put(tmp_path / "runs/a", "partial.ipynb", "report.html.partial", "other.html")
     before = snapshot(tmp_path)
     for _ in range(2):
-        assert notebooks.run(path, "runs/a")["error"] is None
+        assert notebooks.run(path, "runs/a").error is None
     assert survives(before, tmp_path)
     with open(tmp_path / "runs/a/small.ipynb", "a") as file:
         file.write("\n")  # as Jupyter does when somebody saves notes in it
@@ -82,7 +82,7 @@ def test_results_go_beside_a_file_that_appeared_while_the_notebook_ran(notebook,
 
     monkeypatch.setattr("papermill.execute_notebook", meanwhile)
     result = notebooks.run(path, "runs/a")
-    assert result["report"].name == "report-2.html" and result["report"].is_file() and result["notebook"].is_file()
+    assert result.report.name == "report-2.html" and result.report.is_file() and result.notebook.is_file()
     assert (tmp_path / "runs/a/report.html").read_text() == "somebody's report.html"
 
 
@@ -91,17 +91,17 @@ def test_a_sweep_with_a_foreign_report_in_a_run_folder_is_refused_before_its_fir
     put(tmp_path / "runs/a=2", "report.html")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="folder: got 'runs/a=2', which holds report.html"):
-        sweep.sweep(path, "runs", {"a": [1, 2]})
+        sweep.run_missing(path, "runs", {"a": [1, 2]})
     assert snapshot(tmp_path) == before and not executed
 
 
 def test_a_repetition_does_not_replace_the_run_that_it_repeats(notebook, tmp_path, monkeypatch):
     path, executed = notebook
-    done = notebooks.run(path, "runs/a")["notebook"]
+    first = notebooks.run(path, "runs/a")
     monkeypatch.setattr("ktlib.runs.repeat.recorded", lambda _: pytest.fail("goes on"))
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"folder: .*runs/a is where .*small.ipynb is.* such as .*runs/a-2"):
-        repeat(done, path, tmp_path / "runs/../runs/a")
+        run_again(first.notebook, path, tmp_path / "runs/../runs/a")
     assert snapshot(tmp_path) == before and len(executed) == 1
 
 

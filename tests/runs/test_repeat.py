@@ -83,7 +83,7 @@ def test_an_instruction_set_that_is_not_here_is_said_first(monkeypatch, tmp_path
     monkeypatch.setattr(repeat, "recorded", lambda _: before)
     monkeypatch.setattr(repeat, "cpu_info", lambda: {"isas": {"amx_bf16": "needs AMX-TILE"}})
     with pytest.raises(ValueError, match="ran on amx_bf16, which cannot run here: needs AMX-TILE"):
-        repeat.repeat("run.ipynb", "small.ipynb", tmp_path)
+        repeat.run_again("run.ipynb", "small.ipynb", tmp_path)
 
 
 def test_digest_sees_every_bit_and_name(tmp_path):
