@@ -131,11 +131,11 @@ BATCH = torch.arange(24).reshape(2, 12)
 PROJECTIONS = "q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
-def old_lite(routed=math.nan, keep=True, kt_rank=0):
+def old_lite(routed=math.nan, with_original=True, kt_rank=0):
     model = transformers.AutoModelForCausalLM.from_config(museum.lite_config(), dtype=torch.bfloat16)
     model.requires_grad_(False)
     for block in model.model.layers[1:]:
-        block.mlp = museum.KeepingWrapper(block.mlp, 2, routed, kt_rank, keep)
+        block.mlp = museum.WrapperOfOriginal(block.mlp, 2, routed, kt_rank, with_original)
     model.config.model_type = "of transformers 4"
     return get_peft_model(model, LoraConfig(r=8, target_modules=rf".*\.({PROJECTIONS})"))
 
@@ -172,8 +172,8 @@ def test_009_ktlib_adapts_each_module_once():
 
 
 def test_010a_old_marker_sweeps_the_wrapper():
-    model = old_lite(routed=0.0, keep=False, kt_rank=8)
-    wrappers = [module for module in model.modules() if isinstance(module, museum.KeepingWrapper)]
+    model = old_lite(routed=0.0, with_original=False, kt_rank=8)
+    wrappers = [module for module in model.modules() if isinstance(module, museum.WrapperOfOriginal)]
     for recurse, expected in ((False, (156, 378)), (True, (416, 222))):
         marked = {id(p) for wrapper in wrappers for p in wrapper.parameters(recurse=recurse)}
         kept = sum(id(p) in marked for p in model.parameters())
