@@ -1,4 +1,4 @@
-"""Every room of the museum: the old design fails as the log says, and ktlib, in its place, does not."""
+"""Every failure in the museum: the stand-in for the old design fails as in the log, and ktlib does not."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_007b_old_kernel_crashes_with_its_index_in_range():
 
 
 def test_007b_007c_devices():
-    """Weights elsewhere are an error, adapters elsewhere get their gradients there, equal to the CPU's."""
+    """Weights on a second device are an error; adapters get their gradients on it, equal to those on the CPU."""
     outcome = museum.child("on_another_device")
     assert outcome.code == 0, outcome.err
     assert "attempting to assign a gradient with device type 'cpu'" in outcome.out
@@ -176,9 +176,9 @@ def test_010a_old_marker_sweeps_the_wrapper():
     wrappers = [module for module in model.modules() if isinstance(module, museum.WrapperOfOriginal)]
     for recurse, expected in ((False, (156, 378)), (True, (416, 222))):
         marked = {id(p) for wrapper in wrappers for p in wrapper.parameters(recurse=recurse)}
-        kept = sum(id(p) in marked for p in model.parameters())
+        still_bf16 = sum(id(p) in marked for p in model.parameters())
         upcast = sum(p.requires_grad and id(p) not in marked for p in model.parameters())
-        assert (kept, upcast) == expected
+        assert (still_bf16, upcast) == expected
 
 
 def test_010a_ktlib_an_upcast_changes_nothing():
@@ -252,7 +252,7 @@ def test_010b_the_heap_has_room_for_adapters_of_any_size():
 
 
 def test_010b_ktlib_keeps_no_address(layer):
-    """Adapters move, others write NaN where they lay: same bits."""
+    """Adapters move and their old memory is overwritten with NaN, but the output has the same bits."""
     want = ktlib.moe_experts(**layer)
     heap = museum.Heap([m for name in ("gate_up_lora", "down_lora") for m in layer[name][:2]])
     placed = {name: [heap.place(m) for m in layer[name][:2]] for name in ("gate_up_lora", "down_lora")}
