@@ -118,7 +118,7 @@ def test_fusing_into_a_folder_with_something_else_is_refused_before_anything_is_
     put(out, name, "thesis.txt")
     (out / name).write_text("other contents")
     before = snapshot(out)
-    with pytest.raises(ValueError, match=f"folder: .*out.*({name}|made from something else).*such as .*out-2"):
+    with pytest.raises(ValueError, match=f"out: .*out.*({name}|made from something else).*such as .*out-2"):
         ktlib.fuse_checkpoint(source, out, progress=False)
     assert snapshot(out) == before
     (out / name).unlink()
@@ -137,7 +137,7 @@ def test_fusing_follows_no_links(tmp_path, name):
     put(tmp_path, "out/thesis.txt")
     (tmp_path / "out" / name).symlink_to(tmp_path / "nowhere")
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="(folder|path): .*out"):
+    with pytest.raises(ValueError, match="out: .*out"):
         ktlib.fuse_checkpoint(BASE, tmp_path / "out", progress=False)
     assert snapshot(tmp_path) == before
     (tmp_path / "out" / name).unlink()
@@ -145,7 +145,7 @@ def test_fusing_follows_no_links(tmp_path, name):
     shard.unlink()
     shard.symlink_to(tmp_path / "nowhere")
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=f"folder: .*out.*which holds {shard.name}"):
+    with pytest.raises(ValueError, match=f"out: .*out.*which holds {shard.name}"):
         ktlib.fuse_checkpoint(BASE, tmp_path / "out", progress=False)
     assert snapshot(tmp_path) == before
 
