@@ -1,12 +1,12 @@
 """ktlib: fine-tune Mixture-of-Experts models with the routed experts on the CPU.
 
-Importing it registers the experts implementation ``"ktlib"`` with transformers (as soon as that is imported). Names
-that need PEFT or transformers are loaded on first use, so that the import itself is fast.
+Importing ktlib registers the experts implementation ``"ktlib"`` with transformers, or as soon as transformers is
+imported. Functions that need PEFT or transformers are imported on first use, so that ``import ktlib`` is fast.
 """
 
 import importlib
 
-from ktlib.system import environment as _environment  # noqa: F401  first: it says what is wrong here
+from ktlib.system import environment as _environment  # noqa: F401  first, since it checks the environment
 
 # isort: split
 from ktlib import reference

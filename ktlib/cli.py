@@ -1,6 +1,6 @@
-"""The ``ktlib`` command: ``info``, ``audit``; ``sft``, ``sweep`` run notebooks; ``adapter``, ``fuse`` convert files.
+"""The command ``ktlib``: each subcommand is a function of its name in this module.
 
-Exit codes: 0 good, 1 a finding, a failed run or a repetition that differs, 2 a wrong argument or unreadable input.
+Exit codes: 0 success; 1 a finding, a failed run, or a repetition that differs; 2 a wrong argument or unreadable input.
 """
 
 import argparse
@@ -19,15 +19,15 @@ def main(argv=None):
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, MemoryError) as error:
-        # Python's own text of a file that cannot be opened begins with its number: "[Errno 2] ..."
-        from_system = isinstance(error, OSError) and error.filename is not None and error.strerror
-        message = f"{error.filename}: {error.strerror.lower()}" if from_system else error
+        # the text of a system error begins with its number, "[Errno 2] ...", which tells users nothing
+        is_file_error = isinstance(error, OSError) and error.filename is not None and error.strerror
+        message = f"{error.filename}: {error.strerror.lower()}" if is_file_error else error
         print(f"ktlib {arguments.command}: {message}", file=sys.stderr)
         return 2
 
 
 def _parameters_of_a_run():
-    """The list of :class:`ktlib.training.parameters.Parameters` for ``ktlib sft --help``: names, defaults, meanings."""
+    """Help text of ``ktlib sft``: name, default and meaning of each training parameter."""
     lines = ["parameters (default), as NAME=VALUE or lines of the YAML file:"]
     for field in fields(Parameters):
         default = "none" if field.default is None else str(field.default).lower()
@@ -40,7 +40,7 @@ def _parameters_of_a_run():
 
 
 def parser():
-    """The argument parser, one subcommand per function below."""
+    """The argument parser of the command and its subcommands."""
     top = argparse.ArgumentParser(prog="ktlib", description="Fine-tune MoE models with the routed experts on the CPU.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -49,13 +49,13 @@ def parser():
         command.set_defaults(run=run)
         return command
 
-    add("info", info, "what this processor offers and which kernels run on it")
+    add("info", info, "print facts about this processor, and which kernels run on it")
 
-    command = add("audit", audit, "what is in an adapter and what is wrong with it; exit code 1 on a problem")
+    command = add("audit", audit, "print what is in an adapter and what is wrong with it; exit code 1 on a problem")
     command.add_argument("adapter", type=Path, help="folder of a saved adapter, or a safetensors file")
-    command.add_argument("--base", type=Path, help="folder of the base model: compare names and shapes with it")
-    command.add_argument("--trained", action="store_true", help="it was trained: every B must have been updated")
-    command.add_argument("--figure", type=Path, help="write the map of findings by layer and component to this file")
+    command.add_argument("--base", type=Path, help="folder of the base model, to check names and shapes")
+    command.add_argument("--trained", action="store_true", help="check that training updated every B")
+    command.add_argument("--figure", type=Path, help="write a figure of the findings by layer and component")
 
     command = add(
         "sft",
@@ -66,24 +66,24 @@ def parser():
     )
     command.add_argument("params", type=Path, nargs="?", help="YAML file of notebook parameters")
     command.add_argument(
-        "--param", action="append", default=[], metavar="NAME=VALUE", help="set one; wins over the file"
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="set a parameter; overrides the file"
     )
-    command.add_argument("--name", help="name of the run, default: the file's name, or sft")
+    command.add_argument("--name", help="name of the run, default: the file's name, or sft without a file")
     command.add_argument(
-        "--repeat", type=Path, metavar="RUN.ipynb", help="do again what this executed notebook did, and compare"
+        "--repeat", type=Path, metavar="RUN.ipynb", help="repeat the run of this executed notebook, and compare"
     )
-    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs, default: runs")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs, default: runs")
     command.add_argument("--notebook", type=Path, default=notebooks.SFT, help=argparse.SUPPRESS)
 
-    command = add("sweep", sweep, "run a notebook over a grid of parameters, going on where it stopped")
+    command = add("sweep", sweep, "run a notebook over a grid of parameters, or continue such a sweep")
     command.add_argument("grid", type=Path, help="YAML file with notebook, fixed and grid")
     command.add_argument("--name", help="name of the sweep, default: the file's name")
-    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs, default: runs")
+    command.add_argument("--out", type=Path, default=Path("runs"), help="folder of all sweeps, default: runs")
     command.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
 
     command = add("adapter", adapter, "convert an adapter between PEFT's, per-expert and KTransformers' files")
     command.add_argument("source", type=Path, help="folder of the adapter")
-    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--base", type=Path, required=True, help="folder of the base model (its config is enough)")
     command.add_argument(
         "--to", default="peft", choices=("peft", "per_expert", "ktransformers"), help="layout to write, default: peft"
@@ -91,23 +91,23 @@ def parser():
     command.add_argument(
         "--lora-b-order",
         choices=("rank_major", "grouped_by_expert"),
-        help="with --to peft: order of lora_B's columns in a file that does not record it, as older ones by Unsloth",
+        help="with --to peft: order of lora_B's columns, for files that do not record it, as older ones of Unsloth",
     )
     command.add_argument(
         "--lora-a-features",
         choices=("in", "out"),
-        help="with --to peft: features of lora_A where shapes and PEFT's version do not tell, as before PEFT 0.19.1",
+        help="with --to peft: features of lora_A, for files that do not tell it by shapes or PEFT's version (< 0.19.1)",
     )
-    command.add_argument("--allow-nonfinite", action="store_true", help="carry NaN and Inf over, default: refuse")
+    command.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and Inf too, default: refuse them")
 
     command = add("fuse", fuse, "write a checkpoint with fused experts, which loads without a copy")
     command.add_argument("source", type=Path, help="folder of the checkpoint")
-    command.add_argument("out", type=Path, help="folder to make, or to go on with after an interruption")
+    command.add_argument("out", type=Path, help="folder to write, or to complete after an interruption")
     return top
 
 
 def info(arguments):
-    """Print what ``ktlib.cpu_info()`` says: the processor, and each instruction set with what it lacks here."""
+    """Print ``ktlib.cpu_info()``: facts about the processor, and what it lacks for each instruction set."""
     from ktlib.system.cpu import cpu_info
 
     facts = cpu_info()
@@ -143,7 +143,7 @@ def audit(arguments):
 
 
 def sft(arguments):
-    """Run the SFT notebook; the last lines say where the results are, also of a run that failed after it saved them."""
+    """Run the SFT notebook. The last lines say where the results are, even if the run failed after it saved them."""
     notebook = arguments.notebook
     if not notebook.is_file():
         raise ValueError(f"{notebook.name} not found: the SFT notebook is run from a clone of the repository")
@@ -154,48 +154,51 @@ def sft(arguments):
     folder = arguments.out / (arguments.name or (arguments.params.stem if arguments.params else "sft"))
     parameters = notebooks.with_output_dir(notebook, parameters, folder)
 
-    result = notebooks.run(notebook, folder, parameters)
-    if result["error"]:
-        print(f"\nFAILED in {result['error']}", file=sys.stderr)
-    print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
-    if saved := notebooks.records(notebooks.read(result["notebook"])).get("saved"):
+    executed = notebooks.run(notebook, folder, parameters)
+    _print_paths(executed)
+    if saved := notebooks.records(notebooks.read(executed.notebook)).get("saved"):
         print(f"{saved:<9} {parameters['output_dir']}")
-    return 1 if result["error"] else 0
+    return 1 if executed.error else 0
+
+
+def _print_paths(executed):
+    """Print the error, if any, and the paths of an executed notebook and its report."""
+    if executed.error:
+        print(f"\nFAILED in {executed.error}", file=sys.stderr)
+    print(f"\nnotebook  {executed.notebook}\nreport    {executed.report}")
 
 
 def repeat(arguments, changes):
-    """Repeat the run of an executed notebook and say what differs."""
-    from ktlib.runs.repeat import repeat
+    """Repeat the run of an executed notebook, and print what differs."""
+    from ktlib.runs.repeat import run_again
 
     if arguments.params:
         raise ValueError(f"--repeat takes its parameters from {arguments.repeat}, got {arguments.params} as well")
     folder = arguments.out / (arguments.name or f"{arguments.repeat.stem}-repeat")
-    result = repeat(arguments.repeat, arguments.notebook, folder, changes)
-    if result["error"]:
-        print(f"\nFAILED in {result['error']}", file=sys.stderr)
-    print(f"\nnotebook  {result['notebook']}\nreport    {result['report']}")
-    for title, lines in (("setting", result["circumstances"]), ("DIFFERS", result["results"])):
+    repetition = run_again(arguments.repeat, arguments.notebook, folder, changes)
+    _print_paths(repetition.run)
+    for title, lines in (("setting", repetition.circumstances), ("DIFFERS", repetition.results)):
         for line in lines or []:
             print(f"{title:<8}  {line}")
-    if result["results"] == []:
+    is_same = repetition.results == []
+    if is_same:
         print("same      adapter, bit for bit")
-    return 0 if result["results"] == [] else 1
+    return 0 if is_same else 1
 
 
 def sweep(arguments):
-    """Run what is missing of a sweep; exit code 1 if a run failed."""
-    from ktlib.runs import sweep as sweeps
+    """Run the runs of a sweep that are missing; exit code 1 if a run failed."""
+    from ktlib.runs.sweep import plan, run_missing
 
     given = read_yaml(arguments.grid)
     if unknown := sorted(set(given) - {"notebook", "fixed", "grid"}):
         raise ValueError(f"{arguments.grid}: has {', '.join(unknown)}, needs notebook, grid and (or not) fixed")
     folder = arguments.out / (arguments.name or arguments.grid.stem)
-    planned_sweep = given.get("notebook", "sft"), folder, given.get("grid"), given.get("fixed")
-    planned = sweeps.plan(*planned_sweep)
+    definition = given.get("notebook", "sft"), folder, given.get("grid"), given.get("fixed")
     if arguments.dry_run:
-        print(*planned, sep="\n")
+        print(*plan(*definition), sep="\n")
         return 0
-    rows = sweeps.sweep(*planned_sweep)
+    rows = run_missing(*definition)
     failed = [row["run"] for row in rows if row["failed"]]
     for run in failed:
         print(f"FAILED    {folder / run}.html", file=sys.stderr)
@@ -204,7 +207,7 @@ def sweep(arguments):
 
 
 def adapter(arguments):
-    """Convert an adapter; to PEFT's layout from any, to the others from PEFT's."""
+    """Convert an adapter: from any layout to PEFT's, or from PEFT's to another."""
     import ktlib
 
     if not (arguments.base / "config.json").is_file():
@@ -230,7 +233,7 @@ def fuse(arguments):
 
 
 def read_yaml(path):
-    """The parameters in a YAML file, as a dict."""
+    """The dict ``{parameter: value}`` in a YAML file; ValueError if the file holds anything else."""
     values = parse_yaml(path.read_bytes(), path)
     if values is None:
         return {}
@@ -240,16 +243,19 @@ def read_yaml(path):
 
 
 def parse_yaml(text, source):
-    """A value in YAML; ValueError that names ``source`` if it is none, or a name in it is no text or given twice."""
+    """The value of YAML ``text``; ValueError for invalid YAML, and for keys that are no text or occur twice.
+
+    The error names ``source``, where the text comes from.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):  # by itself it takes the last of equal names, and reads `no: 5` as False: 5
+    class Loader(yaml.SafeLoader):  # SafeLoader accepts equal keys, and reads the key `no` as False
         def compose_mapping_node(self, anchor):
             node, seen = super().compose_mapping_node(anchor), set()
             for key, _ in node.value:
-                named = key.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-                if not named or key.value in seen:
-                    problem = f"{key.value} is given twice" if named else "needs text as a name, put it in quotes"
+                is_text = key.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+                if not is_text or key.value in seen:
+                    problem = f"{key.value} is given twice" if is_text else "needs text as a name, put it in quotes"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
             return node
@@ -261,7 +267,10 @@ def parse_yaml(text, source):
 
 
 def read_pairs(pairs, known):
-    """``["name=value", ...]`` as a dict; a value is text where the notebook wants text, else read as YAML."""
+    """``["name=value", ...]`` as a dict. Values stay text where ``known`` annotates the parameter so, others are YAML.
+
+    ``known`` is what :func:`ktlib.runs.notebooks.notebook_parameters` returns.
+    """
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

@@ -1,6 +1,6 @@
-"""One look for every figure: size, colours that survive colour blindness and print, thin grid, no box."""
+"""The style of every figure: size, colours that differ for colour-blind readers and in print, thin grid, no box."""
 
-# Okabe and Ito's palette, darkest first; use in this order.
+# the palette of Okabe and Ito, in the order of use
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
     "#E69F00",
@@ -15,7 +15,7 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def style():
-    """Set the look for all figures that follow; call it once, after the imports."""
+    """Set matplotlib's defaults for all later figures; call it once, after the imports."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
@@ -43,7 +43,7 @@ def style():
 
 
 def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
-    """A figure and its axes with title and labels set; with ``columns`` > 1, an array of axes and one overall title."""
+    """``(figure, axes)`` with title and labels; with ``columns`` > 1, an array of axes under one title."""
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(1, columns, figsize=size or (7 if columns == 1 else 9, 4))
@@ -51,15 +51,17 @@ def axes(title, xlabel="", ylabel="", *, columns=1, size=None):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     else:
         fig.suptitle(title, x=0.01, ha="left", weight="bold", size="medium")
-        for axis in ax:
-            axis.set(xlabel=xlabel, ylabel=ylabel)
+        for column in ax:
+            column.set(xlabel=xlabel, ylabel=ylabel)
     return fig, ax
 
 
 def audit_map(report, ax=None):
-    """Layer by component map of an :class:`ktlib.diagnosis.audit.Audit`: a cell counts its findings. Returns the axes.
+    """Draw the findings of an :class:`ktlib.diagnosis.audit.Audit` per layer and component; returns the axes.
 
-    White: not there. Green: clean. Light to red: findings per tensor; NaN and a second name are two findings.
+    A cell is white if the layer has no such component, green without findings, else light orange to red by its number
+    of findings per tensor. The number of findings stands in the cell. A tensor can have several, such as NaN and a
+    duplicate name.
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
@@ -89,37 +91,39 @@ def audit_map(report, ax=None):
 
 
 def placement_map(table, ax=None):
-    """Bytes of :func:`ktlib.placement.pin.placement`'s table: a bar per component, a colour per device.
+    """Draw the bytes per component and device, a bar per component and a colour per device; returns the axes.
 
-    ``table``: ``{(component, device, dtype): bytes}``. Adapters are drawn beside what they adapt. Returns the axes.
+    ``table`` is :func:`ktlib.placement.pin.placement`'s: ``{(component, device, dtype): bytes}``. The bar of an adapter
+    stands below that of the component that it adapts.
     """
-    sizes_of, devices = {}, []
+    components = {}
     for (component, device, _), size in table.items():
         kind = "GPU" if device.startswith("cuda") else device.upper()
-        sizes_of.setdefault(component, {}).setdefault(kind, 0)
-        sizes_of[component][kind] += size
-        devices += [kind] if kind not in devices else []
-    names = sorted(sizes_of, key=lambda name: (name.removesuffix(" LoRA"), name))
-    largest = max(max(sizes.values()) for sizes in sizes_of.values())
+        sizes = components.setdefault(component, {})
+        sizes[kind] = sizes.get(kind, 0) + size
+    names = sorted(components, key=lambda name: (name.removesuffix(" LoRA"), name))
+    kinds = sorted({kind for sizes in components.values() for kind in sizes})
+    largest = max(max(sizes.values()) for sizes in components.values())
     scale, unit = next((pair for pair in UNITS if largest >= pair[0]), (1, "bytes"))
     if ax is None:
         _, ax = axes("Where the parameters are", unit, size=(8, 1.2 + 0.3 * len(names)))
-    colors = dict(zip(sorted(devices), (BLUE, ORANGE, GREEN), strict=False))
+    colors = dict(zip(kinds, (BLUE, ORANGE, GREEN), strict=False))
     for y, name in enumerate(names):
-        for kind, size in sizes_of[name].items():
+        for kind, size in components[name].items():
             ax.barh(y, size / scale, color=colors[kind], height=0.7, label=kind)
             ax.text((size + 0.01 * largest) / scale, y, bytes_text(size), va="center", fontsize=8)
     ax.set(xlim=(0, 1.15 * largest / scale), ylim=(len(names) - 0.4, -0.6))
     ax.set_yticks(range(len(names)), names)
     ax.grid(axis="y", visible=False)
-    ax.legend(*_once(ax), loc="lower right")
+    ax.legend(*_legend_entries(ax), loc="lower right")
     return ax
 
 
 def step_timeline(line, ax=None, window=None):
-    """Who worked when in one step: ``window`` seconds of :func:`ktlib.lab.hybrid.timeline`. Returns the axes.
+    """Draw which device or operator was busy when during one step; returns the axes.
 
-    Tracks without a span in the window are left out, and none is drawn thinner than can be seen.
+    ``line`` is :func:`ktlib.lab.hybrid.timeline`'s, ``window`` the ``(start, end)`` in seconds to draw (default: all).
+    Tracks without a span in the window are left out. Very short spans are drawn wide enough to be seen.
     """
     start, end = window or (0, line["seconds"])
     shown = {
@@ -130,9 +134,9 @@ def step_timeline(line, ax=None, window=None):
     if ax is None:
         _, ax = axes("Timeline of a step", "seconds", size=(9, 1.1 + 0.38 * len(shown)))
     colors = dict(zip(line["spans"], (BLUE, SKY, GREEN, ORANGE, RED, PURPLE), strict=False))
-    least = (end - start) / 350
+    thinnest = (end - start) / 350
     for y, (track, spans) in enumerate(shown.items()):
-        bars = [(a, max(b - a, least)) for a, b in spans]
+        bars = [(a, max(b - a, thinnest)) for a, b in spans]
         ax.broken_barh(bars, (y - 0.38, 0.76), facecolors=colors[track], linewidth=0)
     ax.set_yticks(range(len(shown)), list(shown))
     ax.set(xlim=(start, end), ylim=(len(shown) - 0.5, -0.5))
@@ -141,7 +145,7 @@ def step_timeline(line, ax=None, window=None):
 
 
 def bytes_text(size):
-    """A size as a reader says it: ``28.8 GB``, ``44 kB``."""
+    """A number of bytes as text with a unit, such as ``28.8 GB`` or ``44 kB``."""
     for factor, unit in UNITS:
         if size >= factor:
             value = size / factor
@@ -149,8 +153,8 @@ def bytes_text(size):
     return f"{size} bytes"
 
 
-def _once(ax):
-    """Handles and labels of a legend in which every label is named once."""
+def _legend_entries(ax):
+    """``(handles, labels)`` for a legend that names every label once, sorted."""
     handles, labels = ax.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(reversed(handles), reversed(labels), strict=True)}
     return [first[label] for label in sorted(first)], sorted(first)

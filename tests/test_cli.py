@@ -70,8 +70,8 @@ def test_help_of_sft_lists_every_parameter_with_its_default(capsys):
         cli.main(["sft", "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for one in fields(Parameters):
-        assert one.metadata["help"] and f"\n  {one.name} (" in shown
+    for field in fields(Parameters):
+        assert field.metadata["help"] and f"\n  {field.name} (" in shown
     assert "\n  rank (16): " in shown and "\n  isa (none): " in shown
 
 

@@ -16,7 +16,7 @@ from ktlib.integrations.model_class import meta_model, untied_state
 from ktlib.names import first_of
 
 NOTE = "fused_from.json"
-LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST}*")
+LEFT_OUT = (NOTE, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", f"{ownership.LIST_PREFIX}*")
 SAMPLE = 256  # values in each quarter of a tensor that are compared between sources: megabytes of a large checkpoint
 
 

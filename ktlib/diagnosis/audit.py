@@ -403,4 +403,4 @@ def _files(path):
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    return tensor_files.weight_files(path, (tensor_files.ADAPTER, tensor_files.MODEL))
+    return tensor_files.weight_files(path, (tensor_files.ADAPTER_STEMS, tensor_files.MODEL_STEMS))

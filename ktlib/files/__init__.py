@@ -1,1 +1,1 @@
-"""Files larger than memory, and files that appear whole or not at all."""
+"""Reading and writing files: tensors larger than memory, and files that appear complete or not at all."""

@@ -1,6 +1,6 @@
-"""Safetensors files as tables of tensors that are read when asked for, and written one tensor at a time.
+"""Safetensors files larger than memory: tensors are loaded when they are needed, and written one at a time.
 
-What is larger than memory passes through here: checkpoints of tens of gigabytes, and the adapters made for them.
+:func:`read` and :func:`write` work on tables ``{name: Stored}``, whose tensors are not in memory.
 """
 
 import functools
@@ -28,12 +28,13 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-MODEL, ADAPTER = ("model",), ("adapter_model", "fused_expert_lora")  # how the names of their files begin
+# names without suffixes of the files of a model, and of an adapter
+MODEL_STEMS, ADAPTER_STEMS = ("model",), ("adapter_model", "fused_expert_lora")
 PICKLED = "pickled weights can run code when read; load it where you trust it and save it as safetensors"
 
 
 class Stored(NamedTuple):
-    """A tensor that is not in memory: its shape, its dtype, and the function that makes or reads it."""
+    """A tensor that is not in memory: shape, dtype, and ``load()``, which reads or computes it."""
 
     shape: tuple
     dtype: torch.dtype
@@ -46,18 +47,22 @@ class Stored(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def recent(tensor):
-    """``tensor.load()``, kept until two others were asked for or a file is complete: for slices of one stack."""
+    """``tensor.load()``, cached, so that writing the slices of a stack loads the stack once.
+
+    The cache holds two tensors, and :func:`write` empties it at the end of a file.
+    """
     return tensor.load()
 
 
 def read(*files):
-    """``{name: Stored}`` of safetensors files. A file is mapped when the first of its tensors is loaded, and as long as
-    one of them is referred to.
+    """``{name: Stored}`` of all tensors in safetensors files.
+
+    A file is mapped into memory when its first tensor is loaded, and stays mapped while one of its tensors is in use.
 
     Raises:
-        ValueError: a file is damaged, no safetensors file or too large to be mapped, or holds a tensor that another one
-            holds too or that is of a dtype not in ``DTYPES``.
-        FileNotFoundError: a file is not there.
+        ValueError: a file is damaged, no safetensors file or too large to be mapped; it holds a tensor with a dtype not
+            in ``DTYPES``, or one with the name of a tensor in another file.
+        FileNotFoundError: a file does not exist.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -82,27 +87,27 @@ def read(*files):
 
 
 def computable(values):
-    """The values in a dtype that torch has reductions for, which 8-bit floats, bools and unsigned integers are not."""
+    """``values``, as fp32 if torch has no reductions for their dtype (8-bit numbers, bools and unsigned integers)."""
     return values.float() if values.dtype.itemsize == 1 or values.dtype in _UNSIGNED else values
 
 
 def is_finite(tensor):
-    """Whether a tensor holds neither NaN nor Inf. It takes a few megabytes of memory, however large the tensor."""
+    """Whether a tensor holds neither NaN nor Inf. The check works in chunks, so it needs only a few megabytes."""
     return all(bool(computable(chunk).isfinite().all()) for chunk in tensor.flatten().split(2**20))
 
 
-def weight_files(folder, kinds=(MODEL,)):
-    """The safetensors files of a saved model or adapter: those that ``from_pretrained`` takes, or all in the folder.
+def weight_files(folder, kinds=(MODEL_STEMS,)):
+    """The safetensors files that ``from_pretrained`` loads from a saved model or adapter, else all in the folder.
 
-    If there are files of several of the ``kinds``, those of the first count.
+    ``kinds`` are groups of names without suffixes; the first group that has files is taken.
 
     Raises:
-        FileNotFoundError: there is none, or one that the index names is missing.
-        ValueError: the index is damaged, or names a file of another folder; all weights are pickled.
+        FileNotFoundError: the folder has no safetensors file, or lacks one that the index names.
+        ValueError: the index is damaged, or names a file of another folder; or all weights are pickled.
     """
     folder = Path(folder)
-    for names in kinds:
-        if files := [file for name in names for file in _one_or_indexed(folder, name)]:
+    for stems in kinds:
+        if files := [file for stem in stems for file in _single_or_indexed_files(folder, stem)]:
             return files
     if files := sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         return files
@@ -111,9 +116,9 @@ def weight_files(folder, kinds=(MODEL,)):
     raise FileNotFoundError(f"{folder} has no *.safetensors file")
 
 
-def _one_or_indexed(folder, name):
-    """``name.safetensors``, for which ``from_pretrained`` looks first, or the files that its index names, or none."""
-    single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+def _single_or_indexed_files(folder, stem):
+    """``[stem.safetensors]``, else the files that its index names, else ``[]``: in the order of ``from_pretrained``."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -132,24 +137,24 @@ def _one_or_indexed(folder, name):
 def digest(tensors, most=None):
     """SHA-256 of the names, types, shapes and bits of ``{name: Stored}``.
 
-    With ``most``, only so many values at the start of each quarter of a tensor count: of a mapped file little is read.
-    That tells one training state from another, but not two that differ in a few single values.
+    With ``most``, only that many values at the start of each quarter of a tensor are hashed, so that little of a mapped
+    file is read. Such a digest differs between training states, but can miss a change of a few single values.
     """
-    total = hashlib.sha256()
+    result = hashlib.sha256()
     for name, tensor in tensors.items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for quarter in tensor.load().flatten().tensor_split(4):
-            total.update(quarter[:most].view(torch.uint8).numpy())
-    return total.hexdigest()
+            result.update(quarter[:most].view(torch.uint8).numpy())
+    return result.hexdigest()
 
 
 def write(path, tensors):
-    """Write ``{name: Stored}`` as the new safetensors file ``path``, largest tensor first, its data aligned to pages.
+    """Write ``{name: Stored}`` as the new safetensors file ``path``; at most one tensor is in memory.
 
-    At most one tensor is in memory. The file appears whole under its name or not at all.
+    The data begins at a page boundary, with the largest tensor. The file appears complete under its name or not at all.
 
     Raises:
-        ValueError: a loaded tensor has not the shape and dtype announced, or there is another file ``path``.
+        ValueError: a tensor's ``load()`` returned another shape or dtype than announced, or ``path`` exists.
     """
     path = Path(path)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -175,19 +180,19 @@ def write(path, tensors):
 
 
 def write_sharded(folder, shards, about, note, others=(), progress=True, argument="folder"):
-    """Write a checkpoint of several files, going on where an earlier call was interrupted; returns the folder.
+    """Write a checkpoint of several files, or the missing ones after an interrupted call; returns the folder.
 
     Args:
-        folder: gets ``model-00001-of-N.safetensors`` ..., and at the end ``model.safetensors.index.json``.
-        shards: one ``{name: Stored}`` for each file. Files that are there already are kept.
-        about: a dict that says what these weights are, stored as JSON in the file ``note``.
-        others: paths of files, of which ``folder`` gets copies.
+        folder: where to write ``model-00001-of-N.safetensors`` ..., and at the end ``model.safetensors.index.json``.
+        shards: one ``{name: Stored}`` for each file. Existing files are not written again.
+        about: a dict that identifies these weights, stored as JSON in the file ``note``.
+        others: paths of files to copy to ``folder``.
         argument: what the caller calls ``folder``, for error messages.
 
     Raises:
-        ValueError: ``folder`` holds shards of something else than ``about``, or divided in another way, or any other
-            model or adapter, or one of the other files with other contents, or ``note`` is damaged.
-        OSError: too little space on the disk, said before anything is written.
+        ValueError: ``folder`` holds another model or adapter, shards of other weights than ``about`` or divided in
+            another way, or a file with the name but not the contents of one of ``others``; or ``note`` is damaged.
+        OSError: the disk has too little free space; raised before anything is written.
     """
     from tqdm.auto import tqdm
 
@@ -199,9 +204,9 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
     weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
     index = folder / "model.safetensors.index.json"
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
-    present = ownership.named(folder, WEIGHT_FILES)
-    strange = [path.name for path in present if path not in (*files, index)]
-    if before != about and (before or present):
+    existing = ownership.named(folder, WEIGHT_FILES)
+    strange = [path.name for path in existing if path not in (*files, index)]
+    if before != about and (before or existing):
         raise ValueError(
             f"{argument}: {folder} holds a checkpoint that was made from something else ({note} differs), needs "
             f"another folder, such as {ownership.free_name(folder)}"
@@ -233,7 +238,7 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
 
 
 def read_json(file):
-    """The object in a file, ``{}`` if there is no such file; ValueError that names it if it holds anything else."""
+    """The JSON object in a file, ``{}`` if the file does not exist; ValueError if the file holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -244,14 +249,15 @@ def read_json(file):
 
 
 def shards_of(tensors):
-    """Shards for :func:`write_sharded`: a layer's routed experts, its other tensors, and those of no layer.
+    """Divide ``{name: Stored}`` for :func:`write_sharded`.
 
-    A mapped file stays in a process's memory as long as one of its tensors is in use. So experts that stay on the host
-    have files to themselves, and what went to a GPU leaves nothing behind.
+    A shard holds the routed experts of one layer, the other tensors of one layer, or the tensors of no layer. A file
+    stays mapped while one of its tensors is in use. So experts that stay on the CPU have files of their own, and the
+    files of tensors that moved to a GPU are unmapped.
     """
     shards = {}
     for name, tensor in tensors.items():
-        components = name.split(".")
-        layer = next((tuple(components[: i + 1]) for i, word in enumerate(components) if word.isdigit()), None)
+        words = name.split(".")
+        layer = next((tuple(words[: i + 1]) for i, word in enumerate(words) if word.isdigit()), None)
         shards.setdefault((layer, component(name) == "routed_experts"), {})[name] = tensor
     return list(shards.values())

@@ -1,1 +1,1 @@
-"""What the notebooks measure with: benchmarks, the museum of failures, synthetic checkpoints, the built-in model."""
+"""Tools of the notebooks: benchmarks, validation, the museum of failures, synthetic checkpoints, the built-in model."""

@@ -1,14 +1,15 @@
-"""The embedded default model: a small DeepSeek-V2 checkpoint, pre-trained on text that this file generates.
+"""Makes the built-in model: a small DeepSeek-V2 checkpoint, pre-trained on text that this file generates.
 
     python -m ktlib.lab.base_model OUT_DIR
 
-makes the checkpoint that ktlib ships in ``ktlib/assets/base``: stock ``DeepseekV2ForCausalLM`` (MLA attention, first
-layer dense, then MoE layers with a shared expert), its own byte-level BPE tokenizer with digits split one by one, and
-a chat template. The shipped one was made by this command on a GPU in 3 minutes; on two CPU cores it takes about 15,
-and rounding makes another, equally good model. Shipping it makes results comparable from machine to machine.
+makes a checkpoint like that in ``ktlib/assets/base``: a stock ``DeepseekV2ForCausalLM`` (MLA attention, first layer
+dense, then MoE layers with a shared expert), a byte-level BPE tokenizer that splits numbers into digits, and a chat
+template. The shipped checkpoint was made by this command on a GPU in 3 minutes. On two CPU cores the command takes
+about 15 minutes, and gives a different, equally good model, because roundings differ. ktlib ships the checkpoint so
+that results can be compared between machines.
 
-The documents state facts and ask for them again, repeat strings, and put items in another order. There is nothing to
-know in them but how to read, look up and copy: what a fine-tuning run teaches afterwards comes from its own data.
+The generated documents state facts and ask for them, repeat strings, and reorder items. They teach the model to read,
+look up and copy, but no knowledge: what a fine-tuned model knows comes from the data of its fine-tuning.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def value(rng):
 
 
 def facts_document(rng):
-    """States facts about made-up people, states them again in another order, then asks for them."""
+    """Facts about made-up people, stated up to three times in random order, then questions about them."""
     people = [f"{name(rng)} {name(rng)}" if rng.random() < 0.5 else name(rng) for _ in range(rng.randint(1, 3))]
     facts = [{"n": person, "a": rng.choice(NOUNS), "v": value(rng)} for person in people]
     sentence, question = rng.choice(STATE), rng.choice(ASK)
@@ -88,13 +89,13 @@ def facts_document(rng):
 
 
 def repeat_document(rng):
-    """Says a few random words and numbers several times over."""
+    """A few random words and numbers, repeated two to four times."""
     items = " ".join(value(rng) for _ in range(rng.randint(1, 5)))
     return " ".join([items] * rng.randint(2, 4))
 
 
 def copy_document(rng):
-    """Copies random strings on request."""
+    """Requests to copy random strings, with their answers."""
     text, request = "", rng.choice(COPY)
     for _ in range(rng.randint(1, 3)):
         items = " ".join(value(rng) for _ in range(rng.randint(1, 3)))
@@ -103,7 +104,7 @@ def copy_document(rng):
 
 
 def fields(rng):
-    """Two or three unlike items: numbers, words, names, or day, month and year in words."""
+    """Two or three items: a month, day and year, or a mixture of names, words and numbers."""
     if rng.random() < 0.3:
         return [rng.choice(MONTHS), str(rng.randint(1, 31)), str(rng.randint(1000, 2999))]
     kinds = (name, lambda r: r.choice(WORDS), lambda r: str(r.randrange(10 ** r.randint(1, 4))))
@@ -111,7 +112,7 @@ def fields(rng):
 
 
 def reorder_document(rng):
-    """Puts items in another order, with another separator, as asked."""
+    """Requests to reorder items and to join them with a separator, with their answers."""
     text = ""
     for _ in range(rng.randint(1, 3)):
         items, order, join = fields(rng), rng.choice(list(ORDERS)), rng.choice(list(JOINS))
@@ -120,7 +121,7 @@ def reorder_document(rng):
 
 
 def pattern_document(rng):
-    """Reorders items by a rule that is not told, but shown by the examples before."""
+    """Items that are reordered four times by one rule, which only the examples show."""
     text, order, join = "", rng.choice(list(ORDERS)), rng.choice(list(JOINS))
     for _ in range(4):
         items = fields(rng)
@@ -140,7 +141,7 @@ def documents(seed):
 
 
 def train_tokenizer(n_documents=4000, vocab_size=1024, seed=1):
-    """Byte-level BPE with single digits, trained on generated documents; with a chat template."""
+    """A byte-level BPE tokenizer that splits numbers into digits, trained on the documents; with chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -171,7 +172,7 @@ def train_tokenizer(n_documents=4000, vocab_size=1024, seed=1):
 
 
 def config(tokenizer):
-    """The architecture: about 4.3 M parameters, 16 routed experts of width 64, top-4, one shared expert."""
+    """Config of the model: about 4.3 M parameters, 16 routed experts of width 64, top-4, one shared expert."""
     return DeepseekV2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -200,7 +201,7 @@ def config(tokenizer):
 
 
 def batches(tokenizer, batch_size, length, seed):
-    """Endless generator of packed token windows, int64 ``(batch_size, length)``."""
+    """Endless generator of token ids, int64 ``(batch_size, length)``; documents follow each other without padding."""
     source, tokens = documents(seed), []
     while True:
         while len(tokens) < batch_size * length:
@@ -212,13 +213,14 @@ def batches(tokenizer, batch_size, length, seed):
 def pretrain(model, tokenizer, steps=3000, batch_size=16, length=128, lr=5e-4, muon_lr=0.02, seed=2, balance=0.01):
     """Train the fp32 model in place on next-token prediction; returns the mean loss (nats) of each step.
 
-    Muon for the matrices of attention and MLPs (copying from context emerges in half the steps that AdamW alone takes),
-    AdamW for the rest. ``balance`` weighs the usual auxiliary loss that spreads tokens evenly over the experts.
+    Muon trains the matrices of attention and MLPs, and AdamW all other parameters. With AdamW alone, the model needs
+    twice as many steps until it copies from its context. ``balance`` is the weight of the usual auxiliary loss that
+    spreads tokens evenly over the experts.
     """
     matrices, others = [], []
     for key, parameter in model.named_parameters():
-        inner = parameter.dim() == 2 and not any(name in key for name in ("embed_tokens", "lm_head", "mlp.gate.weight"))
-        (matrices if inner else others).append(parameter)
+        is_excluded = any(name in key for name in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+        (matrices if parameter.dim() == 2 and not is_excluded else others).append(parameter)
     optimizers = (
         torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -262,10 +264,13 @@ def pretrain(model, tokenizer, steps=3000, batch_size=16, length=128, lr=5e-4, m
 
 
 def make(out_dir, steps=3000, seed=0):
-    """Train tokenizer and model, save them as a bf16 checkpoint in ``out_dir``; returns the losses.
+    """Train tokenizer and model, and save them as a bf16 checkpoint in ``out_dir``; returns the loss of each step.
 
-    The checkpoint is written beside ``out_dir`` and renamed, so a partial one is never seen. Raises FileExistsError,
-    before any work, if ``out_dir`` exists and is not an empty directory; ValueError if ``steps`` is less than 1.
+    The folder ``out_dir`` appears complete or not at all.
+
+    Raises:
+        FileExistsError: ``out_dir`` exists and is not an empty folder; raised before any work.
+        ValueError: ``steps`` is less than 1.
     """
     refuse_existing(out_dir, "out_dir")
     if steps < 1:
@@ -284,7 +289,7 @@ def make(out_dir, steps=3000, seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m ktlib.lab.base_model", description=__doc__.split("\n")[0])
-    parser.add_argument("out_dir", help="where to save the checkpoint; must not exist or be empty")
+    parser.add_argument("out_dir", help="folder of the checkpoint; must be new or empty")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Time of one MoE layer, forward and backward with LoRA: ours per instruction set, and every peer that is installed.
+"""Times of one MoE layer, forward and backward with LoRA: ktlib per instruction set, and other installed packages.
 
-``python -m ktlib.lab.bench --help``. All rows of one call come from the same process, threads and routing.
+The command is ``python -m ktlib.lab.bench``. All rows of one call use the same process, threads and routing.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PEERS = ("grouped_mm + PEFT", "grouped_mm, no LoRA", "kt-kernel")
 
 
 def layer_weights(experts, hidden, intermediate, seed=0):
-    """``(gate_up_proj, down_proj)`` of one layer, bf16, normal / 50; seeded per expert."""
+    """``(gate_up_proj, down_proj)`` of one layer, bf16, of standard deviation 0.02; each expert has its own seed."""
     shapes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
     gate_up_proj, down_proj = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
 
@@ -47,19 +47,19 @@ def layer_weights(experts, hidden, intermediate, seed=0):
 
 
 def layer_lora(experts, hidden, intermediate, rank, seed=0):
-    """``(gate_up_lora, down_lora)`` with trainable bf16 matrices, scaling 2."""
+    """``(gate_up_lora, down_lora)``: each ``(lora_A, lora_B, scaling)``, trainable bf16 matrices and scaling 2."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = []
+    triples = []
     for inner, out in ((hidden, 2 * intermediate), (intermediate, hidden)):
         shape_A, shape_B = lora_layout.shapes(rank, experts, out, inner)
         lora_A = torch.randn(shape_A, generator=generator) / inner**0.5
         lora_B = torch.randn(shape_B, generator=generator) * 0.02
-        pairs.append((lora_A.bfloat16().requires_grad_(), lora_B.bfloat16().requires_grad_(), 2.0))
-    return pairs
+        triples.append((lora_A.bfloat16().requires_grad_(), lora_B.bfloat16().requires_grad_(), 2.0))
+    return triples
 
 
 def routing(tokens, experts, top_k, skew=0.0, seed=0):
-    """``(top_k_index, top_k_weights)``: even, or a share ``skew`` of the tokens with expert 0 among their choices."""
+    """``(top_k_index, top_k_weights)`` of even random routing, but a share ``skew`` of the tokens chooses expert 0."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=generator)
     logits[: int(tokens * skew), 0] = 100.0
@@ -68,14 +68,14 @@ def routing(tokens, experts, top_k, skew=0.0, seed=0):
 
 
 def weight_traffic(index, hidden, intermediate):
-    """Bytes of bf16 weights that a step with this routing must read: those of its experts, forward and backward."""
+    """Bytes of bf16 weights that a step must read: those of all chosen experts, in forward and again in backward."""
     return 2 * index.unique().numel() * 3 * hidden * intermediate * 2
 
 
 def time_steps(forward, backward, repeat, budget):
-    """Medians ``(forward, backward)`` in seconds over ``repeat`` steps after one warm-up, fewer beyond ``budget`` s."""
-    times = [[], []]
-    backward(forward())  # the first backward of a process imports for seconds where disks are slow
+    """Median seconds ``(forward, backward)`` of ``repeat`` steps after a warm-up, or fewer after ``budget`` seconds."""
+    forward_seconds, backward_seconds = [], []
+    backward(forward())  # the first backward of a process imports modules, which takes seconds on slow disks
     begin = time.perf_counter()
     for _ in range(repeat):
         start = time.perf_counter()
@@ -83,15 +83,15 @@ def time_steps(forward, backward, repeat, budget):
         middle = time.perf_counter()
         backward(output)
         end = time.perf_counter()
-        times[0].append(middle - start)
-        times[1].append(end - middle)
+        forward_seconds.append(middle - start)
+        backward_seconds.append(end - middle)
         if end - begin > budget:
             break
-    return tuple(statistics.median(t) for t in times)
+    return statistics.median(forward_seconds), statistics.median(backward_seconds)
 
 
 def ours(isa, inputs, weights, lora, repeat, budget):
-    """Seconds of ``moe_experts``; ``lora`` may be ``(None, None)``."""
+    """Seconds ``(forward, backward)`` of ``moe_experts``; ``lora`` is ``(None, None)`` for none."""
     hidden_states, index, top_k_weights, gradient = inputs
 
     def forward():
@@ -101,7 +101,7 @@ def ours(isa, inputs, weights, lora, repeat, budget):
 
 
 def stock(inputs, weights, rank, repeat, budget):
-    """Seconds of transformers' grouped_mm experts, with stock PEFT on both parameters if ``rank``."""
+    """Seconds ``(forward, backward)`` of transformers' grouped_mm experts, with PEFT's adapters if ``rank`` > 0."""
     from peft import LoraConfig, get_peft_model
 
     hidden_states, index, top_k_weights, gradient = inputs
@@ -129,7 +129,7 @@ def stock(inputs, weights, rank, repeat, budget):
 
 
 class KtKernel:
-    """kt-kernel's bf16 fine-tuning layer (the backend for this CPU), if the package is importable."""
+    """kt-kernel's bf16 fine-tuning layer; ImportError if the package is not installed."""
 
     def __init__(self, weights, lora, top_k, max_tokens):
         from kt_kernel import KTMoEWrapper
@@ -163,7 +163,7 @@ class KtKernel:
 
 
 def kt_variant():
-    """Name of the instruction set that kt-kernel chose, or None where it is not installed."""
+    """Name of the instruction set that kt-kernel chose, or None if it is not installed."""
     try:
         import kt_kernel
     except ImportError:
@@ -174,10 +174,18 @@ def kt_variant():
 def bench(
     shape="deepseek_v2_lite", tokens=(512, 2048), isas=None, peers=PEERS, rank=8, skew=0.0, repeat=7, budget=20.0
 ):
-    """One dict per row: name, tokens, forward_ms, backward_ms, tokens_per_s, gflops (without LoRA's share).
+    """Measure a layer, print a row per measurement, and return the rows as a list of dicts.
 
-    shape: a name in ``SHAPES`` or (experts, top_k, hidden, intermediate). isas: default the fastest here. A peer that
-    is not installed is left out. budget: seconds per row.
+    The keys of a row are name, tokens, forward_ms, backward_ms, tokens_per_s, and gflops, which counts the operations
+    of the experts' weights but not those of LoRA.
+
+    Args:
+        shape: a name in ``SHAPES``, or (experts, top_k, hidden, intermediate).
+        isas: instruction sets to measure; default: the fastest that runs here.
+        peers: names in ``PEERS``; kt-kernel is left out if it is not installed.
+        skew: share of the tokens that choose expert 0.
+        repeat: steps per row.
+        budget: seconds per row, after which no further step begins.
     """
     experts, top_k, hidden, intermediate = SHAPES[shape] if isinstance(shape, str) else shape
     weights = layer_weights(experts, hidden, intermediate)
@@ -215,7 +223,7 @@ def bench(
 
 
 def ceilings(isas=None, megabytes=2048):
-    """``{isa: peak FLOP/s}`` on registers and ``"read"``: bytes/s from memory, with torch's number of threads."""
+    """``{isa: peak FLOP/s from registers, "read": bytes/s from memory}`` on torch's number of threads."""
     threads = torch.get_num_threads()
     isas = isas or [name for name, missing in cpu_info()["isas"].items() if not missing]
     rates = {isa: _kernels.peak_rate(isa, threads) for isa in isas}
@@ -232,7 +240,7 @@ def main():
     parser.add_argument("--skew", type=float, default=0.0, help="share of tokens that choose expert 0")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per row")
-    parser.add_argument("--json", help="write the rows and the machine's facts here")
+    parser.add_argument("--json", help="write the rows and facts about the machine to this file")
     arguments = parser.parse_args()
     if arguments.json:
         refuse_foreign([arguments.json], "--json", arguments.json)

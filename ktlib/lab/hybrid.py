@@ -1,7 +1,7 @@
-"""Build, run and measure a hybrid run: routed experts on the CPU, the rest on a GPU (or all on the CPU).
+"""Hybrid training, run and measured: routed experts on the CPU, everything else on a GPU (or all on the CPU).
 
-What the notebooks ``08_hybrid_training`` and ``11_hybrid_step`` and the true-size measurement share. Everything trained
-here is stock: PEFT adapters, torch's AdamW and checkpointing; the timeline comes from torch's profiler.
+The notebooks ``08_hybrid_training`` and ``11_hybrid_step`` and the measurement at true size use these functions. They
+combine stock tools: PEFT's adapters, torch's AdamW and activation checkpointing, and torch's profiler for the timeline.
 """
 
 import resource
@@ -22,11 +22,11 @@ _OPERATORS = {"ktlib::moe_experts": FORWARD, "ktlib::moe_experts_backward": BACK
 
 
 def checkpoint_all_but_experts(model):
-    """Recompute layers in backward, as transformers' gradient checkpointing does, but keep what the experts computed.
+    """Turn on transformers' gradient checkpointing for all but the routed experts, whose forward results are saved.
 
-    GPU memory shrinks to the layers' inputs, and the slow part of a layer is not computed twice.
+    GPU memory holds only the inputs of the layers then, and the slow experts are not computed again in backward.
     """
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+    if hasattr(model, "activation_checkpointing_enable"):  # the name of the method from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
@@ -34,10 +34,10 @@ def checkpoint_all_but_experts(model):
 
 
 def adapt(model, device="cpu", lora_device="cpu", rank=8, alpha=16, seed=0, stock=False, pinned=True, stream_rows=None):
-    """Pin the experts, add adapters to attention, shared and routed experts and dense layers, move to ``device``.
+    """Pin the experts, add adapters to attention and all experts and MLPs, and move the model to ``device``.
 
-    ``stock=True`` makes the same adapters as PEFT alone would (dense ``W + BA`` for routed experts). The values of the
-    adapters depend on ``seed`` only. Returns the PeftModel in training mode.
+    With ``stock=True``, PEFT alone computes the same adapters, for routed experts as the dense ``W + BA``. Their values
+    depend on ``seed`` only. Returns the PeftModel in training mode.
     """
     config = lora_config(model, r=rank, lora_alpha=alpha)
     if stock:
@@ -51,10 +51,10 @@ def adapt(model, device="cpu", lora_device="cpu", rank=8, alpha=16, seed=0, stoc
 
 
 def token_rows(config, rows, length, response, seed=0):
-    """Rows that a model can learn to predict: ids of 512 tokens with frequencies 1, 1/2, 1/3 ...
+    """Random rows that a model can learn to predict: ids of 512 tokens with frequencies 1, 1/2, 1/3 ...
 
-    Returns a list of dicts as a Trainer's dataset wants them: ``input_ids`` (length,), and ``labels`` (response + 1,)
-    for the last positions only, with ``logits_to_keep``, so that the prompt costs no logits.
+    Returns a list of dicts, a dataset for a Trainer: ``input_ids`` (length,), ``labels`` (response + 1,) of the last
+    positions, and ``logits_to_keep``, so that no logits are computed for the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.randperm(config.vocab_size, generator=generator)[: min(512, config.vocab_size)]
@@ -65,22 +65,23 @@ def token_rows(config, rows, length, response, seed=0):
 
 
 def collate(rows):
-    """Rows of :func:`token_rows` as the keyword arguments of one forward."""
+    """A batch of rows of :func:`token_rows`, as keyword arguments of the model."""
     batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
     return batch | {"logits_to_keep": rows[0]["logits_to_keep"]}
 
 
 def batches(rows, size):
-    """The rows over and over in batches of ``size``."""
+    """Endless generator of batches of ``size`` rows, in order, again and again."""
     while True:
         for start in range(0, len(rows) - size + 1, size):
             yield collate(rows[start : start + size])
 
 
 def train_steps(model, stream, steps, learning_rate=1e-3, deadline=None):
-    """Plain training: AdamW, clipping at 1. Returns a dict per step: loss, seconds, grad_norm.
+    """Train with AdamW and clipping at 1; returns a dict per step: loss, seconds, grad_norm.
 
-    No step is begun that would end after ``deadline`` (time.perf_counter's) if it takes as long as the one before.
+    Training stops early if the next step would end after ``deadline`` (in seconds of time.perf_counter), assuming that
+    it takes as long as the last step.
     """
     device = next(p.device for n, p in model.named_parameters() if "embed_tokens" in n)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -96,7 +97,7 @@ def train_steps(model, stream, steps, learning_rate=1e-3, deadline=None):
 
 
 def one_step(model, batch, optimizer, trainable, device):
-    """Forward, backward, clip, update; returns loss and gradient norm, hence when all is computed."""
+    """Forward, backward, clipping, update; returns ``(loss, gradient norm)`` as floats, so it waits for the GPU."""
     batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
     loss = model(**batch).loss
     loss.backward()
@@ -109,9 +110,9 @@ def one_step(model, batch, optimizer, trainable, device):
 def timeline(step):
     """Run ``step()`` under torch's profiler; returns ``{"seconds", "spans": {track: [[start, end], ...]}}``.
 
-    Tracks are :data:`TRACKS`; spans are seconds from the start of the step, sorted; those of "GPU" are kernels, merged
-    where they touch. The profiler itself makes the step a few percent slower, and on a GPU all later ones too
-    (https://github.com/pytorch/pytorch/issues/144455).
+    The tracks are :data:`TRACKS`. Spans are sorted, in seconds from the start of the step, and merged where they almost
+    touch. Those of the track "GPU" are kernels. The profiler makes the step a few percent slower, and on a GPU all
+    later steps too (https://github.com/pytorch/pytorch/issues/144455).
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -123,18 +124,18 @@ def timeline(step):
             step()
             seconds = time.perf_counter() - start
     events = profile.events()
-    begin = next(e.time_range.start for e in events if e.name == "ktlib step")
+    begin = next(event.time_range.start for event in events if event.name == "ktlib step")
     spans = {track: [] for track in TRACKS}
     for event in events:
         track = _track(event)
         if track:
             start, end = event.time_range.start - begin, event.time_range.end - begin  # microseconds
             spans[track].append([round(start / 1e6, 6), round(end / 1e6, 6)])
-    return {"seconds": seconds, "spans": {track: merged(found) for track, found in spans.items()}}
+    return {"seconds": seconds, "spans": {track: merged(track_spans) for track, track_spans in spans.items()}}
 
 
 def shares(line):
-    """Seconds of each track of a :func:`timeline`, and "other": when none of them was active."""
+    """Seconds of each track of a :func:`timeline`, and of "other": the time in which no track was active."""
     table = {track: sum(end - start for start, end in spans) for track, spans in line["spans"].items()}
     busy = merged([list(span) for spans in line["spans"].values() for span in spans], gap=0)
     return table | {"other": line["seconds"] - sum(end - start for start, end in busy)}
@@ -144,7 +145,7 @@ def _track(event):
     if event.device_type == torch.autograd.DeviceType.CUDA:
         if event.name.startswith("Memcpy"):
             return TO_HOST if "DtoH" in event.name else TO_DEVICE if "HtoD" in event.name else GPU
-        # annotations on the GPU's clock (user ranges) are no kernels
+        # the profiler repeats record_function's ranges as events of the GPU, but they are no kernels
         is_range = event.name == "ktlib step" or event.name.startswith(("Optimizer.", "ProfilerStep"))
         return None if is_range or event.name in _OPERATORS else GPU
     if event.name.startswith("Optimizer.step"):
@@ -153,18 +154,21 @@ def _track(event):
 
 
 def merged(spans, gap=20e-6):
-    """``[[start, end], ...]`` sorted, those less than ``gap`` seconds apart as one."""
-    found = []
+    """``[[start, end], ...]``, sorted; spans that are at most ``gap`` seconds apart become one."""
+    result = []
     for start, end in sorted(spans):
-        if found and start <= found[-1][1] + gap:
-            found[-1][1] = max(found[-1][1], end)
+        if result and start <= result[-1][1] + gap:
+            result[-1][1] = max(result[-1][1], end)
         else:
-            found.append([start, end])
-    return found
+            result.append([start, end])
+    return result
 
 
 def memory():
-    """Bytes: ``host_peak`` resident since the last :func:`reset_memory`, parts of it now, and the GPU's peaks."""
+    """Bytes of memory: ``host_peak``, the kernel's counts of resident memory now, and the GPU's peaks.
+
+    Peaks are those since the last :func:`reset_memory`.
+    """
     status = {}
     with open("/proc/self/status") as lines:
         for line in lines:
@@ -186,7 +190,7 @@ def memory():
 
 
 def reset_memory():
-    """Forget peaks: the kernel's record of resident memory (where allowed) and torch's of the GPU."""
+    """Reset the peaks of :func:`memory`; that of the host stays where the kernel does not allow its reset."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -1,4 +1,7 @@
-"""Initialisations of LoRA's A, and the experiment that compares them."""
+"""Initialisations of LoRA's matrix A, and an experiment that compares them.
+
+An initialisation is a function of ``a``, a matrix ``(rank, in)`` or a stack of them, which returns new values.
+"""
 
 import math
 import statistics
@@ -12,12 +15,12 @@ from ktlib.training import sft
 
 
 def kaiming(a, generator):
-    """PEFT's default for ``a (rank, in)``: uniform within 1/sqrt(in)."""
+    """PEFT's default: uniform within 1/sqrt(in)."""
     return _uniform(a, 1 / math.sqrt(a.shape[-1]), generator)
 
 
 def kaiming_3d(a, generator):
-    """The same function on a stack ``(experts, rank, in)``: torch takes rank * in for the fan-in."""
+    """torch's ``kaiming_uniform_`` on a stack ``(experts, rank, in)``: it takes rank * in as the fan-in."""
     return _uniform(a, 1 / math.sqrt(a.shape[-2] * a.shape[-1]), generator)
 
 
@@ -32,7 +35,7 @@ def gaussian(a, generator):
 
 
 def orthogonal(a, generator):
-    """Rows of length 1, at right angles where there are no more rows than columns."""
+    """Orthonormal rows; orthonormal columns if there are more rows than columns."""
     square = torch.randn(*a.shape[:-2], *sorted(a.shape[-2:], reverse=True), generator=generator)
     q = torch.linalg.qr(square).Q
     return q if q.shape == a.shape else q.mT
@@ -54,7 +57,7 @@ INITS = {
 
 
 def initialise(model, init, rank, seed=0):
-    """Draw every LoRA A of a PEFT model anew from ``INITS[init]``, expert by expert in stacks, and set B to zero."""
+    """Draw every LoRA A of a PEFT model from ``INITS[init]``, each expert's separately, and set every B to zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -69,15 +72,16 @@ def initialise(model, init, rank, seed=0):
 
 
 def prepare(rows, *, rank=8, targets="attention+experts+shared"):
-    """``(model, examples, collate)`` for :func:`train`: the embedded model with adapters, and tokenised rows."""
+    """``(model, examples, collate)`` for :func:`train`: the built-in model with adapters, and the tokenised rows."""
     model, tokenizer = sft.load_model("base")
     return sft.add_lora(model, targets, rank=rank), sft.encode(tokenizer, rows, 128), sft.collator(tokenizer)
 
 
 def train(prepared, init, learning_rate, seed, *, rank=8, steps=12, batch_size=8):
-    """Losses (list of float, nats per response token) of a short AdamW run from ``init``; ``seed`` draws A and data.
+    """Losses (list of float, nats per response token) of a short AdamW run from ``init``.
 
-    Examples come in a random order, and once more in the same if there are fewer than ``steps * batch_size``.
+    ``seed`` determines A and the random order of the examples. If there are fewer than ``steps * batch_size`` examples,
+    they are repeated in that order.
     """
     model, examples, collate = prepared
     initialise(model, init, rank, seed)
@@ -93,5 +97,8 @@ def train(prepared, init, learning_rate, seed, *, rank=8, steps=12, batch_size=8
 
 def summary(curves):
     """``{key: (mean, standard deviation)}`` over seeds of the mean loss of the last quarter of each run's steps."""
-    ends = {key: [statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in of] for key, of in curves.items()}
-    return {key: (statistics.fmean(e), statistics.stdev(e) if len(e) > 1 else 0.0) for key, e in ends.items()}
+    result = {}
+    for key, runs in curves.items():
+        ends = [statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in runs]
+        result[key] = statistics.fmean(ends), statistics.stdev(ends) if len(ends) > 1 else 0.0
+    return result

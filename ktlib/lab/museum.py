@@ -1,7 +1,7 @@
-"""Stand-ins for the design that ktlib replaces, one per failure, each as small as the failure allows.
+"""Failures of the system that ktlib replaces, each in a stand-in that is as small as the failure allows.
 
-Nothing in ktlib uses them. The notebook ``07_failure_museum`` shows what they do and what ktlib does in their place.
-What may crash is called with :func:`child`, in a process of its own.
+The notebook ``07_failure_museum`` shows how each stand-in fails, and what ktlib does in its place. Nothing else uses
+this module. Functions that may crash are run with :func:`child`, in a process of their own.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -38,7 +39,7 @@ class Outcome:
 
 
 def child(function, *arguments, timeout=60):
-    """Run ``function`` of this module in a child process; whatever happens to it, an :class:`Outcome` comes back."""
+    """Run ``function`` of this module in a child process; returns an :class:`Outcome` even if the process crashes."""
     code = f"from ktlib.lab import museum; museum.{function}(*{arguments!r})"
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, timeout=timeout
@@ -47,15 +48,15 @@ def child(function, *arguments, timeout=60):
     return Outcome(name, done.returncode, done.stdout.strip(), done.stderr.strip())
 
 
-# ---- 006: a cache that forward pushes and backward pops -------------------------------------------------------------
+# ---- 006: a cache that forward pushes to and backward pops from ------------------------------------------------------
 
 
 class CachingExperts:
-    """Routed experts that keep what backward needs in a stack of their own, outside autograd.
+    """Routed experts that save the tensors for backward in a stack of their own, outside autograd.
 
     Args:
         layer: arguments of ``moe_experts`` without hidden_states.
-        depth: how many forwards the stack holds.
+        depth: how many forwards can be saved in the stack.
     """
 
     def __init__(self, layer, depth):
@@ -82,17 +83,17 @@ class _Cached(torch.autograd.Function):
         return torch.autograd.grad(output, hidden_states, grad_output.to(output.dtype))[0], None
 
 
-# ---- 007a: a config that loses its derived part ---------------------------------------------------------------------
+# ---- 007a: a config that loses its derived fields -------------------------------------------------------------------
 
 
 class GeneralConfig(ctypes.Structure):
-    """What the inner layers of the old C++ code were given."""
+    """The base struct, which the inner layers of the old C++ code received."""
 
     _fields_ = [("experts", ctypes.c_int), ("hidden", ctypes.c_int), ("intermediate", ctypes.c_int)]
 
 
 class SFTConfig(GeneralConfig):
-    """What Python filled in: the general part, then the rank, which is 16 unless set."""
+    """The derived struct, which Python filled in: the base's fields, then the rank, by default 16."""
 
     _fields_ = [("lora_rank", ctypes.c_int)]
 
@@ -101,16 +102,16 @@ class SFTConfig(GeneralConfig):
 
 
 def sliced(config):
-    """C++ ``GeneralConfig part = config;`` and later ``SFTConfig(part)``: bytes of the base are all that is copied."""
-    part = GeneralConfig.from_buffer_copy(bytes(config)[: ctypes.sizeof(GeneralConfig)])
-    return SFTConfig(part.experts, part.hidden, part.intermediate)
+    """C++ ``GeneralConfig base = config;`` and later ``SFTConfig(base)``, which copy the base's bytes only."""
+    base = GeneralConfig.from_buffer_copy(bytes(config)[: ctypes.sizeof(GeneralConfig)])
+    return SFTConfig(base.experts, base.hidden, base.intermediate)
 
 
 # ---- 007b: an address that this processor cannot reach --------------------------------------------------------------
 
 
 def write_to_device_address(experts=64, hidden=2048, rank=8):
-    """Zero a "GPU" buffer from the CPU: reserved addresses without memory behind them, as a driver reserves them."""
+    """Zero a buffer "on the GPU" from the CPU: its addresses are reserved, as a driver does it, but have no memory."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     length = experts * hidden * rank
@@ -121,7 +122,7 @@ def write_to_device_address(experts=64, hidden=2048, rank=8):
 
 
 def read_null():
-    """Read the weight of an emptied layer the way a kernel does: from its address, which is 0."""
+    """Read the emptied weight of a layer from its address, as a kernel does; the address is 0."""
     address = torch.empty(0, dtype=torch.bfloat16).data_ptr()
     print(f"address {address}", flush=True)
     print(ctypes.c_uint16.from_address(address).value)
@@ -131,7 +132,7 @@ def read_null():
 
 
 def on_another_device():
-    """Print what torch and ktlib do with tensors of another device: "cuda" if there is one, else a simulated one."""
+    """Print what torch and ktlib do with tensors on a second device: a GPU if there is one, else a simulated device."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else _simulated_device()
     layer = random_layer("trained", tokens=12, experts=8, top_k=2, hidden=64, intermediate=32, rank=8)
     parameter = torch.nn.Parameter(layer["down_lora"][0].to(device))
@@ -144,9 +145,9 @@ def on_another_device():
     except ValueError as error:
         print(f"ValueError: {str(error).replace(str(device), 'other')}")
     on_device, on_cpu = _output_and_gradients(layer, device), _output_and_gradients(layer, torch.device("cpu"))
-    moved = sum(result.device.type == device.type for result in on_device)
-    equal = sum(torch.equal(result.cpu(), other) for result, other in zip(on_device, on_cpu, strict=True))
-    print(f"ktlib: {moved} of {len(on_device)} results live where they belong,")
+    live = sum(tensor.device.type == device.type for tensor in on_device)
+    equal = sum(torch.equal(tensor.cpu(), other) for tensor, other in zip(on_device, on_cpu, strict=True))
+    print(f"ktlib: {live} of {len(on_device)} results live where they belong,")
     print(f"       {equal} equal those of the CPU")
 
 
@@ -163,7 +164,7 @@ def _output_and_gradients(layer, device):
 
 
 def _simulated_device():
-    """A device that refuses to mix with the CPU, as a GPU does; it lives with the tests, so this needs a clone."""
+    """A device that refuses to mix with the CPU, as a GPU does. Its code is among the tests, so this needs a clone."""
     spec = importlib.util.spec_from_file_location(
         "simulated_device", ROOT / "tests" / "support" / "simulated_device.py"
     )
@@ -172,23 +173,24 @@ def _simulated_device():
     return module.register()
 
 
-# ---- 009: a wrapper that keeps the module it replaces ---------------------------------------------------------------
+# ---- 009: a wrapper that contains the module it replaces ------------------------------------------------------------
 
 
-class KeepingWrapper(torch.nn.Module):
-    """Takes router and shared experts from an MoE layer, and keeps the layer itself, its expert weights emptied.
+class WrapperOfOriginal(torch.nn.Module):
+    """Has the router and shared experts of an MoE layer, and the layer itself with emptied expert weights.
 
     Args:
         moe: a transformers MoE layer with ``gate`` and ``shared_experts``.
         experts: how many linear layers per projection stand for the experts that transformers 4 had.
-        routed: what the kernel returns for every element of the routed output.
-        rank: LoRA of the routed experts, as parameters of the wrapper (bf16); 0 for none.
+        routed: the value that the kernel returns for every element of the routed output.
+        rank: rank of the routed experts' LoRA, whose bf16 matrices are parameters of the wrapper; 0 for none.
+        with_original: whether the wrapper contains the original layer.
     """
 
-    def __init__(self, moe, experts=8, routed=0.0, rank=0, keep=True):
+    def __init__(self, moe, experts=8, routed=0.0, rank=0, with_original=True):
         super().__init__()
         self.gate, self.shared_experts, self.routed = moe.gate, moe.shared_experts, routed
-        if keep:
+        if with_original:
             self.original_moe = moe
             hidden, width = moe.shared_experts.gate_proj.in_features, moe.experts.down_proj.shape[-1]
             moe.experts = torch.nn.ModuleList(emptied_mlp(hidden, width) for _ in range(experts))
@@ -205,7 +207,7 @@ class KeepingWrapper(torch.nn.Module):
 
 
 def emptied_mlp(hidden, width):
-    """gate_proj, up_proj and down_proj whose weights are ``torch.empty(0)``."""
+    """An MLP with gate_proj, up_proj and down_proj, whose weights are ``torch.empty(0)``."""
     mlp = torch.nn.Module()
     for name, (inner, outer) in {
         "gate_proj": (hidden, width),
@@ -218,7 +220,7 @@ def emptied_mlp(hidden, width):
 
 
 def lite_config(layers=27):
-    """DeepSeek-V2-Lite's structure (27 layers, the first dense, shared experts) in a few thousand parameters."""
+    """Config with DeepSeek-V2-Lite's structure (27 layers, the first dense, shared experts) and tiny widths."""
     from transformers import DeepseekV2Config
 
     return DeepseekV2Config(
@@ -232,35 +234,42 @@ def lite_config(layers=27):
 # ---- 010b: suspects, each installed in an otherwise right kernel ----------------------------------------------------
 
 
+class Block(NamedTuple):
+    """A freed block of a :class:`Heap`, in bytes."""
+
+    offset: int
+    size: int
+
+
 class Heap:
-    """Host memory that is recycled: a freed block is what the next allocation of its size gets."""
+    """Host memory that is reused: an allocation gets a freed block of its size, if there is one."""
 
     def __init__(self, tensors):
-        """As large as ``tensors`` together: what is placed here later gets memory that was freed."""
+        """Make a heap as large as all ``tensors`` together, so that later allocations must reuse freed blocks."""
         self.memory, self.used, self.free_blocks = bytearray(sum(tensor.nbytes for tensor in tensors)), 0, []
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def place(self, tensor):
-        """A copy of ``tensor`` that lies in this memory."""
+        """A copy of ``tensor`` in this memory."""
         size = tensor.nbytes
-        block = next((b for b in self.free_blocks if b[1] == size), None)
+        block = next((block for block in self.free_blocks if block.size == size), None)
         if block is None:
-            block = self.used, size
+            block = Block(self.used, size)
             self.used += size
         else:
             self.free_blocks.remove(block)
         return (
-            torch.frombuffer(self.memory, dtype=tensor.dtype, offset=block[0], count=tensor.numel())
+            torch.frombuffer(self.memory, dtype=tensor.dtype, offset=block.offset, count=tensor.numel())
             .reshape(tensor.shape)
             .copy_(tensor)
         )
 
     def free(self, tensor):
-        self.free_blocks.append((tensor.data_ptr() - self.base, tensor.nbytes))
+        self.free_blocks.append(Block(tensor.data_ptr() - self.base, tensor.nbytes))
 
 
 def read_bf16(address, shape):
-    """What a kernel sees that was told ``shape`` and an address, whatever lies there by now."""
+    """A copy of the memory at ``address``, read as a bf16 tensor of ``shape``, whatever the memory holds now."""
     count = torch.Size(shape).numel()
     return (
         torch.frombuffer((ctypes.c_char * (2 * count)).from_address(address), dtype=torch.bfloat16)
@@ -270,10 +279,11 @@ def read_bf16(address, shape):
 
 
 class OldKernel:
-    """The experts of one layer with a fault of the old design. Right in all else: it calls ktlib's operator.
+    """The experts of one layer, computed by ktlib's operator, but with one fault of the old design.
 
-    ``fault`` is None, "reinterpreted" (reads the parameters' bytes as bf16, whatever their dtype), "stale" (reads the
-    addresses of :meth:`remember`), or "uninitialised" (adds to an output buffer that it did not clear).
+    ``fault`` is None, "reinterpreted" (the bytes of parameters are read as bf16, whatever their dtype), "stale"
+    (parameters are read from the addresses that :meth:`remember` stored), or "uninitialised" (the output is added to a
+    buffer that was not cleared).
     """
 
     def __init__(self, module, fault, heap):
@@ -291,16 +301,16 @@ class OldKernel:
         return output
 
     def reads_elsewhere(self, model):
-        """Whether the addresses that the kernel reads are not those of the parameters."""
-        live = {name: _factors(wrapper) for name, wrapper in _wrappers_of(model, self.module)}
-        now = {name: [(t.data_ptr(), tuple(t.shape)) for t in pair] for name, pair in live.items()}
-        return self.fault == "stale" and self.addresses != now
+        """Whether the kernel reads other addresses than those of the parameters."""
+        factors = {name: _factors(wrapper) for name, wrapper in _wrappers_of(model, self.module)}
+        current = {name: [(t.data_ptr(), tuple(t.shape)) for t in pair] for name, pair in factors.items()}
+        return self.fault == "stale" and self.addresses != current
 
     def _read(self, name, lora):
         if self.fault == "reinterpreted":
             return (*(read_bf16(t.data_ptr(), t.shape) for t in lora[:2]), lora[2])
         if self.fault == "stale":
-            return (*(read_bf16(*place) for place in self.addresses[name]), lora[2])
+            return (*(read_bf16(*address_and_shape) for address_and_shape in self.addresses[name]), lora[2])
         return lora
 
 
@@ -324,12 +334,12 @@ OBSERVATIONS = {
 
 
 def observe(suspect, load, input_ids):
-    """``{observation: bool}`` of one suspect, by running it; ``{}`` if it raises an error instead of giving numbers.
+    """Run a model with one suspect; returns ``{observation: bool}``, or ``{}`` if the model raises an error.
 
     Args:
         suspect: a key of :data:`SUSPECTS`.
-        load: function of "fp32" or "bf16" giving a model with fresh adapters (B = 0) in that dtype.
-        input_ids: (rows, columns) of the forward.
+        load: function of "fp32" or "bf16", which returns a model with fresh adapters (B = 0) in that dtype.
+        input_ids: (rows, columns), the input of the forward.
     """
     seen = _run(suspect, load("fp32"), input_ids)
     if seen is None:
@@ -351,7 +361,7 @@ def _run(suspect, model, input_ids):
     fault = {"upcast, read as bf16": "reinterpreted", "fp32, read as bf16": "reinterpreted"}
     fault |= {"stale host pointer": "stale", "uninitialised buffer": "uninitialised"}
     kernels = []
-    for module in model.modules():  # load: the kernels are told where the adapters lie
+    for module in model.modules():  # loading: the kernels store the addresses of the adapters
         if is_experts(module):
             if suspect == "zero-size base weights":
                 module.down_proj.data = torch.empty(0, dtype=torch.bfloat16)
@@ -360,7 +370,7 @@ def _run(suspect, model, input_ids):
     for kernel in kernels:
         for name, wrapper in _wrappers_of(model, kernel.module):
             kernel.remember(name, *_factors(wrapper))
-    for wrapper in _wrappers(model):  # the model moves to the GPU; the host memory is free for others
+    for wrapper in _wrappers(model):  # the model moves to the GPU, and its host memory is freed
         for matrix in _factors(wrapper):
             old = matrix.data
             matrix.data = old.clone()
@@ -374,10 +384,10 @@ def _run(suspect, model, input_ids):
     except ValueError:
         return None
     first = trace.first
-    place = first.module if first else ""
+    first_module = first.module if first else ""
     return {
         "first": first is not None,
-        "layer 1": ".layers.1." in f".{place}" and place.endswith("mlp.experts"),
+        "layer 1": ".layers.1." in f".{first_module}" and first_module.endswith("mlp.experts"),
         "routed": first is not None and not any("layers.1.mlp.shared" in name for name in trace.contaminated),
         "clean": all(bool(matrix.isfinite().all()) for w in _wrappers(model) for matrix in _factors(w)),
         "pointer": any(kernel.reads_elsewhere(model) for kernel in kernels),

@@ -1,19 +1,20 @@
-"""Checks of a notebook's parameters, before anything is computed, and claims that are about some parameters only.
+"""Checks of a notebook's parameters, and judgement of a notebook's claims.
 
-Every check raises ValueError ``name: got value, needs what``; parameters that do not fit together are named together.
+Every check takes the parameters as keywords ``given``, and raises a ValueError "name: got value, needs ...". If several
+parameters do not fit together, the error names all of them.
 """
 
 import math
 
 
-def need(good, what, **given):
-    """ValueError that names the parameters ``given`` and their values, and ``what`` is needed, unless ``good``."""
+def need(good, needs, **given):
+    """Unless ``good``, raise a ValueError with the names and values ``given`` and the text ``needs``."""
     if not good:
-        raise ValueError(f"{', '.join(given)}: got {', '.join(map(repr, given.values()))}, needs {what}")
+        raise ValueError(f"{', '.join(given)}: got {', '.join(map(repr, given.values()))}, needs {needs}")
 
 
 def whole(least, most=None, **given):
-    """Each of ``given`` is an int, at least ``least`` and, if there is a ``most``, at most that."""
+    """Each of ``given`` is an int from ``least`` to ``most`` (None: without a limit)."""
     limits = f">= {least}" if most is None else f"from {least} to {most}"
     for name, value in given.items():
         good = isinstance(value, int) and not isinstance(value, bool)
@@ -22,14 +23,14 @@ def whole(least, most=None, **given):
 
 
 def multiple_of(unit, why, **given):
-    """Each of ``given`` is a whole number that ``unit`` divides, and at least that; ``why`` says for whose sake."""
+    """Each of ``given`` is a positive multiple of ``unit``; ``why`` is the reason, for the error."""
     whole(unit, **given)
     for name, value in given.items():
         need(value % unit == 0, f"a multiple of {unit}, {why}", **{name: value})
 
 
 def positive(most=None, **given):
-    """Each of ``given`` is a finite number above 0 and, if there is a ``most``, at most that."""
+    """Each of ``given`` is a finite number above 0, and at most ``most`` (None: without a limit)."""
     limits = "a finite number > 0" if most is None else f"a number > 0 and <= {most:g}"
     for name, value in given.items():
         good = isinstance(value, int | float) and not isinstance(value, bool)
@@ -37,13 +38,13 @@ def positive(most=None, **given):
 
 
 def one_of(options, **given):
-    """Each of ``given`` is among ``options``, which are texts."""
+    """Each of ``given`` is one of the texts ``options``."""
     for name, value in given.items():
         need(isinstance(value, str) and value in options, f"one of {', '.join(options)}", **{name: value})
 
 
 def each(check, *limits, **given):
-    """Each of ``given`` is a list of one or more values that differ and pass ``check(*limits, name=value)``."""
+    """Each of ``given`` is a list of different values, at least one, that pass ``check(*limits, name=value)``."""
     for name, values in given.items():
         need(isinstance(values, list) and values, "a list of at least one value", **{name: values})
         for value in values:
@@ -52,7 +53,7 @@ def each(check, *limits, **given):
 
 
 def memory(size, **given):
-    """This process can get ``size`` more bytes of memory, which ``given`` ask for."""
+    """This process can allocate the ``size`` bytes of memory that the parameters ``given`` require."""
     from ktlib.system.memory import available_memory
 
     available = available_memory()
@@ -60,11 +61,11 @@ def memory(size, **given):
 
 
 def judge(claims, *, judged=True, about=""):
-    """Print of each claim, ``{text: bool}``, whether it holds; AssertionError if one does not and they are ``judged``.
+    """Print for each claim, ``{text: bool}``, whether it holds; AssertionError if one does not and they are ``judged``.
 
     Args:
-        judged: whether this run's parameters are those that the claims are about.
-        about: which these are, for whoever runs the notebook with others.
+        judged: whether the claims are made about this run's parameters.
+        about: text that says which parameters the claims are about, printed if they are not ``judged``.
     """
     for text, holds in claims.items():
         print(f"{text}: {'yes' if holds else 'no'}")

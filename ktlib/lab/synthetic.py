@@ -1,8 +1,8 @@
-"""Checkpoints of true size without a download: real architectures with pseudo-random weights.
+"""Synthetic models of true size: real architectures with pseudo-random weights, without a download.
 
-For measuring memory and speed, and for rehearsing a run before the real weights are there. The values are windows of
-one pool of normal numbers, a different window for every 4M elements, because that is as fast as memory: a model of
-31 GB is made in seconds. The loss of such a model can be trained down; its text means nothing.
+They serve to measure memory and speed, and to try a run before the real weights are available. Training lowers the loss
+of such a model, but its text means nothing. To make 31 GB of weights in seconds, values are copied from one pool of
+normal numbers: each chunk of 4M elements of a weight is a window of the pool, at a pseudo-random place.
 """
 
 import copy
@@ -16,8 +16,8 @@ import torch
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.model_class import untied_state
 
-POOL = 2**24 + 43  # elements; no multiple of a row's length, so windows do not line up with rows
-CHUNK = 2**22
+POOL = 2**24 + 43  # elements of the pool; no multiple of a row's length, so that windows do not line up with rows
+CHUNK = 2**22  # elements of a window
 
 
 def deepseek_v2_lite(**changes):
@@ -90,25 +90,25 @@ def published_config(name):
 
     if name == "deepseek_v2_lite":
         return deepseek_v2_lite()
-    made = {
+    configs = {
         "deepseek_v3": lambda: transformers.DeepseekV3Config(),
         "mixtral_8x7b": lambda: transformers.MixtralConfig(),
         "olmoe": lambda: transformers.OlmoeConfig(intermediate_size=1024),
         "qwen3_30b_a3b": lambda: transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128),
     }
-    if name not in made:
-        raise ValueError(f"name: got {name!r}, needs one of {', '.join(['deepseek_v2_lite', *made])}")
-    return made[name]()
+    if name not in configs:
+        raise ValueError(f"name: got {name!r}, needs one of {', '.join(['deepseek_v2_lite', *configs])}")
+    return configs[name]()
 
 
 def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="ktlib", progress=True):
-    """A model of this config on the CPU, its weights made in place: no file, no second copy."""
+    """A model with this config on the CPU. Its weights are made in place, without a file or a second copy."""
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # models keep it and change it
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # models change it
     model.set_experts_implementation(experts_implementation)
     pool = _pool(config, seed)
     for name, parameter in tqdm(model.named_parameters(), desc="making weights", disable=not progress):
@@ -118,23 +118,22 @@ def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="k
 
 
 def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True):
-    """Write the same weights as :func:`random_model` makes, as a sharded safetensors checkpoint; returns the folder.
+    """Write the weights of :func:`random_model` as a sharded safetensors checkpoint; returns the folder.
 
-    Experts are fused as transformers holds them, so that ``from_pretrained`` maps the files into memory and copies
-    nothing (a checkpoint with one tensor per expert is stacked at load). At most one tensor is in memory. Each
-    shard appears whole under its name or not at all, and shards that are there already are kept: call it again after an
-    interruption.
+    Experts are fused as in transformers' modules. So ``from_pretrained`` maps the files into memory without a copy,
+    while it would have to stack a checkpoint with one tensor per expert. At most one tensor is in memory. After an
+    interruption, a second call writes the missing shards; each shard appears complete or not at all.
 
     Raises:
         ValueError: ``folder`` holds shards of another config or seed, or another model or config.
-        OSError: too little space on the disk, said before anything is written.
+        OSError: the disk has too little free space; raised before anything is written.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     pool = functools.cache(lambda: _pool(config, seed))
-    made = {name: _made(name, tensor, pool, seed) for name, tensor in untied_state(model).items()}
+    weights = {name: _stored(name, tensor, pool, seed) for name, tensor in untied_state(model).items()}
     about = {"seed": seed, "config": json.loads(config.to_json_string())}
     model.config.architectures = [type(model).__name__]
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -142,27 +141,27 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
         model.config.save_pretrained(saved)
         others = list(saved.iterdir())
         return tensor_files.write_sharded(
-            folder, tensor_files.shards_of(made), about, "synthetic.json", others, progress
+            folder, tensor_files.shards_of(weights), about, "synthetic.json", others, progress
         )
 
 
 @torch.no_grad()
 def fill(tensor, name, pool, seed=0):
-    """Set a contiguous weight in place to its pseudo-random values: windows of ``pool``, norms one, biases zero."""
+    """Set a contiguous weight in place: matrices to windows of ``pool``, biases to 0, and other vectors to 1."""
     if tensor.dim() < 2:
         tensor.fill_(0 if "bias" in name else 1)
         return
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    for piece in tensor.view(-1).split(CHUNK):
+    for chunk in tensor.view(-1).split(CHUNK):
         start = torch.randint(POOL - CHUNK, (), generator=generator).item()
-        piece.copy_(pool[start : start + len(piece)])
+        chunk.copy_(pool[start : start + len(chunk)])
 
 
-def _made(name, tensor, pool, seed):
+def _stored(name, tensor, pool, seed):
     def make():
-        made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        fill(made, name, pool(), seed)
-        return made
+        weight = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fill(weight, name, pool(), seed)
+        return weight
 
     return tensor_files.Stored(tuple(tensor.shape), tensor.dtype, make)
 

@@ -1,4 +1,4 @@
-"""Inputs for one layer of routed experts, all its outputs and gradients, and how far they are from the reference."""
+"""Validation of one layer of routed experts: inputs, output and gradients, and the errors that rounding allows."""
 
 import math
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from ktlib.reference import lora_layout
 from ktlib.reference.layer import expert_lora
 
-# How far rounding to bf16 changes a vector of ordinary numbers, relative to its L2 norm. A number m * 2**e, m from 1 to
-# 2, changes by at most 2**-8 * 2**e, evenly spread: in the root mean square by 2**-8 / sqrt(3) / m of the number. With
-# mantissas of density 1 / (m * log(2)), as in numbers of many sizes, the mean of 1 / m**2 is 3 / (8 * log(2)).
+# Relative error, in the L2 norm, that rounding to bf16 makes in a vector of numbers of many sizes. Rounding changes a
+# number m * 2**e, with m from 1 to 2, by at most 2**-8 * 2**e. The changes are evenly distributed, so their root mean
+# square is 2**-8 / sqrt(3) / m of the number. The mantissas m have the density 1 / (m * log(2)), and so the mean of
+# 1 / m**2 is 3 / (8 * log(2)).
 ROUNDING = 2**-8 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))
 
 QUANTITIES = (
@@ -36,11 +37,12 @@ def random_layer(
     lora_dtype=torch.bfloat16,
     seed=0,
 ):
-    """Arguments of ``moe_experts`` as a dict.
+    """Random arguments of ``moe_experts`` as a dict, of one of two kinds.
 
-    ``"log"``: weights, LoRA A and inputs randn/100, LoRA B zero, experts drawn evenly; the kernel test of the system
-    that ktlib replaces. ``"trained"``: the scales of a trained model and adapter: inputs of unit size with a few large
-    channels, weights 1/sqrt(fan-in), A uniform as PEFT draws it, B not zero, and a router that prefers few experts.
+    - ``"log"``: the inputs of the kernel test of the system that ktlib replaces. Weights, LoRA A and hidden states are
+      randn/100, LoRA B is zero, and all experts are equally likely.
+    - ``"trained"``: the scales of a trained model and adapter. Hidden states have unit size and a few large channels,
+      weights have size 1/sqrt(fan-in), A is uniform as in PEFT, B is not zero, and the router prefers few experts.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,18 +83,19 @@ def random_layer(
 
 
 def in_float64(layer):
-    """``layer`` with every matrix in float64."""
-    wide = {
+    """``layer``, arguments of ``moe_experts``, with every matrix in float64."""
+    matrices = {
         name: layer[name] if name == "top_k_index" else layer[name].double() for name in layer if "lora" not in name
     }
-    return wide | {name: (*(m.double() for m in layer[name][:2]), layer[name][2]) for name in layer if "lora" in name}
+    loras = {name: (*(m.double() for m in layer[name][:2]), layer[name][2]) for name in layer if "lora" in name}
+    return matrices | loras
 
 
 def layers_of(model, input_ids):
-    """One dict of ``moe_experts`` arguments (without LoRA) per MoE layer of ``model``, taken from a real forward."""
+    """Arguments of ``moe_experts`` (without LoRA) in each MoE layer of ``model`` for ``input_ids``: a list of dicts."""
     layers, handles = [], []
 
-    def record(module, arguments):
+    def collect(module, arguments):
         hidden_states, top_k_index, top_k_weights = (tensor.detach().clone() for tensor in arguments)
         layers.append(
             {
@@ -106,7 +109,7 @@ def layers_of(model, input_ids):
 
     for module in model.modules():
         if isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-            handles.append(module.register_forward_pre_hook(record))
+            handles.append(module.register_forward_pre_hook(collect))
     try:
         with torch.no_grad():
             model(input_ids)
@@ -117,7 +120,7 @@ def layers_of(model, input_ids):
 
 
 def with_lora(layer, rank=8, lora_dtype=torch.bfloat16, seed=0):
-    """``layer`` with random adapters on both projections, B not zero."""
+    """``layer`` with random LoRA on both projections; B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     adapted = dict(layer)
     for name in ("gate_up", "down"):
@@ -130,7 +133,10 @@ def with_lora(layer, rank=8, lora_dtype=torch.bfloat16, seed=0):
 
 
 def evaluate(function, layer, *, seed=1, **options):
-    """Output and gradients of ``function(**layer)`` as ``{quantity: float64 tensor}``, for a fixed random gradient."""
+    """Output and gradients of ``function(**layer, **options)``: ``{name in QUANTITIES: float64 tensor}``.
+
+    ``seed`` determines the random gradient of the output.
+    """
     leaves = {name: layer[name].detach().clone().requires_grad_() for name in ("hidden_states", "top_k_weights")}
     arguments = dict(layer) | leaves
     for name in ("gate_up", "down"):
@@ -146,28 +152,27 @@ def evaluate(function, layer, *, seed=1, **options):
 
 
 def relative_error(actual, expected, dim=None):
-    """``|actual - expected| / |expected|`` in the L2 norm, over everything or over ``dim``; 0 where both are zero."""
+    """``|actual - expected| / |expected|`` in the L2 norm, over all dimensions or ``dim``; 0 where both are equal."""
     difference, size = ((tensor * tensor).sum(dim=dim).sqrt() for tensor in (actual - expected, expected))
     return torch.where(difference == 0, 0.0, difference / size)
 
 
 def errors(actual, expected):
-    """``{quantity: relative L2 error}``."""
+    """``{name in QUANTITIES: relative L2 error}`` between two results of :func:`evaluate`."""
     return {name: relative_error(actual[name], expected[name]).item() for name in QUANTITIES}
 
 
 def with_roundings(layer, draws=None, seed=0):
-    """What roundings to bf16 make of output and gradients: a list of results of :func:`evaluate`, one per draw.
+    """Simulate roundings to bf16: a list of results of :func:`evaluate`, one per draw of random errors.
 
-    The definition in fp32, where every value that the operator rounds somewhere (csrc/layer/moe.h lists these places)
-    carries a relative error of a rounding's size, drawn anew each time: LoRA matrices given in fp32, gate and up, the
-    input of the down projection, the gradients of gate and up, and the results that are bf16. Gate and up carry it in
-    forward too, where the operator has them in fp32, so that the simulated errors are not smaller than the
-    operator's.
+    The layer is computed in fp32. Every value that the operator rounds somewhere (csrc/layer/moe.h lists the places) is
+    changed by a random relative error of a rounding's size: LoRA matrices given in fp32, gate and up, the input of the
+    down projection, the gradients of gate and up, and those results that are bf16. In forward the operator leaves gate
+    and up in fp32. They are changed there too, so that the simulated errors are not smaller than the operator's.
 
     Args:
         layer: arguments of ``moe_experts`` with LoRA on both projections.
-        draws: default: many where a layer is small, since errors of few numbers vary most, and cheap.
+        draws: default: 8 to 64, more for small layers, whose errors vary most and which are fast to compute.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -177,23 +182,23 @@ def with_roundings(layer, draws=None, seed=0):
     experts, hidden, intermediate = layer["down_proj"].shape
     if draws is None:
         draws = max(8, min(64, 2**31 // (3 * hidden * intermediate * layer["top_k_index"].numel())))
-    narrow = layer["gate_up_lora"][0].dtype == torch.bfloat16
-    rounded_results = {"hidden_states", *(name for name in QUANTITIES if narrow and "lora" in name)}
+    is_bf16_lora = layer["gate_up_lora"][0].dtype == torch.bfloat16
+    rounded_results = {"hidden_states", *(name for name in QUANTITIES if is_bf16_lora and "lora" in name)}
     matrices = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
-    wide = layer | {name: layer[name].float() for name in matrices}
+    in_fp32 = layer | {name: layer[name].float() for name in matrices}
     for name in ("gate_up_lora", "down_lora"):
-        wide[name] = *(matrix.float() for matrix in layer[name][:2]), layer[name][2]
+        in_fp32[name] = *(matrix.float() for matrix in layer[name][:2]), layer[name][2]
     results = []
     for _ in range(draws):
-        result = evaluate(_experts_rounded_by, wide, rounded=rounded, lora_rounded=not narrow)
-        results.append({name: rounded(r) if name in rounded_results else r for name, r in result.items()})
+        result = evaluate(_experts_rounded_by, in_fp32, rounded=rounded, lora_rounded=not is_bf16_lora)
+        results.append({name: rounded(x) if name in rounded_results else x for name, x in result.items()})
     return results
 
 
 def _experts_rounded_by(
     hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora, rounded, lora_rounded
 ):
-    """The layer in fp32 with ``rounded`` applied to the values, and the gradients, that the operator rounds."""
+    """The layer in fp32, with ``rounded`` applied to those values and gradients that the operator rounds."""
     experts = down_proj.shape[0]
 
     def project(x, weight, lora, expert):
@@ -213,21 +218,22 @@ def _experts_rounded_by(
 
 
 def allowed(simulated, expected):
-    """``{quantity: (bound, chance)}`` for the relative error of a result, from draws of :func:`with_roundings`.
+    """Bounds of a result's relative errors, from results of :func:`with_roundings`: ``{quantity: (bound, chance)}``.
 
-    ``chance`` is eight standard deviations of the simulated errors: nearly nothing in a large layer, much where few
-    numbers make a norm and may cancel. ``bound`` is a quarter more than their mean, plus ``chance``.
+    ``chance`` is eight standard deviations of the simulated errors. It is nearly zero for a large layer, and large if
+    a norm comes from few numbers, whose errors may cancel. ``bound`` is 1.25 times the mean simulated error plus
+    ``chance``.
     """
-    found = {}
+    bounds = {}
     for name in QUANTITIES:
         values = torch.tensor([relative_error(result[name], expected[name]).item() for result in simulated])
         chance = 8 * values.std().item()
-        found[name] = 1.25 * values.mean().item() + chance, chance
-    return found
+        bounds[name] = 1.25 * values.mean().item() + chance, chance
+    return bounds
 
 
 def stock_module(down_proj, implementation):
-    """A module of transformers' DeepSeek-V2 experts of these sizes, on the meta device."""
+    """A module of transformers' DeepSeek-V2 experts with the sizes of ``down_proj``, on the meta device."""
     from transformers import DeepseekV2Config
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
@@ -239,7 +245,7 @@ def stock_module(down_proj, implementation):
 
 
 def stock_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_lora, down_lora):
-    """What transformers' eager experts under stock PEFT compute: the weights W + scaling * B A in full."""
+    """The output of transformers' eager experts under stock PEFT, which computes the dense W + scaling * B A."""
     experts = len(down_proj)
 
     def merged(weight, lora):

@@ -1,1 +1,1 @@
-"""Notebooks as runs: executed with parameters, swept, repeated, read back."""
+"""Notebooks as runs: executed with parameters, swept over grids, repeated, and their results read as a table."""

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from ktlib.files import ownership
 
@@ -14,14 +15,22 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SFT = NOTEBOOKS / "05_full_sft.ipynb"
 FAILED = "failed.ipynb"
 MIME = "application/vnd.ktlib.record+json"
-PARTIAL = "partial.ipynb"  # what a run writes to until it ends
+PARTIAL = "partial.ipynb"  # the notebook of a run that has not ended
 REPORT, FAILED_REPORT = "report.html", "failed.html"
 
 
-def record(**values):
-    """Show ``values`` at the end of a cell and store them, unrounded, in the notebook's output.
+class Executed(NamedTuple):
+    """An executed notebook: its path, its HTML report, and the error that ended it (None for a good run)."""
 
-    Values are what JSON knows: numbers, strings, booleans, None, lists and dicts of them (and 0-d tensors).
+    notebook: Path
+    report: Path
+    error: str | None
+
+
+def record(**values):
+    """Show ``values`` as output of a notebook's cell, and store them there unrounded.
+
+    Values are those of JSON: numbers, strings, booleans, None, lists and dicts of them; also 0-d tensors.
     """
     from IPython.display import display
 
@@ -31,13 +40,14 @@ def record(**values):
 
 
 def load_runs(folder):
-    """One dict per executed notebook under ``folder``, sorted by path: a table of runs.
+    """A table of runs: one dict per executed notebook under ``folder``, sorted by path.
 
-    ``run`` is the notebook's path below ``folder`` without suffix, ``seconds`` and ``failed`` come from papermill,
-    then the parameters that were passed, then everything the notebook recorded (later records win).
+    Its keys are ``run`` (the notebook's path below ``folder``, without suffix), ``seconds`` and ``failed`` (both from
+    papermill), the parameters that were passed, and all that the notebook recorded. If a name occurs twice, the value
+    that comes last in this order counts.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: a file is no notebook.
     """
     if not Path(folder).is_dir():
@@ -56,12 +66,12 @@ def load_runs(folder):
 
 
 def read_recorded(name):
-    """What ``notebooks/recorded/name`` holds, JSON, whatever folder the notebook is run from."""
+    """The JSON in ``notebooks/recorded/name``, independent of the folder that the notebook runs in."""
     return json.loads((NOTEBOOKS / "recorded" / name).read_text(encoding="utf-8"))
 
 
 def read(path):
-    """The notebook in a file; ValueError that names the file if it holds none."""
+    """The notebook in a file; ValueError if the file holds no notebook."""
     import nbformat
 
     try:
@@ -71,21 +81,21 @@ def read(path):
 
 
 def records(notebook):
-    """Everything that an executed notebook (of :func:`read`) recorded, by name."""
-    found = {}
+    """``{name: value}`` of all that an executed notebook (of :func:`read`) recorded with :func:`record`."""
+    values = {}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            found |= output.get("data", {}).get(MIME, {})
-    return found
+            values |= output.get("data", {}).get(MIME, {})
+    return values
 
 
 def notebook_parameters(notebook):
-    """``{name: (annotation, default)}`` of the cell tagged ``parameters``, ``{}`` if there is none.
+    """``{name: (annotation, default)}`` of the cell tagged ``parameters``, ``{}`` without such a cell.
 
     Raises:
         ValueError: the file is no notebook.
     """
-    try:  # nbformat takes seconds to import, and a wrong parameter should be refused before
+    try:  # read as JSON: nbformat takes seconds to import, and wrong parameters should be refused at once
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -99,9 +109,9 @@ def notebook_parameters(notebook):
 
 
 def check_parameters(notebook, given):
-    """``given`` with every value converted to the annotated type; ValueError for an unknown name or a wrong type.
+    """``given`` with every value converted to its annotated type; ValueError for an unknown name or a wrong type.
 
-    papermill itself only warns about a name that the notebook does not have, and YAML reads ``1e-3`` as a string.
+    This is needed because papermill only warns about unknown names, and YAML reads ``1e-3`` as a string.
     """
     known = notebook_parameters(notebook)
     if unknown := [str(name) for name in given if name not in known]:
@@ -110,7 +120,7 @@ def check_parameters(notebook, given):
 
 
 def check_run(notebook, parameters):
-    """Refuse a run of the SFT notebook as its first cell would, before a kernel is started.
+    """Check a run of the SFT notebook as the notebook's first cell does, but before a kernel is started.
 
     Raises:
         ValueError, MemoryError: as :func:`ktlib.training.parameters.check_notebook`.
@@ -122,43 +132,43 @@ def check_run(notebook, parameters):
 
 
 def with_output_dir(notebook, parameters, folder):
-    """``parameters``, with ``output_dir`` in the run's folder if the notebook has one and it was not given."""
+    """``parameters``, with an ``output_dir`` in the run's folder if the notebook has one and none is given."""
     if "output_dir" in notebook_parameters(notebook):
         return {"output_dir": str(Path(folder) / "adapter")} | parameters
     return parameters
 
 
 def refuse_foreign(notebook, folder):
-    """ValueError if a run's results in ``folder`` would take the place of files that ktlib did not write."""
+    """Raise a ValueError if a run's results would replace files in ``folder`` that ktlib did not write."""
     names = (Path(notebook).name, REPORT, FAILED, FAILED_REPORT)
     ownership.refuse_foreign([Path(folder) / name for name in names], "folder", folder)
 
 
 def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
-    """Execute ``notebook`` with ``parameters``; returns ``{"notebook": path, "report": path, "error": None or text}``.
+    """Execute ``notebook`` with ``parameters``; returns an :class:`Executed`.
 
-    A run that ends well leaves the executed notebook and ``report.html`` in ``folder``. One that fails leaves
-    ``failed.ipynb`` and ``failed.html`` and does not touch the results of an earlier good run. Relative paths among
-    the parameters mean what they mean to the caller: the kernel works in the caller's directory. What the cells print
-    appears on stdout as they run, unless ``quiet``.
+    A good run writes the executed notebook and ``report.html`` to ``folder``. A failed run writes ``failed.ipynb`` and
+    ``failed.html``, and leaves the results of an earlier good run unchanged. The kernel works in the caller's
+    directory, to which relative paths among the parameters refer. The output of cells appears on stdout as they run,
+    unless ``quiet``.
 
     Raises:
-        ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`), or ``folder`` holds
-            a file of one of these names that ktlib did not write, or that was changed since; nothing was run.
+        ValueError, MemoryError: a parameter is wrong (:func:`check_parameters`, :func:`check_run`), or a file in
+            ``folder`` has the name of a result but was not written by ktlib, or was changed; nothing was executed.
     """
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(notebook, parameters or {})
     check_run(notebook, parameters)
     refuse_foreign(notebook, folder)
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one of the user's
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not the user's
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take 10 times as long where a core is shared
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # reserves less of a GPU than in fixed pieces
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # reserves less GPU memory than segments of fixed size
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    _teach_papermill_unions()
+    _register_translator()
     _register_engine()
     folder.mkdir(parents=True, exist_ok=True)
     error = None
@@ -173,7 +183,7 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
                 kernel_name="python3",
                 progress_bar=sys.stderr.isatty() if progress is None else progress,
                 stdout_file=None if quiet else sys.stdout,
-                config=_encrypted(),
+                config=_kernel_config(),
             )
         except PapermillExecutionError as failure:
             error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
@@ -182,16 +192,16 @@ def run(notebook, folder, parameters=None, *, progress=None, quiet=False):
         except KeyboardInterrupt:
             error = "interrupted"
 
-        done, report = (FAILED, FAILED_REPORT) if error else (notebook.name, REPORT)
-        if ownership.foreign([folder / done, folder / report]):  # somebody put them there while the notebook ran
-            done, report = (ownership.free_name(folder / name, folder=False).name for name in (done, report))
+        executed, report = (FAILED, FAILED_REPORT) if error else (notebook.name, REPORT)
+        if ownership.foreign([folder / executed, folder / report]):  # they appeared while the notebook ran
+            executed, report = (ownership.free_name(folder / name, folder=False).name for name in (executed, report))
         _export_html(partial, made / report, title=notebook.stem)
-        partial.rename(made / done)
+        partial.rename(made / executed)
         ownership.publish(made, folder, "folder", replace=True)
     if not error:
         for name in (FAILED, FAILED_REPORT):
             ownership.remove(folder / name)
-    return {"notebook": folder / done, "report": folder / report, "error": error}
+    return Executed(folder / executed, folder / report, error)
 
 
 def _export_html(notebook, report, *, title):
@@ -201,9 +211,12 @@ def _export_html(notebook, report, *, title):
     report.write_text(html, encoding="utf-8")
 
 
-def _teach_papermill_unions():
-    """papermill 2.7 does not see a parameter that is annotated ``str | None``, and says that it was passed an unknown
-    one. The pattern with which it reads Python's parameters is a class attribute, its translators are registered."""
+def _register_translator():
+    """Make papermill recognise parameters with annotations such as ``str | None``.
+
+    papermill 2.7 does not, and reports such parameters as unknown. It reads parameters with a regular expression, a
+    class attribute of its translator.
+    """
     from papermill.translators import PythonTranslator, papermill_translators
 
     class WithUnions(PythonTranslator):
@@ -213,10 +226,10 @@ def _teach_papermill_unions():
 
 
 def _register_engine():
-    """Make papermill's own engine known as "ktlib", with one change: the kernel is idle before it is shut down.
+    """Register "ktlib", papermill's engine with one change: it waits until the kernel is idle before the shutdown.
 
-    papermill asks the kernel for its language last, and shuts it down as soon as it has the reply. jupyter_client
-    begins a shutdown with an interrupt. It would reach the kernel before that has left the handler that replied, and
+    papermill's last request asks the kernel for its language. As soon as the reply arrives, papermill shuts the kernel
+    down, which jupyter_client begins with an interrupt. If the kernel were still in the handler of that request,
     ipykernel would print an error.
     """
     from queue import Empty
@@ -235,24 +248,26 @@ def _register_engine():
                     status = message["content"] if message["parent_header"].get("msg_id") == msg_id else {}
             return reply
 
-    class UntilIdle(Engine):
+    class WaitingEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, *, stdout_file, start_timeout, config, **_):
             options = {"startup_timeout": start_timeout, "stdout_file": stdout_file, "config": config, "log": logger}
             Client(nb_man, kernel_name=kernel_name, **options).execute()
 
-    papermill_engines.register("ktlib", UntilIdle)
+    papermill_engines.register("ktlib", WaitingEngine)
 
 
-def _encrypted():
-    """Settings with which jupyter_client, where it can, encrypts what it says to a kernel: on a machine with several
-    users others could read it, and ipykernel warns of that in every run."""
+def _kernel_config():
+    """Settings for jupyter_client: messages to the kernel are encrypted, if the installed versions can do that.
+
+    Otherwise other users of the machine could read them, and ipykernel warns of that in every run.
+    """
     import zmq
     from jupyter_client.manager import KernelManager
     from traitlets.config import Config
 
-    possible = hasattr(KernelManager, "transport_encryption") and zmq.has("curve")
-    return Config({"KernelManager": {"transport_encryption": "auto"}} if possible else {})
+    can_encrypt = hasattr(KernelManager, "transport_encryption") and zmq.has("curve")
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if can_encrypt else {})
 
 
 def _convert(name, value, annotation):

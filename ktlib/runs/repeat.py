@@ -1,9 +1,11 @@
-"""What a fine-tuning run was made of and came to, in its notebook; and the same run once more, compared.
+"""Provenance of fine-tuning runs: a notebook records it, and a run can be repeated from it and compared.
 
-Same seed and parameters, same instruction set, same versions: the same adapter, bit for bit, on any number of threads.
+With the same seed, parameters, instruction set and versions of packages, a run gives the same adapter, bit for bit, on
+any number of threads.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,14 +15,24 @@ from ktlib.runs import notebooks
 from ktlib.runs.versions import facts
 from ktlib.system.cpu import cpu_info
 
-RECORD = "repeat"  # the name under which a notebook records it
+RECORD = "repeat"  # the name under which a notebook records its provenance
+
+
+class Repetition(NamedTuple):
+    """A repeated run, and how it differs from the first one: lines of text, both None if the repetition failed."""
+
+    run: notebooks.Executed
+    results: list[str] | None
+    circumstances: list[str] | None
 
 
 def provenance(parameters, result, folder):
-    """Everything needed to repeat a run, and the digest of its adapter or model: a dict for ``record(repeat=...)``.
+    """Everything that is needed to repeat a run, and the digest of its result: a dict for ``record(repeat=...)``.
 
-    ``parameters``: of ``sft.check_parameters``; ``result``: of ``sft.train``; ``folder``: of what was saved. Where
-    results went is left out: it changes nothing.
+    Args:
+        parameters: what ``sft.check_parameters`` returned. ``output_dir`` is left out, since no result depends on it.
+        result: what ``sft.train`` returned.
+        folder: where the adapter or model was saved.
     """
     return {
         "parameters": {name: value for name, value in parameters.items() if name != "output_dir"},
@@ -36,14 +48,14 @@ def digest(folder):
     """SHA-256 of the names, types, shapes and bits of the tensors of the adapter or model saved in a folder.
 
     Raises:
-        FileNotFoundError: nothing is saved there.
+        FileNotFoundError: the folder has no safetensors file.
         ValueError: a file is damaged.
     """
     return tensor_files.digest(tensor_files.read(*tensor_files.weight_files(folder)))
 
 
 def recorded(notebook):
-    """What an executed notebook recorded with ``provenance``. ValueError if it is no notebook or recorded nothing."""
+    """The :func:`provenance` that an executed notebook recorded; ValueError if it has none, or is no notebook."""
     records = notebooks.records(notebooks.read(notebook))
     if RECORD not in records:
         raise ValueError(f"{notebook}: has no record of a run, needs an SFT notebook that ran to its end")
@@ -51,24 +63,33 @@ def recorded(notebook):
 
 
 def differences(before, now):
-    """``(results, circumstances)``: lines that say what differs between two provenances."""
+    """``(results, circumstances)``: the differences of two provenances, as lines of text.
+
+    Circumstances are parameters and environment; results are the adapter and the identity of the training.
+    """
     results, circumstances = [], []
     if before["adapter"] != now["adapter"]:
         results.append(f"adapter: {before['adapter'][:16]}, now {now['adapter'][:16]}")
-    for table, lines in (("identity", results), ("parameters", circumstances), ("environment", circumstances)):
-        names = [*before[table], *(name for name in now[table] if name not in before[table])]
-        for name in names:
-            old, new = before[table].get(name), now[table].get(name)
+    for section, lines in (("identity", results), ("parameters", circumstances), ("environment", circumstances)):
+        for name in before[section] | now[section]:
+            old, new = before[section].get(name), now[section].get(name)
             if old != new:
                 lines.append(f"{name}: {old}, now {new}")
     return results, circumstances
 
 
-def repeat(run, notebook, folder, changes=None):
-    """Execute ``notebook`` as the executed notebook ``run`` was, results in ``folder``.
+def run_again(run, notebook, folder, changes=None):
+    """Execute ``notebook`` with the parameters of the executed notebook ``run``; returns a :class:`Repetition`.
 
-    ``changes``: parameters to set otherwise. Returns the dict of :func:`ktlib.runs.notebooks.run` with ``results`` and
-    ``circumstances`` (``differences``); both are None if the run failed.
+    Args:
+        run: path of the executed notebook.
+        notebook: path of the notebook to execute.
+        folder: where the results go.
+        changes: parameters that replace those of ``run``.
+
+    Raises:
+        ValueError: ``run`` is in ``folder``, has no provenance, or used an instruction set that cannot run here; or as
+            :func:`ktlib.runs.notebooks.run`.
     """
     if Path(run).resolve().parent == Path(folder).resolve():
         raise ValueError(
@@ -79,11 +100,11 @@ def repeat(run, notebook, folder, changes=None):
     if missing := cpu_info()["isas"].get(before["isa"], "is unknown here"):
         raise ValueError(f"{run}: ran on {before['isa']}, which cannot run here: {missing}")
     parameters = before["parameters"] | {"isa": before["isa"], "output_dir": str(Path(folder) / "adapter")}
-    result = notebooks.run(notebook, folder, parameters | (changes or {}))
-    if result["error"]:
-        return result | {"results": None, "circumstances": None}
-    now = recorded(result["notebook"])
-    # named above, chosen there; the environment says if it differs
+    executed = notebooks.run(notebook, folder, parameters | (changes or {}))
+    if executed.error:
+        return Repetition(executed, None, None)
+    now = recorded(executed.notebook)
+    # The first run may have chosen its instruction set by default, but the repetition got it as a parameter. That is no
+    # difference: "environment" holds the instruction set that each run used.
     now["parameters"]["isa"] = before["parameters"]["isa"]
-    results, circumstances = differences(before, now)
-    return result | {"results": results, "circumstances": circumstances}
+    return Repetition(executed, *differences(before, now))

@@ -1,4 +1,4 @@
-"""A notebook once for every combination of parameter values, in folders named after them, going on where it stopped.
+"""Sweeps: a notebook is run for every combination of parameter values; a sweep can be interrupted and continued.
 
     # rates.yaml
     notebook: sft                # or init, or the path of a notebook
@@ -7,8 +7,8 @@
       rank: [4, 16]
       learning_rate: [1.0e-3, 3.0e-3]
 
-``ktlib sweep rates.yaml`` makes ``runs/rates/rank=4,learning_rate=0.001/`` and so on; ``ktlib.load_runs`` and the
-notebook ``09_compare_runs`` read them.
+``ktlib sweep rates.yaml`` makes one folder per run, such as ``runs/rates/rank=4,learning_rate=0.001/``.
+``ktlib.load_runs`` and the notebook ``09_compare_runs`` read these folders.
 """
 
 import itertools
@@ -23,18 +23,18 @@ NAMES = {"sft": notebooks.SFT, "init": notebooks.NOTEBOOKS / "04_lora_init_sensi
 
 
 def plan(notebook, folder, grid, fixed=None):
-    """``{run folder: parameters}`` of a sweep in the order of the grid, everything checked, nothing run.
+    """Check a sweep without running it; returns ``{run folder: parameters}`` in the order of the grid.
 
     Args:
         notebook: "sft", "init", or the path of a notebook with a cell of parameters.
-        folder: where the run folders go.
-        grid: ``{parameter: list of values}``; the last one varies fastest.
+        folder: the folder of the run folders.
+        grid: ``{parameter: list of values}``; the last parameter varies fastest.
         fixed: ``{parameter: value}``, the same in every run.
 
     Raises:
-        ValueError: an unknown parameter or a value of a wrong type; one that is in both tables; no values, or equal
-            ones; no such notebook; ``grid`` or ``fixed`` is no table; a run that its notebook would refuse.
-        MemoryError: a run cannot fit in the memory that is free.
+        ValueError: a parameter is unknown, has a value of a wrong type, has no values or equal ones, or is in both
+            ``grid`` and ``fixed``; ``grid`` or ``fixed`` is no dict; the notebook does not exist or refuses a run.
+        MemoryError: a run needs more memory than is available.
     """
     notebook, fixed = find(notebook), {} if fixed is None else fixed
     if not isinstance(fixed, dict):
@@ -55,14 +55,14 @@ def plan(notebook, folder, grid, fixed=None):
     return planned
 
 
-def sweep(notebook, folder, grid, fixed=None, progress=None):
-    """Run what of :func:`plan` has not been run, and return ``load_runs(folder)``. A failed run does not stop it.
+def run_missing(notebook, folder, grid, fixed=None, progress=None):
+    """Run those runs of :func:`plan` that have no good result in ``folder`` yet; returns ``load_runs(folder)``.
 
-    Run again, it repeats the failed and the missing runs only.
+    The sweep goes on after a failed run.
 
     Raises:
-        ValueError: as :func:`plan`; or a finished run in ``folder`` has other parameters, so that its results would
-            stand among those of another sweep; or a run's folder holds results that ktlib did not write.
+        ValueError: as :func:`plan`; or a finished run in ``folder`` had other parameters, and so belongs to another
+            sweep; or a run's folder holds results that ktlib did not write.
     """
     planned, notebook = plan(notebook, folder, grid, fixed), find(notebook)
     finished = {run_folder: finished_parameters(notebook, run_folder) for run_folder in planned}
@@ -79,7 +79,7 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
     print(f"{len(planned)} runs, {len(planned) - len(todo)} of them finished before", flush=True)
     for i, run_folder in enumerate(todo, 1):
         print(f"[{i}/{len(todo)}] {run_folder.name}", flush=True)
-        error = notebooks.run(notebook, run_folder, planned[run_folder], progress=progress, quiet=True)["error"]
+        error = notebooks.run(notebook, run_folder, planned[run_folder], progress=progress, quiet=True).error
         if error == "interrupted":
             raise KeyboardInterrupt
         if error:
@@ -88,7 +88,7 @@ def sweep(notebook, folder, grid, fixed=None, progress=None):
 
 
 def find(notebook):
-    """The path of a notebook given by its name in a sweep file or by its path; ValueError if there is none."""
+    """The path of a notebook that is given by a name in ``NAMES`` or by its path; ValueError if it does not exist."""
     if isinstance(notebook, str | os.PathLike):
         path = NAMES.get(notebook) or Path(notebook)
         if path.is_file():
@@ -103,7 +103,7 @@ def name(parameters):
 
 
 def finished_parameters(notebook, run_folder):
-    """The parameters of the good run in ``run_folder``, None if there is none."""
+    """The parameters of the good run in ``run_folder``, None if it holds no good run."""
     path = run_folder / notebook.name
     if not path.is_file():
         return None
@@ -112,36 +112,38 @@ def finished_parameters(notebook, run_folder):
 
 
 def axes(rows):
-    """``{parameter: its values in order}`` of the runs of a sweep (rows of ``load_runs``): None, numbers, all else.
+    """``{parameter: sorted values}`` of a sweep's grid, from its ``rows`` (of ``load_runs``).
 
-    The run folders' names say which parameters these are, the rows their values.
+    The names of the run folders tell the parameters, and the rows tell their values. None comes first, then numbers,
+    then other values in the order of their text.
 
     Raises:
-        ValueError: no rows, or runs that were not made by a sweep.
+        ValueError: there are no rows, or they do not come from one sweep.
     """
-    names = {tuple(k for k in re.findall(r"(?:^|,)(\w+)=", row["run"].split("/")[0]) if k in row) for row in rows}
+    in_folder_name = re.compile(r"(?:^|,)(\w+)=")
+    names = {tuple(key for key in in_folder_name.findall(row["run"].split("/")[0]) if key in row) for row in rows}
     if len(names) != 1 or names == {()}:
         raise ValueError(f"rows: need the runs of one sweep, got {len(rows)} runs with parameters {sorted(names)}")
     found = {}
     for key in names.pop():
         values = found[key] = []
         for row in rows:
-            if row[key] not in values:  # no set: a list may be a value
+            if row[key] not in values:  # a set would not do: a value may be a list
                 values.append(row[key])
         values.sort(key=_order)
     return found
 
 
 def is_finite_number(value):
-    """Whether a value of a run can be compared with others: a finite number."""
+    """Whether a value of a run is a finite number, so that runs can be ranked by it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_curve(value):
-    """Whether a value of a run can be drawn along its steps: a list of at least one number."""
+    """Whether a value of a run is a list of numbers, so that it can be drawn as a curve."""
     return isinstance(value, list) and bool(value) and all(isinstance(number, int | float) for number in value)
 
 
 def _order(value):
-    number = isinstance(value, int | float)
-    return value is not None, not number, value if number else str(value)
+    is_number = isinstance(value, int | float)
+    return value is not None, not is_number, value if is_number else str(value)

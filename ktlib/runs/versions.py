@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, processor, instruction set, threads. No paths, no host names."""
+"""The environment of a result: versions, processor, instruction set, threads; without paths and host names."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -9,21 +9,21 @@ PACKAGES = ("ktlib", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
 def stamp():
-    """Print the versions and the machine, one fact a line. Notebooks call it in a cell tagged nbval-ignore-output."""
+    """Print :func:`facts`, one a line. Notebooks call this in a cell that is tagged nbval-ignore-output."""
     for name, value in facts().items():
         print(f"{name:<13} {value}")
 
 
 def facts():
-    """The lines of :func:`stamp` as a dict of strings."""
-    lines = {"python": platform.python_version()}
+    """``{name: text}``: versions of Python and packages, processor, threads, instruction set."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            lines[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            lines[package] = "not installed"
+            versions[package] = "not installed"
     info = cpu_info()
-    return lines | {
+    return versions | {
         "processor": info["model"],
         "torch threads": f"{info['threads']} on {info['cores']} cores",
         "kernels": info["isa"],

@@ -1,1 +1,1 @@
-"""The machine: processor, threads, environment, measured rates."""
+"""The machine: processor, memory, threads, environment, measured rates."""

@@ -1,6 +1,6 @@
-"""Whether ktlib can work here. If not, one message that says what is wrong and what to do.
+"""Checks that ktlib can work in this environment. A failed check is one message: what is wrong, and what to do.
 
-The package imports this module first, and the check runs then.
+``ktlib/__init__.py`` imports this module before all others, and :func:`check` runs during that import.
 """
 
 import importlib
@@ -9,18 +9,19 @@ import re
 import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 
-SEAMS = ("torch", "transformers", "peft")  # what ktlib reaches into; the others are ordinary dependencies
+# ktlib depends on details of these packages, so a version outside the tested range may break it
+PINNED_PACKAGES = ("torch", "transformers", "peft")
 BUILD = "in the repository, run `make setup` or `pip install --no-build-isolation -e .`"
 
 
 def check():
-    """ImportError if ktlib cannot work here, a warning where it does but not well."""
-    for package, range_, found in _outside():
-        advice = f"pip install '{package}{range_}'"
-        if found is None or not _at_least(found, range_):
-            raise ImportError(f"ktlib needs {package}{range_}, found {found or 'none'}: {advice}")
-        warnings.warn(f"ktlib was not tested with {package} {found}, only with {range_}: {advice}", stacklevel=2)
-    import torch  # noqa: F401  its OpenMP runtime comes first
+    """Raise an ImportError if ktlib cannot work here; warn if it works but is slow or was not tested so."""
+    for package, tested, found in _untested_packages():
+        advice = f"pip install '{package}{tested}'"
+        if found is None or not _is_at_least_minimum(found, tested):
+            raise ImportError(f"ktlib needs {package}{tested}, found {found or 'none'}: {advice}")
+        warnings.warn(f"ktlib was not tested with {package} {found}, only with {tested}: {advice}", stacklevel=2)
+    import torch  # noqa: F401  before the extension, so that torch's OpenMP runtime is the one that is loaded
 
     try:
         kernels = importlib.import_module("ktlib._kernels")
@@ -35,34 +36,35 @@ def check():
         )
 
 
-def _outside():
-    """(package, range, installed version or None) of each seam that is outside the range ktlib states."""
-    from packaging.specifiers import SpecifierSet  # without packaging.requirements, which costs as much again
+def _untested_packages():
+    """``[(package, tested range, installed version or None)]`` of the pinned packages outside ktlib's tested range."""
+    from packaging.specifiers import SpecifierSet  # packaging.requirements would double the time of this import
 
     try:
-        stated = requires("ktlib") or []
+        requirements = requires("ktlib") or []
     except PackageNotFoundError:
         raise ImportError(f"ktlib is not installed, only its files are here: {BUILD}") from None
-    found = []
-    for line in stated:
-        name, specifiers = re.match(r"([\w.-]+)([^;]*)", line).groups()
-        if name in SEAMS:
-            range_ = SpecifierSet(specifiers)
+    untested = []
+    for requirement in requirements:
+        name, specifiers = re.match(r"([\w.-]+)([^;]*)", requirement).groups()
+        if name in PINNED_PACKAGES:
+            tested = SpecifierSet(specifiers)
             try:
                 installed = version(name)
             except PackageNotFoundError:
                 installed = None
-            if installed is None or not range_.contains(installed, prereleases=True):
-                found.append((name, range_, installed))
-    return found
+            if installed is None or not tested.contains(installed, prereleases=True):
+                untested.append((name, tested, installed))
+    return untested
 
 
-def _at_least(installed, specifiers):
-    return all(item.contains(installed, prereleases=True) for item in specifiers if item.operator == ">=")
+def _is_at_least_minimum(installed, tested):
+    minimums = [specifier for specifier in tested if specifier.operator == ">="]
+    return all(minimum.contains(installed, prereleases=True) for minimum in minimums)
 
 
 def unusable_cuda():
-    """Why a GPU that torch sees cannot be used (a driver that does not fit, memory in use by others); "" otherwise."""
+    """Why a GPU that torch finds cannot be used, such as an incompatible driver or full memory; "" if it can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -75,18 +77,18 @@ def unusable_cuda():
 
 
 def without_cuda():
-    """True, after a warning, if there is a GPU that cannot be used: the run then goes on on the CPU."""
+    """Whether the run must use the CPU although torch finds a GPU; warns if so, with the reason."""
     if reason := unusable_cuda():
         warnings.warn(
             f"CUDA is present but unusable ({reason}): running on the CPU. Check `nvidia-smi` and the driver, or set "
-            "CUDA_VISIBLE_DEVICES= to leave it alone.",
+            "CUDA_VISIBLE_DEVICES= to hide the GPU.",
             stacklevel=2,
         )
     return bool(reason)
 
 
 def device():
-    """Where all of a model but the routed experts is trained: "cuda" if there is a GPU that can be used, or "cpu"."""
+    """Device on which everything except the routed experts is trained: "cuda" if a usable GPU is found, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() and not unusable_cuda() else "cpu"

@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""How much memory this process can still allocate."""
 
 from pathlib import Path, PurePath
 
@@ -6,23 +6,26 @@ import psutil
 
 
 def available_memory(mount="/sys/fs/cgroup", membership="/proc/self/cgroup"):
-    """Bytes that this process can still get: what the machine has available, or up to the limits of its control groups.
+    """Bytes that this process can still allocate: what the machine has available, within control groups' limits.
 
-    Files in memory, such as mapped experts, count as available, as the machine's do: they make room. ``mount`` and
-    ``membership`` say where the kernel shows control groups (version 2) and of which of them this process is a member.
+    File pages in memory, such as those of mapped experts, count as available, because the kernel can drop them.
+
+    Args:
+        mount: folder where the kernel shows control groups (version 2).
+        membership: file that names the control group of this process.
     """
     available = psutil.virtual_memory().available
     try:
         lines = Path(membership).read_text().splitlines()
     except OSError:  # a kernel without control groups
         lines = []
-    group_of_process = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for group in map(str, (PurePath(group_of_process), *PurePath(group_of_process).parents)):  # each may have a limit
+    group = PurePath(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
+    for ancestor in (group, *group.parents):  # each of them may have a limit
         try:
-            files = {name: Path(mount, group, f"memory.{name}").read_text() for name in ("max", "current", "stat")}
+            files = {name: Path(mount, ancestor, f"memory.{name}").read_text() for name in ("max", "current", "stat")}
             counts = dict(line.split() for line in files["stat"].splitlines())
             cached = int(counts["inactive_file"]) + int(counts["active_file"])
             available = min(available, int(files["max"]) - int(files["current"]) + cached)
-        except (OSError, ValueError, KeyError):  # no such group here, or no limit ("max")
+        except (OSError, ValueError, KeyError):  # the group is not visible in this container, or has no limit ("max")
             pass
     return available

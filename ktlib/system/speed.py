@@ -1,4 +1,4 @@
-"""What PyTorch gets out of a machine: best seconds of a function, arithmetic rates of matrix products."""
+"""Rates that PyTorch reaches on this machine: matrix products, and copies between host and GPU."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def best_seconds(function, *, repeat=5, budget=2.0):
-    """Smallest wall time of ``function()`` over ``repeat`` calls after a warm-up, fewer if ``budget`` seconds pass."""
+    """Smallest wall time of ``function()`` over ``repeat`` calls after a warm-up, fewer after ``budget`` seconds."""
     begin = time.perf_counter()
     function()
     best = float("inf")
@@ -21,13 +21,13 @@ def best_seconds(function, *, repeat=5, budget=2.0):
 
 
 def matmul_rate(size=2048, dtype=torch.bfloat16):
-    """Floating-point operations per second of a square matrix product."""
+    """FLOP/s of the product of two square matrices ``(size, size)``."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return 2 * size**3 / best_seconds(lambda: a @ b)
 
 
 def matmul_rate_from_memory(tokens, features, inner, matrices=16, dtype=torch.bfloat16):
-    """The same for ``tokens`` rows times each of several weights (features, inner), too many to stay in a cache."""
+    """FLOP/s of ``(tokens, inner)`` times each of ``matrices`` weights ``(features, inner)``, too many for a cache."""
     x, weights = torch.randn(tokens, inner).to(dtype), torch.randn(matrices, features, inner).to(dtype)
 
     def multiply():
@@ -38,7 +38,7 @@ def matmul_rate_from_memory(tokens, features, inner, matrices=16, dtype=torch.bf
 
 
 def bus_rates(size=2**28):
-    """Bytes per second between pinned memory and the GPU, ``{"h2d": to it, "d2h": from it}``."""
+    """Bytes per second between pinned host memory and the GPU: ``{"h2d": host to GPU, "d2h": GPU to host}``."""
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(size, dtype=torch.uint8, device="cuda")
     copies = {"h2d": lambda: device.copy_(host), "d2h": lambda: host.copy_(device)}
@@ -46,7 +46,7 @@ def bus_rates(size=2**28):
 
 
 def memory_bytes():
-    """Bytes of main memory, all of it."""
+    """Size of the main memory in bytes, used or not."""
     import psutil
 
     return psutil.virtual_memory().total

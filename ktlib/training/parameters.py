@@ -19,7 +19,7 @@ from ktlib.integrations.transformers_experts import is_experts, unsupported
 from ktlib.names import component
 from ktlib.system.cpu import cpu_info
 from ktlib.system.environment import device
-from ktlib.system.threads import MOST
+from ktlib.system.threads import MAX_THREADS
 from ktlib.training.output_dir import check_output_dir
 from ktlib.training.tasks import TASKS, check_dataset, load_data, tokenise
 
@@ -155,7 +155,7 @@ class Parameters:
         None,
         "Stock torch works on this many threads, and rounds differently on another number; none means a number that "
         "depends on the model's size.",
-        _none_or_whole(MOST),
+        _none_or_whole(MAX_THREADS),
     )
     stream_rows: int | None = _parameter(
         None,

@@ -51,7 +51,7 @@ class PublishCheckpoints(TrainerCallback):
         args.output_dir, folder = self.folder, Path(self.folder)
         if hasattr(model, "peft_config"):
             rename_for_peft(model, written)
-        ownership.record_all(written)
+        ownership.add_folder_to_list(written)
         for path in [*written.iterdir(), written]:
             ownership.sync(path)
         complete = folder / f"step-{state.global_step}"

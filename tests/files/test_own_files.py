@@ -1,4 +1,4 @@
-"""ktlib replaces and removes the files that it wrote itself, and no others: in the output folder of a run."""
+"""In the output folder of a run, ktlib replaces and removes only the files that it wrote itself."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ IDENTITY = {"steps": 9, "seed": 1}
 
 
 class Saved:
-    """As much of a model as saving needs: it writes files of these names."""
+    """A stand-in for a model: saving it writes files with the given names."""
 
     def __init__(self, content, names, source):
         self.content, self.names, self.config = content, names, type("Config", (), {"name_or_path": source})
@@ -77,11 +77,11 @@ def test_a_folder_with_results_of_somebody_else_is_refused_before_anything_runs(
     for name in names:
         assert name.split("/")[0] in str(caught.value)
     assert "data.jsonl" not in str(caught.value) and snapshot(tmp_path) == before
-    assert would_do(caught.value) == str(tmp_path / "mine-2")
+    assert acceptable_proposal(caught.value) == str(tmp_path / "mine-2")
 
 
-def would_do(error):
-    """The folder that a refusal proposes, after a look whether it would be accepted."""
+def acceptable_proposal(error):
+    """The folder that a refusal proposes, after a check that ktlib accepts it."""
     other = re.search(r"such as '(.*)'$", str(error))[1]
     assert not Path(other).exists()
     check_output_dir(other, BASE)
@@ -90,7 +90,7 @@ def would_do(error):
 
 @pytest.mark.parametrize("new", [small_adapter(), small_model(2)], ids=["adapter", "model"])
 @pytest.mark.parametrize("names", FOREIGN.values(), ids=FOREIGN)
-def test_saving_refuses_it_too_and_removes_nothing(tmp_path, names, new):
+def test_saving_refuses_a_folder_with_foreign_results_and_removes_nothing(tmp_path, names, new):
     put(tmp_path, *names)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="output_dir: .*not written by ktlib"):
@@ -98,7 +98,7 @@ def test_saving_refuses_it_too_and_removes_nothing(tmp_path, names, new):
     assert snapshot(tmp_path) == before
 
 
-def test_training_refuses_it_too(tmp_path):
+def test_training_refuses_a_folder_with_foreign_results(tmp_path):
     put(tmp_path, "model.safetensors")
     before = snapshot(tmp_path)
     model, tokenizer = sft.load_model("base")
@@ -108,12 +108,12 @@ def test_training_refuses_it_too(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_an_adapter_without_a_list_of_own_files_is_somebodys(tmp_path):
-    """One that an older ktlib or stock PEFT saved, and one that was copied here: nothing says whose it is."""
+def test_an_adapter_that_is_in_no_list_is_foreign(tmp_path):
+    """Such as one that an older ktlib or stock PEFT saved, or one that was copied to this folder."""
     sft.save(small_adapter(), tmp_path / "a")
     sft.check_parameters(output_dir=str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "copy", copy_function=shutil.copyfile)
-    for path in (tmp_path / "a").glob(f"{ownership.LIST}*"):
+    for path in (tmp_path / "a").glob(f"{ownership.LIST_PREFIX}*"):
         path.unlink()
     for name in ("a", "copy"):
         before = snapshot(tmp_path)
@@ -152,7 +152,7 @@ def test_the_folder_of_the_model_is_refused_however_it_is_spelled(tmp_path, monk
         for model in ("model", str(tmp_path / "link")):
             with pytest.raises(ValueError, match="output_dir: got .*which holds the model that is trained") as caught:
                 sft.check_parameters(model=model, output_dir=spelling)
-            assert would_do(caught.value)
+            assert acceptable_proposal(caught.value)
             with pytest.raises(ValueError, match="output_dir: got .*which holds the model that is trained"):
                 sft.save(small_adapter(source=model), spelling)
     with pytest.raises(ValueError, match="output_dir: got '.*', which holds the model that is trained"):
@@ -189,7 +189,7 @@ def test_a_result_of_ktlib_is_replaced_until_somebody_changes_it(tmp_path):
     for name in ("README.md", "adapter_model.safetensors"):
         content, times = (tmp_path / name).read_bytes(), (tmp_path / name).stat()
         (tmp_path / name).write_bytes(content[::-1])
-        os.utime(tmp_path / name, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a coarse clock would have it
+        os.utime(tmp_path / name, ns=(times.st_atime_ns, times.st_mtime_ns))  # the time of change tells nothing
         before = snapshot(tmp_path)
         with pytest.raises(ValueError, match=f"output_dir: .*which holds {name}: not written by ktlib"):
             sft.check_parameters(output_dir=str(tmp_path))
@@ -201,7 +201,7 @@ def test_a_result_of_ktlib_is_replaced_until_somebody_changes_it(tmp_path):
 
 
 def test_results_of_another_command_are_not_results_of_a_run(tmp_path):
-    """ktlib wrote the fused checkpoint, but not to be replaced by an adapter."""
+    """ktlib wrote the fused checkpoint, but does not list its files, so a run may not replace them."""
     ktlib.fuse_checkpoint(BASE, tmp_path / "fused", progress=False)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="output_dir: .*which holds .*config.json"):
@@ -244,7 +244,7 @@ def test_a_link_to_a_folder_is_an_output_folder(tmp_path):
     assert (tmp_path / "large_disk/new/x").exists() and (tmp_path / "empty/x").exists()
 
 
-def test_results_of_another_user_are_somebodys(tmp_path, monkeypatch):
+def test_results_of_another_user_are_foreign(tmp_path, monkeypatch):
     sft.save(small_adapter(), tmp_path)
     before = snapshot(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
@@ -256,8 +256,8 @@ def test_results_of_another_user_are_somebodys(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["text", "link", "folder"])
-def test_a_list_that_is_none_is_somebodys_too(tmp_path, kind):
-    folder, name = tmp_path / "out", f"{ownership.LIST}{os.geteuid()}.jsonl"
+def test_a_foreign_file_with_the_name_of_a_list_is_refused(tmp_path, kind):
+    folder, name = tmp_path / "out", f"{ownership.LIST_PREFIX}{os.geteuid()}.jsonl"
     put(tmp_path, "elsewhere")
     folder.mkdir()
     if kind == "text":
@@ -276,7 +276,7 @@ def test_a_list_that_is_none_is_somebodys_too(tmp_path, kind):
 
 def test_a_line_that_a_crash_cut_off_costs_that_file_alone(tmp_path):
     sft.save(small_adapter(), tmp_path)
-    (path,) = tmp_path.glob(f"{ownership.LIST}*")
+    (path,) = tmp_path.glob(f"{ownership.LIST_PREFIX}*")
     path.write_text(path.read_text()[:-30])
     sft.save(small_model(2), tmp_path / "b")
     lost = ownership.foreign(tmp_path / name for name in ("README.md", "adapter_config.json"))
@@ -285,15 +285,27 @@ def test_a_line_that_a_crash_cut_off_costs_that_file_alone(tmp_path):
     assert ownership.is_own(tmp_path / "other.txt")
 
 
+def test_a_list_that_two_processes_began_at_once_has_the_entries_of_both(tmp_path):
+    list_file = tmp_path / f"{ownership.LIST_PREFIX}{os.geteuid()}.jsonl"
+    written = b""
+    for name in ("a", "b"):
+        put(tmp_path, name)
+        ownership.add_to_list(tmp_path, {name: tmp_path / name})
+        written += list_file.read_bytes()
+        list_file.unlink()
+    list_file.write_bytes(written)
+    assert ownership.is_own(tmp_path / "a") and ownership.is_own(tmp_path / "b")
+
+
 # ---- races ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_a_file_that_comes_while_ktlib_writes_stays(tmp_path, monkeypatch, links):
-    record, link = ownership.record, os.link
+def test_a_foreign_file_that_appears_while_ktlib_writes_stays(tmp_path, monkeypatch, links):
+    add_to_list, link = ownership.add_to_list, os.link
 
     def late(folder, files):
-        record(folder, files)
+        add_to_list(folder, files)
         put(tmp_path, "adapter_model.safetensors")
 
     def without(*_):
@@ -301,7 +313,7 @@ def test_a_file_that_comes_while_ktlib_writes_stays(tmp_path, monkeypatch, links
 
     monkeypatch.setattr(os, "link", link if links else without)
     with monkeypatch.context() as patch:
-        patch.setattr(ownership, "record", late)
+        patch.setattr(ownership, "add_to_list", late)
         with pytest.raises(ValueError, match="output_dir: .*which holds adapter_model.safetensors: not written"):
             sft.save(small_adapter(), tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_text() == "somebody's adapter_model.safetensors"
@@ -311,7 +323,7 @@ def test_a_file_that_comes_while_ktlib_writes_stays(tmp_path, monkeypatch, links
     assert (tmp_path / "README.md").read_text() == "second: README.md"
 
 
-def test_a_folder_that_comes_while_ktlib_writes_stays(tmp_path):
+def test_a_foreign_folder_that_appears_while_ktlib_writes_stays(tmp_path):
     for replace in (False, True):
         with pytest.raises(FileExistsError, match=r"out: .*out .*needs another name, such as .*out-2"):
             with ownership.new_folder(tmp_path / "out", replace=replace) as made:
@@ -322,7 +334,7 @@ def test_a_folder_that_comes_while_ktlib_writes_stays(tmp_path):
 
 
 def test_processes_that_write_the_same_names_do_not_disturb_each_other(tmp_path):
-    """As those of a distributed training do, each with the same report: nobody takes another's for somebody's."""
+    """As in distributed training, where each process writes the same report: none takes the others' for foreign."""
 
     def write():
         for i in range(25):
@@ -346,7 +358,7 @@ def test_processes_that_write_the_same_names_do_not_disturb_each_other(tmp_path)
     assert not list(tmp_path.glob(f"{ownership.TEMPORARY}*"))
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_path):
+def test_the_temporary_folder_of_a_killed_process_is_deleted_and_that_of_a_living_one_stays(tmp_path):
     put(tmp_path, f"{ownership.TEMPORARY}mine/thesis")
     before = snapshot(tmp_path)
     child = os.fork()
@@ -356,7 +368,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(list(tmp_path.glob("*/made/half"))) == 1
-    (tmp_path / f"{ownership.TEMPORARY}younger").mkdir()  # of one that died before it wrote its note
+    (tmp_path / f"{ownership.TEMPORARY}younger").mkdir()  # its process died before it wrote the note
     with ownership.temporary_folder(tmp_path) as first, ownership.temporary_folder(tmp_path) as second:
         assert first.is_dir() and second.is_dir() and not list(tmp_path.glob("*/made/half"))
     assert snapshot(tmp_path) == before
@@ -366,7 +378,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
 
 
 def finished(folder):
-    """Checkpoints of a run that came to its end and was not saved."""
+    """Write the checkpoints of a run that came to its end and was not saved."""
     assert resume.start_or_resume(folder, IDENTITY) is None
     for step in (6, 9):
         with ownership.new_folder(folder / f"step-{step}", replace=True) as made:
@@ -387,7 +399,7 @@ def test_checkpoints_stay_as_a_whole_if_somebody_put_or_changed_a_file_there(tmp
     assert survives(before, tmp_path)
 
 
-def test_checkpoints_of_ktlib_alone_go(tmp_path):
+def test_checkpoints_with_files_of_ktlib_only_are_deleted(tmp_path):
     finished(tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / f"{ownership.TEMPORARY}dead").mkdir()
     check_output_dir(tmp_path, BASE)
@@ -396,7 +408,7 @@ def test_checkpoints_of_ktlib_alone_go(tmp_path):
 
 
 def test_a_run_among_files_of_the_user(tmp_path):
-    """Trained, saved, and the same again: with a notebook beside it, and notes among the first run's checkpoints."""
+    """A run is trained and saved twice, beside a user's notebook, and with notes in the first run's checkpoints."""
     put(tmp_path, "notes.ipynb", "checkpoint-best/x", "step-2/x", "checkpoints-old/step-2/x")
     before = snapshot(tmp_path)
 

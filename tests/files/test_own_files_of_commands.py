@@ -1,4 +1,4 @@
-"""Notebooks that are run, conversions, figures and measurements replace no file but those that ktlib wrote."""
+"""Runs of notebooks, conversions, figures and measurements replace only files that ktlib wrote."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from ktlib.assets import BASE
 from ktlib.files import ownership, tensor_files
 from ktlib.lab import bench, synthetic
 from ktlib.runs import notebooks, sweep
-from ktlib.runs.repeat import repeat
+from ktlib.runs.repeat import run_again
 
 # ---- notebooks that are run -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
-    """A notebook with a parameter, and papermill replaced by what writes it as it is; lists what it executed."""
+    """``(path of a notebook with a parameter, list of executions)``; papermill only copies the notebook."""
     cells = [nbformat.v4.new_code_cell("a: int = 1")]
     cells[0].metadata.tags = ["parameters"]
     node = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "x"}})
@@ -55,7 +55,7 @@ def test_a_run_folder_with_files_of_somebody_else_is_refused_before_the_notebook
     put(tmp_path / "runs/a", "partial.ipynb", "report.html.partial", "other.html")
     before = snapshot(tmp_path)
     for _ in range(2):
-        assert notebooks.run(path, "runs/a")["error"] is None
+        assert notebooks.run(path, "runs/a").error is None
     assert survives(before, tmp_path)
     with open(tmp_path / "runs/a/small.ipynb", "a") as file:
         file.write("\n")  # as Jupyter does when somebody saves notes in it
@@ -72,7 +72,7 @@ def test_the_notebook_itself_is_not_replaced_by_its_run(notebook, tmp_path, caps
     assert snapshot(tmp_path) == before and not executed
 
 
-def test_results_go_beside_what_came_while_the_notebook_ran(notebook, tmp_path, monkeypatch):
+def test_results_go_beside_a_file_that_appeared_while_the_notebook_ran(notebook, tmp_path, monkeypatch):
     path, _ = notebook
     execute = __import__("papermill").execute_notebook
 
@@ -82,26 +82,26 @@ def test_results_go_beside_what_came_while_the_notebook_ran(notebook, tmp_path, 
 
     monkeypatch.setattr("papermill.execute_notebook", meanwhile)
     result = notebooks.run(path, "runs/a")
-    assert result["report"].name == "report-2.html" and result["report"].is_file() and result["notebook"].is_file()
+    assert result.report.name == "report-2.html" and result.report.is_file() and result.notebook.is_file()
     assert (tmp_path / "runs/a/report.html").read_text() == "somebody's report.html"
 
 
-def test_a_sweep_with_one_such_folder_is_refused_before_its_first_run(notebook, tmp_path):
+def test_a_sweep_with_a_foreign_report_in_a_run_folder_is_refused_before_its_first_run(notebook, tmp_path):
     path, executed = notebook
     put(tmp_path / "runs/a=2", "report.html")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="folder: got 'runs/a=2', which holds report.html"):
-        sweep.sweep(path, "runs", {"a": [1, 2]})
+        sweep.run_missing(path, "runs", {"a": [1, 2]})
     assert snapshot(tmp_path) == before and not executed
 
 
-def test_a_repetition_does_not_replace_what_it_repeats(notebook, tmp_path, monkeypatch):
+def test_a_repetition_does_not_replace_the_run_that_it_repeats(notebook, tmp_path, monkeypatch):
     path, executed = notebook
-    done = notebooks.run(path, "runs/a")["notebook"]
+    first = notebooks.run(path, "runs/a")
     monkeypatch.setattr("ktlib.runs.repeat.recorded", lambda _: pytest.fail("goes on"))
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"folder: .*runs/a is where .*small.ipynb is.* such as .*runs/a-2"):
-        repeat(done, path, tmp_path / "runs/../runs/a")
+        run_again(first.notebook, path, tmp_path / "runs/../runs/a")
     assert snapshot(tmp_path) == before and len(executed) == 1
 
 
@@ -160,13 +160,13 @@ def test_a_synthetic_checkpoint_replaces_no_config(tmp_path):
 
 
 def test_a_single_file_of_weights_is_new_or_refused(tmp_path):
-    one = tensor_files.Stored((2,), torch.float32, lambda: torch.ones(2))
+    tensor = tensor_files.Stored((2,), torch.float32, lambda: torch.ones(2))
     put(tmp_path, "a.safetensors", "b.safetensors.partial")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match="path: got .*a.safetensors.*such as .*a-2.safetensors"):
-        tensor_files.write(tmp_path / "a.safetensors", {"x": one})
+        tensor_files.write(tmp_path / "a.safetensors", {"x": tensor})
     for _ in range(2):
-        tensor_files.write(tmp_path / "b.safetensors", {"x": one})
+        tensor_files.write(tmp_path / "b.safetensors", {"x": tensor})
     assert survives(before, tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_converting_an_adapter_touches_nothing_beside_it(tmp_path):
     ktlib.export_adapter(adapter, tmp_path / "out-2", model.config)
     ktlib.import_adapter(tmp_path / "out-2", tmp_path / "back", model.config)
     assert survives(before, tmp_path)
-    assert not [name for name in snapshot(tmp_path) if Path(name).name.startswith(ownership.LIST)]
+    assert not [name for name in snapshot(tmp_path) if Path(name).name.startswith(ownership.LIST_PREFIX)]
 
 
 # ---- single files that the user names -------------------------------------------------------------------------------

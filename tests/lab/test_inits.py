@@ -46,7 +46,7 @@ def test_orthogonal_rows():
     torch.testing.assert_close(q @ q.mT, torch.eye(4), atol=1e-5, rtol=0)
 
 
-def test_examples_come_again_where_steps_need_more(one_thread):
+def test_examples_are_repeated_if_the_steps_need_more(one_thread):
     rows = dates(n_train=3, n_test=1)[0]
     prepared = inits.prepare(rows, rank=1, targets="attention")
     losses = inits.train(prepared, "kaiming", 0.0, 0, rank=1, steps=4, batch_size=3)

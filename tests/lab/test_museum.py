@@ -1,4 +1,4 @@
-"""Every room of the museum: the old design fails as the log says, and ktlib, in its place, does not."""
+"""Every failure in the museum: the stand-in for the old design fails as in the log, and ktlib does not."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_007b_old_kernel_crashes_with_its_index_in_range():
 
 
 def test_007b_007c_devices():
-    """Weights elsewhere are an error, adapters elsewhere get their gradients there, equal to the CPU's."""
+    """Weights on a second device are an error; adapters get their gradients on it, equal to those on the CPU."""
     outcome = museum.child("on_another_device")
     assert outcome.code == 0, outcome.err
     assert "attempting to assign a gradient with device type 'cpu'" in outcome.out
@@ -131,11 +131,11 @@ BATCH = torch.arange(24).reshape(2, 12)
 PROJECTIONS = "q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
-def old_lite(routed=math.nan, keep=True, kt_rank=0):
+def old_lite(routed=math.nan, with_original=True, kt_rank=0):
     model = transformers.AutoModelForCausalLM.from_config(museum.lite_config(), dtype=torch.bfloat16)
     model.requires_grad_(False)
     for block in model.model.layers[1:]:
-        block.mlp = museum.KeepingWrapper(block.mlp, 2, routed, kt_rank, keep)
+        block.mlp = museum.WrapperOfOriginal(block.mlp, 2, routed, kt_rank, with_original)
     model.config.model_type = "of transformers 4"
     return get_peft_model(model, LoraConfig(r=8, target_modules=rf".*\.({PROJECTIONS})"))
 
@@ -172,13 +172,13 @@ def test_009_ktlib_adapts_each_module_once():
 
 
 def test_010a_old_marker_sweeps_the_wrapper():
-    model = old_lite(routed=0.0, keep=False, kt_rank=8)
-    wrappers = [module for module in model.modules() if isinstance(module, museum.KeepingWrapper)]
+    model = old_lite(routed=0.0, with_original=False, kt_rank=8)
+    wrappers = [module for module in model.modules() if isinstance(module, museum.WrapperOfOriginal)]
     for recurse, expected in ((False, (156, 378)), (True, (416, 222))):
         marked = {id(p) for wrapper in wrappers for p in wrapper.parameters(recurse=recurse)}
-        kept = sum(id(p) in marked for p in model.parameters())
+        still_bf16 = sum(id(p) in marked for p in model.parameters())
         upcast = sum(p.requires_grad and id(p) not in marked for p in model.parameters())
-        assert (kept, upcast) == expected
+        assert (still_bf16, upcast) == expected
 
 
 def test_010a_ktlib_an_upcast_changes_nothing():
@@ -252,7 +252,7 @@ def test_010b_the_heap_has_room_for_adapters_of_any_size():
 
 
 def test_010b_ktlib_keeps_no_address(layer):
-    """Adapters move, others write NaN where they lay: same bits."""
+    """Adapters move and their old memory is overwritten with NaN, but the output has the same bits."""
     want = ktlib.moe_experts(**layer)
     heap = museum.Heap([m for name in ("gate_up_lora", "down_lora") for m in layer[name][:2]])
     placed = {name: [heap.place(m) for m in layer[name][:2]] for name in ("gate_up_lora", "down_lora")}

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the same weights on disk and in memory, kept after an interruption, loaded without a copy."""
+"""Synthetic checkpoints: equal to the model in memory, completed after an interruption, loaded without a copy."""
 
 import json
 from pathlib import Path
@@ -52,10 +52,10 @@ def test_an_interrupted_write_goes_on(tmp_path):
     files = sorted(tmp_path.glob("*.safetensors"))
     moe_layers = CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace
     assert len(files) == CONFIG.num_hidden_layers + moe_layers + 1
-    wanted, kept = files[1].read_bytes(), files[0].stat().st_mtime_ns
+    wanted, written = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].unlink()
     synthetic.write_checkpoint(CONFIG, tmp_path, progress=False)
-    assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == kept
+    assert files[1].read_bytes() == wanted and files[0].stat().st_mtime_ns == written
     assert not list(tmp_path.glob(f"{ownership.TEMPORARY}*"))
     with pytest.raises(ValueError, match="made from something else"):
         synthetic.write_checkpoint(CONFIG, tmp_path, seed=1, progress=False)
@@ -102,12 +102,12 @@ def test_all_on_the_host_and_adapters_on_the_gpu():
     options = {"cpu_rate": 1e12, "bandwidth": 1e11}
     alone = estimate(CONFIG, gpu=False, **options)
     assert not alone.gpu and "other weights" in alone.host and "copies" not in alone.seconds
-    there = estimate(CONFIG, lora_device="cuda", **options)
-    assert "expert adapters, gradients, moments" in there.gpu
+    on_gpu = estimate(CONFIG, lora_device="cuda", **options)
+    assert "expert adapters, gradients, moments" in on_gpu.gpu
 
 
 def test_streamed_experts():
-    """Two copies of all their weights a step, nothing kept for backward; only where experts have so many rows."""
+    """Streamed experts are sent twice a step and save nothing for backward; experts with few rows stay on the CPU."""
     config = synthetic.deepseek_v2_lite()
     options = {"rank": 8, "tokens": 4096, "logits_per_row": 129, "cpu_rate": 5e12, "bandwidth": 1e11, "bus": 25e9}
     on_cpu, streamed, few = (estimate(config, **options, stream_rows=rows) for rows in (None, 384, 385))

@@ -120,11 +120,11 @@ def test_the_numbers_of_the_hybrid_run_that_pages_say_are_the_recorded_ones():
     main, streamed, stock, apart = (parts[name] for name in ("run_main", "streamed", "stock_experts", "reduced"))
 
     def host_bar(stream_rows):
-        """GB: 1.15 times the experts, their optimizer, and what they keep for backward, which streamed is less."""
+        """GB: 1.15 times the experts, their optimizer state, and what they save for backward (less if streamed)."""
         shape = synthetic.deepseek_v2_lite()
         host = estimate(shape, logits_per_row=129, timing=False, stream_rows=stream_rows).host
-        kept = host["experts' saved activations"] + host["expert adapters, gradients, moments"]
-        return (1.15 * parts["weights"]["expert_bytes"] + kept) / 1e9
+        saved = host["experts' saved activations"] + host["expert adapters, gradients, moments"]
+        return (1.15 * parts["weights"]["expert_bytes"] + saved) / 1e9
 
     def row(label, run, bar=None):
         gpu, host = run["gpu_used_with_context"] / 1e9, run["host_peak"] / 1e9

@@ -1,4 +1,4 @@
-"""The yardstick itself: what the validation helpers call equal, and what they notice."""
+"""The validation helpers accept right results, and notice wrong values anywhere."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_the_operator_is_within_simulated_roundings_at_any_size(one_thread, seed
 
 
 def test_simulated_roundings_are_a_tight_bound_for_a_large_layer():
-    """Most quantities of stock PyTorch in bf16, which rounds once or twice more, are outside already."""
+    """Stock PyTorch in bf16 rounds once or twice more, and most of its quantities exceed the bound already."""
     sizes = {"tokens": 400, "experts": 8, "top_k": 4, "hidden": 256, "intermediate": 192, "rank": 8}
     layer = validation.random_layer("trained", **sizes)
     expected = validation.evaluate(reference.moe_experts, layer)

@@ -155,7 +155,7 @@ def sweep(numbers, sets, seconds, seed, out):
             parameters = notebooks.with_output_dir(notebook, drawn, folder)
             began = time.monotonic()
             try:
-                error = notebooks.run(notebook, Path(folder) / "run", parameters, progress=False, quiet=True)["error"]
+                error = notebooks.run(notebook, Path(folder) / "run", parameters, progress=False, quiet=True).error
             except (ValueError, MemoryError) as refusal:  # before a kernel was started
                 error = str(refusal)
         run = {"notebook": notebook.stem, "set": number, "seed": seed, "outcome": outcome(error), "parameters": drawn}

@@ -33,7 +33,7 @@ def test_a_notebook_runs_to_its_end_with_other_parameters(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)  # the folder that a notebook is run from is nobody's business
     given = notebooks.with_output_dir(NOTEBOOKS[name], cli.read_yaml(SECOND[name]), "run")
     result = notebooks.run(NOTEBOOKS[name], "run", given, progress=False, quiet=True)
-    assert result["error"] is None, f"{result['error']}\nin this cell:\n{failing_cell(result['notebook'])}"
+    assert result.error is None, f"{result.error}\nin this cell:\n{failing_cell(result.notebook)}"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

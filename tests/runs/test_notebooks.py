@@ -117,7 +117,7 @@ def test_parameter_files_fit_the_sft_notebook(file):
 
 
 def test_the_sft_notebook_saves_as_soon_as_it_has_trained():
-    """Whatever fails afterwards, the adapter is there, and the record says so."""
+    """So the adapter is saved, and the record says so, even if a later cell fails."""
     sources = [cell.source for cell in code_cells(nbformat.read(notebooks.SFT, as_version=4))]
     (trains,) = [i for i, source in enumerate(sources) if source.startswith("result = sft.train(")]
     assert sources[trains + 1].startswith("sft.save(adapted, output_dir") and "record(saved=" in sources[trains + 1]

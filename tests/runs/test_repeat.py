@@ -1,4 +1,4 @@
-"""The same run twice: the same adapter, and `ktlib sft --repeat` says whether it is and what differs."""
+"""A repeated run gives the same adapter; `ktlib sft --repeat` compares the adapters and says what differs."""
 
 import hashlib
 
@@ -78,12 +78,12 @@ def test_what_cannot_be_repeated_is_refused_with_2(command, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_instruction_set_that_is_not_here_is_said_first(monkeypatch, tmp_path):
+def test_an_instruction_set_that_cannot_run_here_is_refused_before_anything_runs(monkeypatch, tmp_path):
     before = {"isa": "amx_bf16", "parameters": {}, "threads": 1}
     monkeypatch.setattr(repeat, "recorded", lambda _: before)
     monkeypatch.setattr(repeat, "cpu_info", lambda: {"isas": {"amx_bf16": "needs AMX-TILE"}})
     with pytest.raises(ValueError, match="ran on amx_bf16, which cannot run here: needs AMX-TILE"):
-        repeat.repeat("run.ipynb", "small.ipynb", tmp_path)
+        repeat.run_again("run.ipynb", "small.ipynb", tmp_path)
 
 
 def test_digest_sees_every_bit_and_name(tmp_path):

@@ -80,9 +80,9 @@ def test_run_record_and_load(notebook, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "marker").touch()
     result = notebooks.run(notebook, "runs/good", {"learning_rate": 3e-3, "dataset": "names"})
-    assert result["error"] is None
+    assert result.error is None
     assert "lr 0.003, 10 steps of names" in capfd.readouterr().out
-    html = result["report"].read_text()
+    html = result.report.read_text()
     assert "lr 0.003, 10 steps of names" in html and "loss=0.001" in html
     assert sorted(path.name for path in (tmp_path / "runs/good").glob("[!.]*")) == ["report.html", "small.ipynb"]
 
@@ -110,22 +110,22 @@ handlers["kernel_info_request"] = reply_slowly
 
 
 def test_a_kernel_is_not_interrupted_as_it_is_shut_down(notebook, tmp_path, capfd):
-    """What papermill asks it last may take it a little longer than the reply."""
+    """The kernel may still be in the handler of papermill's last request when the reply has arrived."""
     small = nbformat.read(notebook, as_version=4)
     small.cells.append(nbformat.v4.new_code_cell(SLOW))
     nbformat.write(small, notebook)
-    assert notebooks.run(notebook, tmp_path / "out", quiet=True)["error"] is None
+    assert notebooks.run(notebook, tmp_path / "out", quiet=True).error is None
     assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
-def test_an_interrupted_run_keeps_what_there_is(notebook, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_outputs(notebook, tmp_path, monkeypatch):
     def interrupted(source, target, *arguments, **options):
         shutil.copy(source, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("papermill.execute_notebook", interrupted)
     result = notebooks.run(notebook, tmp_path / "runs")
-    assert result["error"] == "interrupted" and result["report"].name == "failed.html" and result["report"].exists()
+    assert result.error == "interrupted" and result.report.name == "failed.html" and result.report.exists()
 
 
 @pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}])
@@ -145,7 +145,7 @@ def test_gpu_memory_is_reserved_in_segments_that_grow_unless_the_user_says_how(n
     assert seen == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
-def test_copies_that_jupyter_keeps_are_no_runs(notebook, tmp_path):
+def test_checkpoints_of_jupyter_are_no_runs(notebook, tmp_path):
     for folder in ("runs/a", "runs/a/.ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(notebook, tmp_path / folder)
@@ -160,7 +160,7 @@ def test_a_damaged_notebook_is_named(notebook, text):
             read(notebook.parent)
 
 
-def test_a_folder_that_is_not_there_is_no_empty_table(notebook, tmp_path):
+def test_a_missing_folder_is_an_error_and_no_empty_table(notebook, tmp_path):
     for path in (tmp_path / "none", notebook):
         with pytest.raises(FileNotFoundError, match=f"folder: there is no folder .*{path.name}"):
             notebooks.load_runs(path)
@@ -177,17 +177,17 @@ def test_failures_of_papermill_itself_are_marked(notebook, tmp_path):
 
 def test_a_failed_run_keeps_its_outputs_and_the_last_good_report(notebook, tmp_path):
     good = notebooks.run(notebook, tmp_path / "runs")
-    before = good["report"].read_text()
+    before = good.report.read_text()
     for dataset, error in (("bad", "RuntimeError: no such data"), ("crash", "DeadKernelError")):
         failed = notebooks.run(notebook, tmp_path / "runs", {"dataset": dataset})
-        assert error in failed["error"]
-        assert failed["report"].name == "failed.html" and failed["notebook"].name == "failed.ipynb"
-        assert "papermill-error-cell-tag" in failed["notebook"].read_text() or dataset == "crash"
-        assert failed["report"].stat().st_size > 10_000
-        assert good["report"].read_text() == before and good["notebook"].exists()
+        assert error in failed.error
+        assert failed.report.name == "failed.html" and failed.notebook.name == "failed.ipynb"
+        assert "papermill-error-cell-tag" in failed.notebook.read_text() or dataset == "crash"
+        assert failed.report.stat().st_size > 10_000
+        assert good.report.read_text() == before and good.notebook.exists()
         marks = {row["run"]: row["failed"] for row in notebooks.load_runs(tmp_path / "runs")}
         assert marks == {"small": False, "failed": True}
 
     notebooks.run(notebook, tmp_path / "runs")
-    assert not failed["report"].exists() and not failed["notebook"].exists()
+    assert not failed.report.exists() and not failed.notebook.exists()
     assert not list((tmp_path / "runs").glob("*partial*"))

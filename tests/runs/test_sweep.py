@@ -63,18 +63,20 @@ def test_a_sweep_goes_on_where_it_stopped(notebook, tmp_path, monkeypatch, capsy
     assert "a=2 was run with another b" in capsys.readouterr().err and len(started) == 3
 
 
-def test_an_interrupted_sweep_keeps_what_it_has(notebook, monkeypatch):
+def test_an_interrupted_sweep_keeps_its_finished_runs(notebook, monkeypatch):
     run = notebooks.run
 
-    def cut(path, folder, parameters, **options):
-        return {"error": "interrupted"} if parameters["a"] == 3 else run(path, folder, parameters, **options)
+    def interrupted(path, folder, parameters, **options):
+        if parameters["a"] == 3:
+            return notebooks.Executed(folder / "failed.ipynb", folder / "failed.html", "interrupted")
+        return run(path, folder, parameters, **options)
 
-    monkeypatch.setattr(notebooks, "run", cut)
+    monkeypatch.setattr(notebooks, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(notebook, "runs", {"a": [2, 3, 4]})
+        sweep.run_missing(notebook, "runs", {"a": [2, 3, 4]})
     monkeypatch.setattr(notebooks, "run", run)
     started = count_runs(monkeypatch)
-    assert len(sweep.sweep(notebook, "runs", {"a": [2, 3, 4]})) == 3 and started == ["a=3", "a=4"]
+    assert len(sweep.run_missing(notebook, "runs", {"a": [2, 3, 4]})) == 3 and started == ["a=3", "a=4"]
 
 
 def test_the_plan_is_the_grid(notebook):
@@ -139,6 +141,6 @@ def test_sweep_files_of_the_repository_are_valid(file, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 1 and not any(tmp_path.iterdir())
 
 
-def test_the_notebooks_that_have_names_are_there():
+def test_the_notebooks_that_have_names_exist():
     assert all(sweep.find(name).is_file() for name in sweep.NAMES)
     assert notebooks.SFT == sweep.find("sft")

@@ -1,4 +1,4 @@
-"""The operator works on all threads while stock torch is held to a fixed number, and says so if told nonsense."""
+"""Stock torch uses a fixed number of threads in a run, the operator all; a wrong number is refused."""
 
 import os
 

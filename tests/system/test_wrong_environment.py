@@ -1,4 +1,4 @@
-"""In a wrong environment there is one message, which says what to do (set-up by make: tests/test_environment.py)."""
+"""A wrong environment gives one message that says what to do. (tests/test_environment.py tests `make setup`.)"""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def installed(monkeypatch, **versions):
     monkeypatch.setattr(environment, "version", lambda name: versions[name] if name in versions else real(name))
 
 
-def test_here_all_is_well():
+def test_this_environment_passes_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         environment.check()
@@ -53,7 +53,7 @@ def test_a_newer_package_is_a_warning(monkeypatch):
 
 
 def test_the_extension_is_not_built(tmp_path):
-    """The files without the build, as in a fresh clone that is on the path."""
+    """A fresh clone on the path has ktlib's Python files, but not its compiled extension."""
     shutil.copytree(ROOT / "ktlib", tmp_path / "ktlib", ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__"))
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__]\n"
@@ -105,7 +105,7 @@ def test_no_avx2_is_said_once_with_the_reason(monkeypatch):
     monkeypatch.delenv("KTLIB_ISA", raising=False)
     with pytest.warns(UserWarning, match="portable kernels.*slower.*avx2 needs AVX2.*pass the host's CPU through"):
         environment.check()
-    monkeypatch.setenv("KTLIB_ISA", "portable")  # chosen, so known
+    monkeypatch.setenv("KTLIB_ISA", "portable")  # the user chose it, so there is no warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         environment.check()
