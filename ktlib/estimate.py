@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.names import component
 from ktlib.operator.gpu.streamed_experts import BLOCK_VALUES, GROUP_BYTES

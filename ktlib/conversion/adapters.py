@@ -36,7 +36,7 @@ from ktlib.files.ownership import new_folder
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import FUSED, ExpertLayout, ExpertProjection
 from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of
-from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.peft_settings import (
     ADAPTER_FILE,
     CONFIG,

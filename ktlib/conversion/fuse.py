@@ -12,7 +12,7 @@ import torch
 
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
-from ktlib.integrations.model_class import meta_model, untied_state
+from ktlib.integrations.model_classes import meta_model, untied_state
 from ktlib.names import first_of
 
 NOTE = "fused_from.json"

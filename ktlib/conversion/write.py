@@ -12,7 +12,7 @@ from ktlib.conversion.adapter_targets import targets_in_files, warn_of_one_scali
 from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
-from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.peft_settings import ADAPTER_FILE, CONFIG, SAVED_DROPOUT
 from ktlib.names import PREFIX, bare_model, bare_modules, bare_name, first_of, layer_of
 from ktlib.reference import lora_layout

@@ -20,7 +20,7 @@ from ktlib.diagnosis import lora_pairs
 from ktlib.files import tensor_files
 from ktlib.files.tensor_files import read_json
 from ktlib.integrations.factor_layouts import refuse_other_layouts
-from ktlib.integrations.model_class import meta_model
+from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.peft_settings import check_settings, matches, rank_and_alpha, read_settings
 from ktlib.names import COMPONENTS, LAYER, PREFIX, bare_modules, bare_name, component, layer_of
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ktlib.integrations.model_class import decoder_name
+from ktlib.integrations.model_classes import decoder_name
 from ktlib.integrations.transformers_experts import is_experts
 
 # The projections in each fused parameter. Experts have gate_up_proj, or if they have no gate up_proj.

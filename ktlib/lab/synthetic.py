@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ktlib.files import ownership, tensor_files
-from ktlib.integrations.model_class import untied_state
+from ktlib.integrations.model_classes import untied_state
 
 POOL = 2**24 + 43  # elements of the pool; no multiple of a row's length, so that windows do not line up with rows
 CHUNK = 2**22  # elements of a window

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ktlib.files.tensor_files import read_json, weight_files
-from ktlib.integrations.model_class import check_trainable, meta_model
+from ktlib.integrations.model_classes import check_trainable, meta_model
 from ktlib.integrations.transformers_experts import is_experts, unsupported
 from ktlib.names import component
 from ktlib.system.cpu import cpu_info

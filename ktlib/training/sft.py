@@ -21,7 +21,7 @@ from ktlib.conversion.write import rename_for_peft
 from ktlib.diagnosis.trace import NonFinite
 from ktlib.diagnosis.trainer_guard import ShowProgress, StopOnNonFinite
 from ktlib.files.ownership import temporary_folder
-from ktlib.integrations.model_class import model_class
+from ktlib.integrations.model_classes import model_class
 from ktlib.integrations.peft_lora import adapter_dtype_kept
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts
 from ktlib.operator.recompute_once import CHECKPOINTING

@@ -18,7 +18,7 @@ from ktlib.conversion import write
 from ktlib.conversion.write import read_by_peft
 from ktlib.estimate import estimate
 from ktlib.integrations.expert_names import ExpertLayout
-from ktlib.integrations.model_class import check_trainable, decoder_name, meta_model, model_class
+from ktlib.integrations.model_classes import check_trainable, decoder_name, meta_model, model_class
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.training import sft

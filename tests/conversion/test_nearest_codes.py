@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ktlib.conversion.quantise import quantise, relative_error
+from ktlib.conversion.nearest_codes import quantise, relative_error
 from ktlib.reference.formats import CODEBOOKS, FORMATS, SCALE_DTYPES, decode, float64, unpack4
 
 BF16, FP16, FP32, E8M0 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu
