@@ -183,7 +183,9 @@ def long(monkeypatch):
 def test_a_sweep_goes_on_where_it_stopped_and_reports_failures(long, tmp_path, monkeypatch):
     errors = iter([None, "cell 3: ValueError: poison_expert: got 1, needs an expert of layer 2 that gets tokens: [2]",
                    "cell 9: AssertionError: no", None])  # fmt: skip
-    monkeypatch.setattr(long.notebooks, "run", lambda *arguments, **options: {"error": next(errors)})
+    monkeypatch.setattr(
+        long.notebooks, "run", lambda *arguments, **options: long.notebooks.Executed(None, None, next(errors))
+    )
     out = tmp_path / "done" / "runs.json"
     assert len(long.sweep(["02", "06"], 1, 60, 0, out)) == 2
     done = long.sweep(["02", "06"], 2, 60, 0, out)
