@@ -30,6 +30,7 @@ _LAZY = {
     "place_experts": "ktlib.placement.numa",
     "record": "ktlib.runs.notebooks",
     "share_experts": "ktlib.placement.pin",
+    "stack_experts": "ktlib.integrations.stored_weight",
     "trace_nonfinite": "ktlib.diagnosis.trace",
     "StopOnNonFinite": "ktlib.diagnosis.trainer_guard",
 }

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ktlib.integrations.transformers_experts import is_experts, layout, other_form
+from ktlib.integrations.stored_weight import values_of
+from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, layout, other_form
 from ktlib.names import bare_name
 from ktlib.reference import lora_layout, stages
 
@@ -413,7 +414,7 @@ def experts_arguments(module, args, kwargs):
     names = ("hidden_states", "top_k_index", "top_k_weights")
     layer = {name: value.detach().to(device) for name, value in zip(names, args, strict=False)}
     layer["hidden_states"] = layer["hidden_states"].flatten(0, -2)
-    layer |= {"gate_up_proj": module.gate_up_proj.detach(), "down_proj": module.down_proj.detach()}
+    layer |= {name: values_of(getattr(module, name)) for name in WEIGHT_NAMES}
     layer |= {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in layout(module).items()}
     for name in ("gate_up_lora", "down_lora"):
         lora = kwargs.get(name)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ktlib.integrations.stored_weight import operand, refuse_gradients
 from ktlib.operator.moe_experts import moe_experts
 from ktlib.reference import gates
 
@@ -63,12 +64,12 @@ def experts_forward(
         return forward(self, hidden_states, top_k_index, top_k_weights)
     if top_k_weights.dtype not in (torch.bfloat16, torch.float32):
         top_k_weights = top_k_weights.float()
-    return moe_experts(
+    output = moe_experts(
         hidden_states,
         top_k_index.long(),
         top_k_weights,
-        self.gate_up_proj,
-        self.down_proj,
+        operand(self.gate_up_proj),
+        operand(self.down_proj),
         gate_up_lora,
         down_lora,
         lora_dropout=lora_dropout,
@@ -77,6 +78,7 @@ def experts_forward(
         parts=getattr(self, "ktlib_parts", 1),
         stream_rows=getattr(self, "ktlib_stream_rows", None),
     )
+    return refuse_gradients(output, self.gate_up_proj, self.down_proj)
 
 
 def layout(experts):
@@ -255,24 +257,27 @@ def _log_once(config, message):
 _logged = weakref.WeakValueDictionary()  # an entry is deleted with the config, whose id may then be another's
 
 
-class _RegisterOnImport:
-    """Registers the function when transformers imports its experts interface, so that ``import ktlib`` need not.
+class _OnImport:
+    """Calls ``action(module)`` when the module of this name was imported, so that ``import ktlib`` need not import it.
 
     That import takes 1.5 s.
     """
 
+    def __init__(self, name, action):
+        self.name, self.action = name, action
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _INTERFACE:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         execute = spec.loader.exec_module
 
-        def execute_and_register(module):
+        def execute_and_act(module):
             execute(module)
-            _register_with(module)
+            self.action(module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_act
         return spec
 
 
@@ -281,12 +286,19 @@ def _register_with(interface):
     _keep_out_of_graphs()
 
 
+def _map_checkpoints(modeling_utils):
+    from ktlib.integrations.mapped_experts import install  # here, because it imports transformers
+
+    install(modeling_utils)
+
+
 def register():
-    """Make ``experts_implementation="ktlib"`` known to transformers, now or when its interface is first imported."""
-    if _INTERFACE in sys.modules:
-        _register_with(sys.modules[_INTERFACE])
-    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+    """Make ``experts_implementation="ktlib"`` known to transformers, now or when its modules are first imported."""
+    for name, action in ((_INTERFACE, _register_with), ("transformers.modeling_utils", _map_checkpoints)):
+        if name in sys.modules:
+            action(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _OnImport(name, action))
 
 
 register()

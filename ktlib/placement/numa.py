@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from ktlib import _kernels
+from ktlib.integrations.stored_weight import values_of
 from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, layout
 from ktlib.operator.checks import check_parts
 
@@ -43,7 +44,7 @@ def place_experts(model, parts=None):
     """Spread the routed experts' weights over NUMA nodes, and tell the operator. Returns ``model``.
 
     Pages of memory move to other nodes; nothing is copied. Call it after the weights are loaded. If the weights are a
-    memory-mapped checkpoint, the pages of the file move.
+    memory-mapped checkpoint, fused or with one tensor per expert, the pages of the file move.
 
     Args:
         parts: into how many row blocks each weight matrix is divided (default: the number of nodes). Block p lies on
@@ -71,7 +72,7 @@ def place_experts(model, parts=None):
         # Interleaved, the two rows are neighbours anyway.
         gates_and_ups = [gate_up] if layout(module)["interleaved"] else gate_up.chunk(2, dim=1)
         for weights in (*gates_and_ups, module.down_proj):
-            for matrix in weights.detach():
+            for matrix in map(values_of, weights.detach()):
                 for number, rows in enumerate(row_blocks(len(matrix), parts)):
                     block = matrix[rows]
                     _kernels.place_pages(block.data_ptr(), block.nbytes, nodes[number % len(nodes)])

@@ -10,7 +10,8 @@ import functools
 
 import torch
 
-from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, unserved
+from ktlib.integrations.stored_weight import is_mapped, stack_experts
+from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, unserved, warn_once
 from ktlib.names import component
 from ktlib.operator.checks import check_stream_rows
 from ktlib.placement.data_parallel import DdpIgnores, check_trainers
@@ -40,7 +41,8 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
             the GPU of the inputs; their weights stay on the CPU and are copied to the GPU for each call. None: the CPU
             computes all experts. :func:`ktlib.estimate.break_even_rows` returns the number of rows from which on
             streaming is faster for one expert. If most experts of a usual batch have more rows than that, a small
-            ``stream_rows`` is best, since the CPU takes several milliseconds even for a few rows.
+            ``stream_rows`` is best, since the CPU takes several milliseconds even for a few rows. Expert weights that are
+            mapped with one tensor per expert are stacked in memory for it, which the log says; `ktlib fuse` avoids that.
 
     Raises:
         TypeError: stream_rows is not an int.
@@ -53,6 +55,12 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     owners = _owners(model)
     if not owners:
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
+    if stream_rows is not None and is_mapped(model):
+        warn_once(
+            next(module for module in model.modules() if is_experts(module)),
+            "stream_rows takes fused experts, so they are stacked in memory; `ktlib fuse` writes a checkpoint with them",
+        )
+        stack_experts(model)
     for owner, slots in owners.items():
         if not isinstance(owner, _Owner):
             owner.__class__ = _pinned_class(type(owner))

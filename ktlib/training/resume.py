@@ -125,7 +125,8 @@ def run_identity(model, examples, **options):
     """
     trained, frozen = [], []
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:16].double().tolist()
+        first = parameter.detach()[0] if parameter.dim() == 3 else parameter.detach()  # of a mapped weight one expert
+        values = first.flatten()[:16].double().tolist()
         (trained if parameter.requires_grad else frozen).append((name, parameter.shape, str(parameter.dtype), values))
     adapters = getattr(model, "peft_config", {}).values()
     configs = [(c.r, c.lora_alpha, c.use_rslora, sorted(c.alpha_pattern.items())) for c in adapters]

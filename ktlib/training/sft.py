@@ -23,6 +23,7 @@ from ktlib.diagnosis.trainer_guard import ShowProgress, StopOnNonFinite
 from ktlib.files.ownership import temporary_folder
 from ktlib.integrations.model_classes import model_class
 from ktlib.integrations.peft_lora import adapter_dtype_kept
+from ktlib.integrations.stored_weight import stack_experts
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts
 from ktlib.operator.recompute_once import CHECKPOINTING
 from ktlib.placement.data_parallel import use_one_gpu
@@ -107,11 +108,12 @@ def train_weights(model, targets="all"):
 
     Weights, gradients and moments have the model's dtype, as in stock training of a bf16 model. A bf16 weight does not
     change by a step below about 1/256 of it, so the learning rate must not be too small. Routers, norms and embeddings
-    are frozen.
+    are frozen. Expert weights that are mapped from the checkpoint become ordinary parameters, in memory of their own.
 
     Raises:
         ValueError: the model has no layer of a target.
     """
+    stack_experts(model)
     chosen = {name for names in chosen_modules(model, targets).values() for name in names}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

@@ -1,0 +1,105 @@
+"""Checkpoints with one tensor per expert, used where they lie in their files.
+
+transformers stacks such tensors when it loads a model (``MergeModulelist``, then ``Concatenate`` of gates and ups): a
+copy of all experts. For models with ``experts_implementation="ktlib"`` the op here takes the place of
+``MergeModulelist``. It returns the tensors as a :class:`~ktlib.integrations.stored_weight.StoredWeight`; everything
+else of loading and saving is stock.
+"""
+
+import functools
+
+import torch
+from transformers.core_model_loading import Concatenate, MergeModulelist, SplitModulelist, WeightConverter
+
+from ktlib.integrations.stored_weight import StoredWeight
+from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHT_NAMES, is_experts, layout, unsupported
+from ktlib.operator.weight import Weight
+
+
+def install(modeling_utils):
+    """Let ``from_pretrained`` (its module is ``modeling_utils``) convert expert weights with :class:`KeepExperts`.
+
+    A model of which parts go to other devices or to disk is loaded as ever: accelerate moves such weights to and fro.
+    """
+    stock = modeling_utils.convert_and_load_state_dict_in_model
+
+    @functools.wraps(stock)
+    def with_mapped_experts(model, state_dict, load_config, *args, **kwargs):
+        devices = {str(device).partition(":")[0] for device in (load_config.device_map or {"": "cpu"}).values()}
+        if devices == {"cpu"} and any(map(_is_ours, model.modules())):
+            for conversion in load_config.weight_mapping or ():
+                if isinstance(conversion, WeightConverter) and _stacks_experts(conversion.operations):
+                    conversion.operations = [KeepExperts(), *conversion.operations[1:]]
+        return stock(model, state_dict, load_config, *args, **kwargs)
+
+    modeling_utils.convert_and_load_state_dict_in_model = with_mapped_experts
+
+
+def _is_ours(module):
+    return is_experts(module) and getattr(module.config, "_experts_implementation", None) == IMPLEMENTATION
+
+
+def _stacks_experts(operations):
+    """Whether the ops stack one tensor per expert, and gates on ups, and do nothing else (as for quantised files)."""
+    kinds = [type(operation) for operation in operations]
+    dims = [getattr(operation, "dim", None) for operation in operations]
+    return (kinds, dims) in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1]))
+
+
+class KeepExperts(MergeModulelist):
+    """``MergeModulelist`` that does not stack the experts of a module that the operator computes.
+
+    It stacks as stock does what is not a bf16 matrix in memory of a file: other dtypes that were converted, weights on
+    a GPU, shards of several processes.
+    """
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
+        if not (_takes_lists(model, full_layer_name) and all(map(_is_in_file, input_dict.values()))):
+            return super().convert(input_dict, source_patterns, target_patterns)
+        sources = len(input_dict)
+        kept = {}
+        for pattern in list(input_dict):
+            weight = Weight("bf16", tensors := input_dict.pop(pattern), shape=(len(tensors), *tensors[0].shape))
+            target = self.get_target_pattern(sources, pattern, target_patterns)
+            kept[target] = StoredWeight(weight, full_layer_name)
+        return kept
+
+    @property
+    def reverse_op(self):
+        return SplitExperts(self.dim)
+
+
+class SplitExperts(SplitModulelist):
+    """``SplitModulelist``, for saving, that returns plain tensors: those of the checkpoint's files."""
+
+    def convert(self, *args, **kwargs):
+        split = super().convert(*args, **kwargs)
+        return {name: value.readable() if isinstance(value, StoredWeight) else value for name, value in split.items()}
+
+    @property
+    def reverse_op(self):
+        return KeepExperts(self.dim)
+
+
+def _takes_lists(model, full_layer_name):
+    """Whether the parameter of this name is a weight of experts that the operator computes from such tensors."""
+    path, _, name = full_layer_name.rpartition(".")
+    module = model.get_submodule(path)
+    if not _is_ours(module) or name not in WEIGHT_NAMES:
+        return False
+    flags = layout(module)
+    return not flags["transposed"] and not flags["interleaved"] and unsupported(module) is None
+
+
+def _is_in_file(tensors):
+    """Whether these are bf16 matrices of one shape in memory that torch did not allocate: that of a file's map."""
+    return isinstance(tensors, list) and all(
+        tensor.dtype == torch.bfloat16
+        and tensor.device.type == "cpu"
+        and tensor.dim() == 2
+        and tensor.shape == tensors[0].shape
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+        and not tensor.untyped_storage().resizable()
+        for tensor in tensors
+    )
