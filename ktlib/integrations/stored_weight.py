@@ -77,7 +77,7 @@ class StoredWeight(torch.Tensor):
         return _like(self, self.decoded()).__reduce_ex__(protocol)
 
     def untyped_storage(self):
-        """For code that tells by its storage whether two parameters are one, as saving does: that of the first tensor."""
+        """The storage of the first tensor. Code that saves a model tells by it whether two parameters are one."""
         return self.source.codes[0].untyped_storage() if isinstance(self.source, Weight) else super().untyped_storage()
 
     def data_ptr(self):
@@ -159,8 +159,8 @@ class _WithoutGradients(torch.autograd.Function):
 
 def _refusal(weight, operation):
     return RuntimeError(
-        f"{weight.parameter_name}: {operation} needs an ordinary tensor, but this weight is mapped from its checkpoint; "
-        f"{_WAY_OUT}"
+        f"{weight.parameter_name}: {operation} needs an ordinary tensor, but this weight is mapped from its "
+        f"checkpoint; {_WAY_OUT}"
     )
 
 
@@ -214,7 +214,7 @@ class _Replayed:
 
 
 def _any_view(op, args, kwargs):
-    """What a view op returns, one or several, without values: they would be a copy, and writes into it would be lost."""
+    """The views that an op returns, as StoredWeights. If they were copies, writes into them would be lost."""
     weight = args[0]
     if op in (aten.detach.default, aten.alias.default):
         return _view(weight)

@@ -41,8 +41,9 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
             the GPU of the inputs; their weights stay on the CPU and are copied to the GPU for each call. None: the CPU
             computes all experts. :func:`ktlib.estimate.break_even_rows` returns the number of rows from which on
             streaming is faster for one expert. If most experts of a usual batch have more rows than that, a small
-            ``stream_rows`` is best, since the CPU takes several milliseconds even for a few rows. Expert weights that are
-            mapped with one tensor per expert are stacked in memory for it, which the log says; `ktlib fuse` avoids that.
+            ``stream_rows`` is best, since the CPU takes several milliseconds even for a few rows. Expert weights that
+            are mapped with one tensor per expert are stacked in memory, and the log says so; a checkpoint written by
+            `ktlib fuse` needs no such copy.
 
     Raises:
         TypeError: stream_rows is not an int.
@@ -58,7 +59,7 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     if stream_rows is not None and is_mapped(model):
         warn_once(
             next(module for module in model.modules() if is_experts(module)),
-            "stream_rows takes fused experts, so they are stacked in memory; `ktlib fuse` writes a checkpoint with them",
+            "stream_rows needs fused experts, so they are stacked in memory; `ktlib fuse` writes such a checkpoint",
         )
         stack_experts(model)
     for owner, slots in owners.items():
