@@ -11,7 +11,7 @@ from ktlib.system import environment as _environment  # noqa: F401  first, since
 # isort: split
 from ktlib import reference
 from ktlib.diagnosis.audit import audit
-from ktlib.integrations import transformers_experts as _experts  # noqa: F401  registers "ktlib" with transformers
+from ktlib.integrations import registration as _registration  # noqa: F401  makes "ktlib" known to transformers
 from ktlib.operator.moe_experts import moe_experts
 from ktlib.operator.weight import Weight
 from ktlib.system.cpu import cpu_info

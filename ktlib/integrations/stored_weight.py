@@ -236,6 +236,8 @@ def _narrowed(op, weight, *args, **kwargs):
     if op is aten.select.int and args[0] in (0, -3):
         one = _rows(source, 0, args[1] % weight.shape[0], 1)
         return one and _view(weight, one, one.shape[1:])
+    if op is aten.unbind.int and (not args or args[0] in (0, -3)):
+        return [weight[expert] for expert in range(weight.shape[0])]
     if op is aten.squeeze.dim and args[0] in (0, -3) and weight.shape[0] == 1:
         return _view(weight, source, weight.shape[1:])
     if op not in (aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor):

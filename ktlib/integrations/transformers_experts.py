@@ -11,7 +11,6 @@ A stock implementation computes all other experts, and logs one line per model a
 """
 
 import functools
-import importlib.machinery
 import logging
 import math
 import sys
@@ -20,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ktlib.integrations.stored_weight import operand, refuse_gradients
+from ktlib.integrations.stored_weight import StoredWeight, operand, refuse_gradients
 from ktlib.operator.moe_experts import moe_experts
 from ktlib.reference import gates
 
 IMPLEMENTATION = "ktlib"
-_INTERFACE = "transformers.integrations.moe"
+INTERFACE = "transformers.integrations.moe"
 WEIGHT_NAMES = ("gate_up_proj", "down_proj")
 BIAS_NAMES = ("gate_up_proj_bias", "down_proj_bias")
 
@@ -123,7 +122,7 @@ def unserved(experts, hidden_states):
             )
         if weight.device.type != "cpu":
             return f"{name} is on {weight.device}, the operator takes CPU weights"
-        if not weight.is_contiguous():
+        if not isinstance(weight, StoredWeight) and not weight.is_contiguous():
             return f"{name} is not contiguous"
     for name in BIAS_NAMES if experts.has_bias else ():
         if getattr(experts, name).dtype not in (torch.bfloat16, torch.float32):
@@ -153,7 +152,7 @@ def stock_forward(experts):
     # torch.nn.functional.grouped_mm needs rows of a multiple of 16 bytes, in forward and in backward.
     weights = [w for w in experts.parameters() if w.dim() == 3]
     if all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:]):
-        return "grouped_mm", sys.modules[_INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+        return "grouped_mm", sys.modules[INTERFACE].ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return "eager", type(experts).forward.__wrapped__
 
 
@@ -181,7 +180,7 @@ _gates = {}
 
 
 @functools.cache
-def _keep_out_of_graphs():
+def keep_out_of_graphs():
     """Tell torch.compile not to trace the functions that find the gate and that log.
 
     From torch 2.13 on, a compiled graph contains the gate as a constant (a tuple, since a dict cannot be one), and
@@ -255,50 +254,3 @@ def _log_once(config, message):
 
 
 _logged = weakref.WeakValueDictionary()  # an entry is deleted with the config, whose id may then be another's
-
-
-class _OnImport:
-    """Calls ``action(module)`` when the module of this name was imported, so that ``import ktlib`` need not import it.
-
-    That import takes 1.5 s.
-    """
-
-    def __init__(self, name, action):
-        self.name, self.action = name, action
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        execute = spec.loader.exec_module
-
-        def execute_and_act(module):
-            execute(module)
-            self.action(module)
-
-        spec.loader.exec_module = execute_and_act
-        return spec
-
-
-def _register_with(interface):
-    interface.ExpertsInterface.register(IMPLEMENTATION, experts_forward)
-    _keep_out_of_graphs()
-
-
-def _map_checkpoints(modeling_utils):
-    from ktlib.integrations.mapped_experts import install  # here, because it imports transformers
-
-    install(modeling_utils)
-
-
-def register():
-    """Make ``experts_implementation="ktlib"`` known to transformers, now or when its modules are first imported."""
-    for name, action in ((_INTERFACE, _register_with), ("transformers.modeling_utils", _map_checkpoints)):
-        if name in sys.modules:
-            action(sys.modules[name])
-        else:
-            sys.meta_path.insert(0, _OnImport(name, action))
-
-
-register()

@@ -57,20 +57,22 @@ def test_from_pretrained_is_all_it_takes(tmp_path, calls):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("first", ["", "import transformers.integrations.moe"])
+@pytest.mark.parametrize("first", ["", "import transformers.integrations.moe", "import transformers.modeling_utils"])
 def test_registers_in_any_order_of_imports(first):
-    # an empty package with the same path, so that only this module is imported
+    # an empty package with the same path, so that only this module and what it needs is imported
     script = f"""
 import sys, types
 {first}
 package = sys.modules["ktlib"] = types.ModuleType("ktlib")
 package.__path__ = {list(ktlib.__path__)!r}
-import ktlib.integrations.transformers_experts
+import ktlib.integrations.registration
 for heavy in ("transformers", "torch._dynamo"):
     assert {bool(first)} or heavy not in sys.modules, f"the import must not pay for {{heavy}}"
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert ALL_EXPERTS_FUNCTIONS["ktlib"] is ktlib.integrations.transformers_experts.experts_forward
-assert not any("RegisterOnImport" in type(finder).__name__ for finder in sys.meta_path)
+from transformers.modeling_utils import convert_and_load_state_dict_in_model
+assert convert_and_load_state_dict_in_model.__globals__["__name__"] == "ktlib.integrations.mapped_experts"
+assert not any("OnImport" in type(finder).__name__ for finder in sys.meta_path)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
