@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.memory import measure
 from transformers import TrainerCallback
 
+import ktlib
 from ktlib.assets import BASE
 from ktlib.diagnosis.audit import audit, component
 from ktlib.diagnosis.trace import NonFinite
@@ -175,7 +176,7 @@ class Poison(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **_):
         if state.global_step + 1 == self.step:
-            experts = [module for module in model.modules() if is_experts(module)][-1]
+            experts = [module for module in ktlib.stack_experts(model).modules() if is_experts(module)][-1]
             with torch.no_grad():
                 experts.down_proj[:, 3, 7] = math.nan
 
