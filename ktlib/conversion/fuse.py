@@ -1,8 +1,9 @@
-"""Rewrites a checkpoint with one tensor per expert so that ``from_pretrained`` can use its files without a copy.
+"""Rewrites a checkpoint with one tensor per expert so that any ``from_pretrained`` can use its files without a copy.
 
-transformers reads such checkpoints of the hub (``experts.3.gate_proj.weight``) by stacking experts, so that every load
-holds a copy of the whole model in memory. A checkpoint with fused experts is mapped into memory instead: loading it
-takes no memory of its own, and processes on one machine share the mapped files.
+transformers alone reads such checkpoints of the hub (``experts.3.gate_proj.weight``) by stacking experts, so that every
+load holds a copy of the whole model in memory. A checkpoint with fused experts is mapped into memory instead: loading
+it takes no memory of its own, and processes on one machine share the mapped files. With ktlib's experts the hub's files
+are mapped as they are (integrations/mapped_experts.py); fused ones can also be trained and streamed without a copy.
 """
 
 import warnings

@@ -79,10 +79,11 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
 def share_experts(model):
     """Let all CPU processes of a machine share one copy of the frozen routed experts of ``model``; returns ``model``.
 
-    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint with fused experts, whose
-    file every process maps. Call it last, on the model that is given to the Trainer or to DistributedDataParallel. It
-    pins the experts, and tells DistributedDataParallel not to broadcast them when it starts: a broadcast would give
-    each process its own copy. Adapters and all other parameters are synchronised as usual.
+    For data parallel training on CPUs (``accelerate launch``, ``torchrun``) from a checkpoint whose files every process
+    maps (in bf16, fused or with one tensor per expert). Call it last, on the model that is given to the Trainer or to
+    DistributedDataParallel. It pins the experts, and tells DistributedDataParallel not to broadcast them when it
+    starts: a broadcast would give each process its own copy. Adapters and all other parameters are synchronised as
+    usual.
 
     Raises:
         ValueError: as :func:`pin_experts`.

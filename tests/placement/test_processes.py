@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 import ktlib
+from ktlib.integrations.stored_weight import StoredWeight
 
 base, out, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, experts_implementation="ktlib")
@@ -33,7 +34,8 @@ trainer = Trainer(model, arguments, train_dataset=rows)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 experts = model.base_model.model.model.layers[1].mlp.experts.get_base_layer()
-weights = {name: [p.data_ptr(), p.nbytes] for name, p in experts.named_parameters()}
+tensors = {name: p.source.codes if isinstance(p, StoredWeight) else [p] for name, p in experts.named_parameters()}
+weights = {f"{name} {i}": [t.data_ptr(), t.nbytes] for name, found in tensors.items() for i, t in enumerate(found)}
 result = {"losses": [float(e["loss"]) for e in trainer.state.log_history if "loss" in e], "weights": weights,
     "smaps": open("/proc/self/smaps").read(), "world": trainer.args.world_size,
     "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None}
@@ -70,27 +72,38 @@ def results(tmp_path_factory):
     import ktlib
 
     fused = ktlib.fuse_checkpoint(BASE, folder / "fused", progress=False)
-    return run(folder, fused, 1, 8), run(folder, fused, 2, 4), fused
+    (folder / "hub").mkdir()
+    return run(folder, fused, 1, 8), run(folder, fused, 2, 4), fused, run(folder / "hub", BASE, 2, 4)
 
 
 @pytest.mark.compatible("`accelerate launch`, two CPU processes, one copy of the experts")
 def test_two_processes_train_as_one(results):
-    (alone,), both, _ = results
+    (alone,), both, _, mapped = results
     assert alone["world"] == 1 and [one["world"] for one in both] == [2, 2] and both[0]["backend"] == "gloo"
     assert len(alone["losses"]) == 6 and alone["losses"][-1] < 0.9 * alone["losses"][0]
     # the same rows in the same steps; what differs is the order of sums over halves of the batch
     assert both[0]["losses"] == pytest.approx(alone["losses"], rel=0.01)
+    assert mapped[0]["losses"] == both[0]["losses"], "one tensor per expert trains to other numbers than fused experts"
 
 
 @pytest.mark.compatible("`accelerate launch`, two CPU processes, one copy of the experts")
 def test_the_experts_are_in_memory_once(results):
     """The pages of both processes are the file's: none was copied by reading, training, or distributing."""
-    _, both, fused = results
+    _, both, fused, _ = results
     for process in both:
         for name, (address, size) in process["weights"].items():
             path, private = mapping(process["smaps"], address)
             assert Path(path).parent == fused, f"{name} is not mapped from the checkpoint but from {path!r}"
             assert private == 0, f"{private} kB around {name} ({size} bytes) were copied by this process"
+
+
+@pytest.mark.compatible("`accelerate launch`, two CPU processes, one copy of the experts")
+def test_one_tensor_per_expert_is_in_memory_once_too(results):
+    *_, mapped = results
+    for process in mapped:
+        found = {mapping(process["smaps"], address) for address, _ in process["weights"].values()}
+        assert {Path(path).parent for path, _ in found} == {Path(BASE)}
+        assert {private for _, private in found} == {0}, "pages of the experts were copied by this process"
 
 
 def mapping(smaps, address):
