@@ -19,14 +19,15 @@ from ktlib.operator.weight import Weight
 def install(modeling_utils):
     """Let ``from_pretrained`` (its module is ``modeling_utils``) convert expert weights with :class:`KeepExperts`.
 
-    A model of which parts go to other devices or to disk is loaded as ever: accelerate moves such weights to and fro.
+    A model of which modules go to other devices or to disk is loaded as ever, since accelerate moves such weights to
+    and fro, and so is a quantised one.
     """
     stock = modeling_utils.convert_and_load_state_dict_in_model
 
     @functools.wraps(stock)
     def with_mapped_experts(model, state_dict, load_config, *args, **kwargs):
         devices = {str(device).partition(":")[0] for device in (load_config.device_map or {"": "cpu"}).values()}
-        if devices == {"cpu"} and any(map(_is_ours, model.modules())):
+        if load_config.hf_quantizer is None and devices == {"cpu"} and any(map(_is_ours, model.modules())):
             for conversion in load_config.weight_mapping or ():
                 if isinstance(conversion, WeightConverter) and _stacks_experts(conversion.operations):
                     conversion.operations = [KeepExperts(), *conversion.operations[1:]]

@@ -96,7 +96,7 @@ class StoredWeight(torch.Tensor):
             if op is aten.set_.source_Tensor and _same_source(*args[:2]):
                 return written
             raise _refusal(written, op.name())
-        if op is aten._to_copy.default and _changes_nothing(**kwargs):
+        if op is aten._to_copy.default and isinstance(args[0].source, Weight) and _changes_nothing(**kwargs):
             return _view(args[0])
         if op is aten.cat.default and (joined := _joined(*args, **kwargs)) is not None:
             return joined
@@ -281,9 +281,10 @@ def _joined(tensors, dim=0):
     if dim not in (1, -2) or not all(isinstance(s, Weight) and s.format == "bf16" for s in sources):
         return None
     shapes = {tensor.shape for tensor in tensors}
-    if len(shapes) != 1 or any(len(source.codes) != tensors[0].shape[0] for source in sources):
+    experts = len(sources[0].codes)
+    if len(shapes) != 1 or tensors[0].shape[:-2] != (experts,) or any(len(s.codes) != experts for s in sources):
         return None
-    ((experts, rows, columns),) = shapes
+    _, rows, columns = tensors[0].shape
     codes = [code for expert in zip(*(source.codes for source in sources), strict=True) for code in expert]
     weight = Weight("bf16", codes, shape=(experts, rows * len(sources), columns))
     return StoredWeight(weight, tensors[0].parameter_name)
