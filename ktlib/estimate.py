@@ -288,7 +288,9 @@ def _saved_by_codes(model, folder=None):
         located = ExpertLayout(model).located
         for name, matrix in matrices.items():
             place = located(name)
-            if getattr(place, "parameter", place) in weights:
+            module, _ = weights.get(getattr(place, "parameter", place), (None, None))
+            # a class that holds (experts, in, out) takes codes only if they are stacked with outputs as rows
+            if module and (len(matrix.shape) == 3 and matrix.rows_are_outputs or not module.is_transposed):
                 saved += 2 * math.prod(matrix.shape) - matrix.nbytes
         return saved
     layout = ExpertLayout(model)

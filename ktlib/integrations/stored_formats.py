@@ -195,11 +195,10 @@ def _format_in_config(settings, name):
     if method == "mxfp8":
         return "e4m3", (1, 32), 1, False
     if method == "fp8":
-        return "e4m3", _block(settings), 1 if settings.get("scale_fmt") == "ue8m0" else 4, False
+        return "e4m3", _groups(settings)[0], 1 if settings.get("scale_fmt") == "ue8m0" else 4, False
     if method in ("gptq", "awq"):
         size = settings.get("group_size", settings.get("q_group_size", 128))
-        symmetric = settings.get("sym") if method == "gptq" else not settings.get("zero_point", True)
-        return "int4", (1, size if size > 0 else whole), 2, not symmetric
+        return "int4", (1, size if size > 0 else whole), 2, _has_zeros(settings)
     groups = [group for group in settings.get("config_groups", {}).values() if group.get("weights")]
     groups = [group for group in groups if any(map(functools.partial(_targets, name), group["targets"]))] or groups
     if not groups:
@@ -209,9 +208,14 @@ def _format_in_config(settings, name):
     format = {4: "e2m1" if is_float else "int4", 8: "e4m3" if is_float else "int8"}.get(bits)
     if format is None:
         raise ValueError(f"quantization_config: num_bits is {bits!r}, needs 4 or 8. {_WAY_OUT}")
-    group = {"tensor": (whole, whole), "channel": (1, whole), "block": _block(settings)}.get(strategy)
+    group = {"tensor": (whole, whole), "channel": (1, whole), "block": _groups(settings)[0]}.get(strategy)
     group = group or (1, weights.get("group_size") or 32)
     return format, group, 1 if format == "e2m1" else 2, not is_float and not weights.get("symmetric", True)
+
+
+def _has_zeros(settings):
+    """Whether weights of GPTQ or AWQ have zeros other than the middle of the codes."""
+    return not settings.get("sym") if settings["quant_method"] == "gptq" else settings.get("zero_point", True)
 
 
 def _targets(name, target):
@@ -386,7 +390,7 @@ def _quantised_columns(name, headers, settings):
 
     weight = f"{module}.weight"
     names = (name, needed[0], needed[1], *([index] if index in headers else ()))
-    nbytes = _nbytes(headers[name], headers[needed[0]], not settings.get("sym"))
+    nbytes = _nbytes(headers[name], headers[needed[0]], _has_zeros(settings))
     return StoredMatrix(weight, (outputs, inputs), "int4", (1, group), names, names, nbytes, prepare)
 
 

@@ -14,7 +14,9 @@ from ktlib import cli
 from ktlib.diagnosis.audit import audit
 from ktlib.files import tensor_files
 
-FORMATS = {kind: format for kind, (_, _, format, _) in KINDS.items()} | {"mxfp4": "e2m1", "own int4": "int4"}
+FORMATS = {kind: format for kind, (_, _, format, _) in KINDS.items()} | {
+    **{"v4": "e2m1", "mxfp4": "e2m1", "own int4": "int4"}
+}
 NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}
 
 
