@@ -59,7 +59,7 @@ def fuse_checkpoint(source, out, progress=True):
             f"source: {source} is of a family ({config.model_type}) whose files hold the experts of a layer stacked "
             "already, needs one with a tensor per expert; load this one as it is"
         )
-    tensors = fused_tensors(found, layout)
+    tensors, _ = fused_tensors(found, layout)
     _check(tensors, model, source)
 
     about = {
@@ -92,17 +92,24 @@ def _noting_nonfinite(name, tensor, names):
 
 
 def fused_tensors(tensors, layout):
-    """``{name in transformers 5: Stored}``; a fused weight is stacked from its experts when it is loaded.
+    """``({name in transformers 5: Stored}, {fused weight: load_expert})`` of tensors as files name them.
+
+    A fused weight is stacked from its experts when it is loaded; ``load_expert(e)`` loads the matrix of one of them,
+    without the others. Experts of layers that the model does not have, such as those that predict several tokens in
+    DeepSeek-V3, keep the names and shapes of the file.
 
     Raises:
         ValueError: an expert or a projection is missing, or they differ in shape or dtype.
     """
-    result, experts = {}, {}
+    result, experts, loaders = {}, {}, {}
     for name, tensor in tensors.items():
-        if isinstance(place := layout.located(name), ExpertProjection):
+        place = layout.located(name)
+        if not isinstance(place, ExpertProjection):
+            result[place] = tensor
+        elif place.parameter in layout.names:
             experts.setdefault(place.parameter, {})[place.projection, place.expert] = tensor
         else:
-            result[place] = tensor
+            result[name] = tensor
     for parameter, found in experts.items():
         projections = layout.projections(parameter)
         count = 1 + max(expert for _, expert in found)
@@ -113,18 +120,21 @@ def fused_tensors(tensors, layout):
         if len(kinds) > 1:
             raise ValueError(f"{parameter}: its experts differ in shape or dtype: {sorted(map(str, kinds))}")
         ((rows, columns), dtype) = kinds.pop()
-
-        size = (count, len(projections), rows, columns)
         shape = (count, len(projections) * rows, columns)[0 if parameter in layout.experts else 1 :]
 
-        def load(found=found, projections=projections, size=size, dtype=dtype, shape=shape):
-            fused = torch.empty(size, dtype=dtype)
-            for (projection, expert), tensor in found.items():
-                fused[expert, projections.index(projection)] = tensor.load()
+        def load_expert(expert, found=found, projections=projections):
+            return torch.cat([found[projection, expert].load() for projection in projections])
+
+        def load(count=count, dtype=dtype, shape=shape, load_expert=load_expert):
+            fused = torch.empty((count, *shape[-2:]), dtype=dtype)
+            for expert in range(count):
+                fused[expert] = load_expert(expert)
             return fused.view(shape)
 
         result[parameter] = tensor_files.Stored(shape, dtype, load)
-    return result
+        if parameter in layout.experts:
+            loaders[parameter] = load_expert
+    return result, loaders
 
 
 def _check(tensors, model, source):

@@ -55,6 +55,24 @@ def test_both_layouts_load_to_the_same_model(family, tmp_path):
         assert path.read_bytes() == (again / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("family", ("deepseek_v3", "glm4_moe"))
+def test_layers_that_predict_more_tokens_keep_the_names_and_bits_of_the_file(family, tmp_path):
+    """transformers has no such layers. Their weights lie behind those of the last layer, as on the hub."""
+    hub, model = save_hub(tmp_path / "hub", family)
+    more = {}
+
+    def add(tensors):
+        more.update({name.replace(".1.", ".2.", 1): t + 1 for name, t in tensors.items() if "layers.1." in name})
+        tensors.update(more)
+
+    rewrite(hub, add)
+    fused = fuse_checkpoint(hub, tmp_path / "fused", progress=False)
+    got = {name: value for file in fused.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert "model.layers.2.mlp.experts.7.up_proj.weight" in more
+    assert all(torch.equal(got.pop(name), value) for name, value in more.items())
+    assert all(torch.equal(got[name], value) for name, value in model.state_dict().items())
+
+
 def test_nan_in_a_checkpoint_is_copied_and_said(tmp_path):
     hub, _ = save_hub(tmp_path / "hub", "qwen3_moe")
     with warnings.catch_warnings():
