@@ -196,12 +196,27 @@ def test_memory_of_loading_and_converting(mid_size):
     setup = SETUP.format(folder=str(folder))
     assert size > 150e6
     converting = measure(setup, "ktlib.fuse_checkpoint(folder / 'hub', folder / 'fused', progress=False)")
+    quantising = {
+        name: measure(setup, f"ktlib.fuse_checkpoint(folder / {name!r}, folder / '{name}-4', False, 'int4')")
+        for name in ("hub", "fused")
+    }
     hub = measure(setup, LOAD.format(name="hub"))
     run = measure(setup, f"({LOAD.format(name='hub')})(torch.arange(8)[None])")
     fused = measure(setup, LOAD.format(name="fused"))
     stacked = measure(setup, LOAD.format(name="hub").replace("'ktlib'", "'eager'"))
-    print({"size": size, "converting": converting, "hub": hub, "run": run, "fused": fused, "stacked": stacked})
+    print(
+        {
+            "size": size,
+            "converting": converting,
+            "quantising": quantising,
+            "hub": hub,
+            "run": run,
+            "fused": fused,
+            "stacked": stacked,
+        }
+    )
     assert converting["peak"] < size / 4, "more than two of nine layers in memory"
+    assert all(taken["peak"] < size / 5 for taken in quantising.values()), "more than a layer's codes and an expert"
     assert fused["peak"] < size / 10, "a fused checkpoint was copied"
     assert hub["peak"] < size / 10 and run["peak"] < size / 5, "a checkpoint as on the hub was copied"
     assert stacked["end"] > 0.8 * size
