@@ -3,6 +3,9 @@
 :class:`StoredWeight` has the shape and dtype that the stock experts class expects, so that transformers, PEFT and
 ``nn.Module`` treat it as any parameter. The operator takes the :class:`ktlib.Weight` behind it and copies nothing.
 
+The codes of a quantised checkpoint decode to bf16, which is the dtype that is seen. Where a class holds (experts, in,
+out), as gpt-oss's, and the checkpoint holds rows of outputs, the shape is that of the class.
+
 What other code does with it:
 
     detach, .to() without a change, copy.deepcopy, weight[expert]    another StoredWeight of the same tensors
@@ -19,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ktlib.operator.weight import Weight
 
-_WAY_OUT = "call ktlib.stack_experts(model) first, which makes ordinary parameters (a copy in memory), or `ktlib fuse`"
+_WAY_OUT = "call ktlib.stack_experts(model) first, which makes ordinary bf16 parameters, a copy in memory"
 aten = torch.ops.aten
 
 
@@ -30,28 +33,35 @@ class StoredWeight(torch.Tensor):
         source: a Weight, or another object whose ``decoded()`` returns the values.
         name: of the parameter, for messages.
         shape, stride, dtype: default: those of the Weight.
+        transposed: the shape is (experts, columns, rows) of the Weight.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, source, name=None, shape=None, stride=None, dtype=torch.bfloat16, **others):
+    def __new__(cls, source, name=None, shape=None, stride=None, dtype=torch.bfloat16, transposed=False, **others):
         if isinstance(source, torch.Tensor):  # hooks of accelerate make a parameter of the class of the one before
-            raise RuntimeError(f"an expert weight is mapped from its checkpoint and cannot be offloaded; {_WAY_OUT}")
-        shape = source.shape if shape is None else shape
+            raise RuntimeError(f"an expert weight stays in its checkpoint's file and cannot be offloaded; {_WAY_OUT}")
+        if shape is None:
+            experts, rows, columns = source.shape
+            shape = (experts, columns, rows) if transposed else source.shape
         return torch.Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=dtype, device="cpu")
 
-    def __init__(self, source, name, shape=None, stride=None, dtype=torch.bfloat16):
-        self.source, self.parameter_name = source, name
+    def __init__(self, source, name, shape=None, stride=None, dtype=torch.bfloat16, transposed=False):
+        self.source, self.parameter_name, self.transposed = source, name, transposed
 
     def decoded(self):
         """The values in new memory, a plain tensor without gradient."""
-        return self.source.decoded().view(self.shape) if isinstance(self.source, Weight) else self.source.decoded()
+        values = self.source.decoded()
+        if not isinstance(self.source, Weight):
+            return values
+        return values.transpose(1, 2).contiguous() if self.transposed else values.view(self.shape)
 
     def readable(self):
         """The values as a plain tensor, which may be the memory of the checkpoint's file: for reading alone."""
         if isinstance(self.source, Weight) and self.source.format == "bf16" and len(self.source.codes) == 1:
-            return self.source.codes[0].view(self.shape)
+            values = self.source.codes[0].view(self.source.shape)
+            return values.transpose(1, 2) if self.transposed else values.view(self.shape)
         return self.decoded()
 
     @property
@@ -112,17 +122,32 @@ def operand(parameter):
     return parameter.source if isinstance(parameter, StoredWeight) else parameter
 
 
-def values_of(tensor):
-    """The values of a parameter, or of a view of one, as a plain tensor for reading; a copy only where it must be."""
-    return tensor.readable() if isinstance(tensor, StoredWeight) else tensor.detach()
+def matrices_of(parameter, halves):
+    """Matrices whose rows are outputs, for placing their memory: ``halves`` of each expert's if one tensor holds them.
+
+    Of a StoredWeight, the codes.
+    """
+    if not isinstance(parameter, StoredWeight):
+        return [matrix for half in parameter.detach().chunk(halves, dim=1) for matrix in half]
+    weight = parameter.source
+    experts, rows, _ = weight.shape
+    rows_each = rows if len(weight.codes) <= experts else rows * experts // len(weight.codes)
+    matrices = [matrix for tensor in weight.codes for matrix in tensor.view(-1, rows_each, tensor.shape[-1])]
+    return [half for matrix in matrices for half in (matrix.chunk(halves) if rows_each == rows else [matrix])]
+
+
+def values_of(parameter):
+    """The values of an expert weight in the layout in which the operator takes it, as a plain tensor for reading."""
+    weight = operand(parameter)
+    return weight.decoded() if isinstance(weight, Weight) else weight.detach()
 
 
 def stack_experts(model):
-    """Make ordinary parameters of expert weights that are mapped from their checkpoint, in place; returns ``model``.
+    """Make ordinary parameters of expert weights that stay in their checkpoint, in place; returns ``model``.
 
     For what changes or trains these weights: full fine-tuning, merging of adapters, ``load_state_dict``. The copies
-    take the memory that the experts have in bf16. Call it before an optimizer is made. All else stays as it is; a
-    model without such weights is returned unchanged.
+    take the memory that the experts have in bf16, also those of a quantised checkpoint. Call it before an optimizer is
+    made. All else stays as it is; a model without such weights is returned unchanged.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -152,14 +177,14 @@ class _WithoutGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         raise RuntimeError(
-            f"{ctx.first}: requires a gradient, but is mapped from its checkpoint; freeze it (PEFT does) with "
+            f"{ctx.first}: requires a gradient, but stays as it is in its checkpoint; freeze it (PEFT does) with "
             f"requires_grad_(False), or to train it, {_WAY_OUT}"
         )
 
 
 def _refusal(weight, operation):
     return RuntimeError(
-        f"{weight.parameter_name}: {operation} needs an ordinary tensor, but this weight is mapped from its "
+        f"{weight.parameter_name}: {operation} needs an ordinary tensor, but this weight stays as it is in its "
         f"checkpoint; {_WAY_OUT}"
     )
 
@@ -172,7 +197,8 @@ def _like(weight, tensor):
 def _view(weight, source=None, shape=None):
     """Another StoredWeight with the same name: of the same values, or of a part of the experts or rows."""
     if source is None:
-        return StoredWeight(weight.source, weight.parameter_name, weight.shape, weight.stride(), weight.dtype)
+        same = (weight.shape, weight.stride(), weight.dtype, weight.transposed)
+        return StoredWeight(weight.source, weight.parameter_name, *same)
     return StoredWeight(source, weight.parameter_name, shape)
 
 
@@ -231,10 +257,10 @@ def _any_view(op, args, kwargs):
 def _narrowed(op, weight, *args, **kwargs):
     """What ops return that select experts or rows, as views of fewer tensors of the checkpoint; None for all others."""
     source = weight.source
-    if kwargs or not isinstance(source, Weight) or source.format != "bf16" or weight.dim() != 3:
+    if kwargs or not isinstance(source, Weight) or weight.dim() != 3 or weight.transposed:
         return None
     if op is aten.select.int and args[0] in (0, -3):
-        one = _rows(source, 0, args[1] % weight.shape[0], 1)
+        one = source.narrow(0, args[1] % weight.shape[0], 1)
         return one and _view(weight, one, one.shape[1:])
     if op is aten.unbind.int and (not args or args[0] in (0, -3)):
         return [weight[expert] for expert in range(weight.shape[0])]
@@ -245,46 +271,20 @@ def _narrowed(op, weight, *args, **kwargs):
     if op is aten.slice.Tensor:
         dim, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
         start, end, _ = slice(start, end).indices(weight.shape[dim])
-        found = _rows(source, dim % 3, start, end - start) if step == 1 else None
+        found = source.narrow(dim % 3, start, end - start) if step == 1 else None
         return found and _view(weight, found)
     dim = args[1] % 3 if len(args) > 1 else 0
     size, whole = args[0], weight.shape[dim]
     sizes = size if isinstance(size, list | tuple) else [min(size, whole - at) for at in range(0, whole, size)]
     ends = list(itertools.accumulate(sizes))
-    found = [_rows(source, dim, end - size, size) for end, size in zip(ends, sizes, strict=True)]
+    found = [source.narrow(dim, end - size, size) for end, size in zip(ends, sizes, strict=True)]
     return None if None in found else [_view(weight, part) for part in found]
-
-
-def _rows(weight, dim, start, length):
-    """A bf16 Weight of some experts (``dim`` 0) or some rows of each (1); None if its tensors cannot be cut so."""
-    experts, rows, columns = weight.shape
-    per_expert = len(weight.codes) // experts
-    if length < 1 or per_expert * experts != len(weight.codes) or per_expert == 0 or dim == 2:
-        return None
-    if dim == 0:
-        codes = weight.codes[start * per_expert : (start + length) * per_expert]
-        return Weight("bf16", codes, shape=(length, rows, columns))
-    tensor_rows = rows // per_expert
-    if per_expert == 1:
-        codes = [tensor.view(rows, columns)[start : start + length] for tensor in weight.codes]
-    elif start % tensor_rows or length % tensor_rows:
-        return None
-    else:
-        first, last = start // tensor_rows, (start + length) // tensor_rows
-        codes = [t for e in range(experts) for t in weight.codes[e * per_expert :][first:last]]
-    return Weight("bf16", codes, shape=(experts, length, columns))
 
 
 def _joined(tensors, dim=0):
     """Of ``torch.cat`` of gates and ups along the rows, a StoredWeight of the tensors of both; None for all else."""
-    sources = [getattr(tensor, "source", None) for tensor in tensors]
-    if dim not in (1, -2) or not all(isinstance(s, Weight) and s.format == "bf16" for s in sources):
+    whole = all(isinstance(t, StoredWeight) and t.dim() == 3 and isinstance(t.source, Weight) for t in tensors)
+    if dim not in (1, -2) or not whole or any(t.transposed or t.shape != t.source.shape for t in tensors):
         return None
-    shapes = {tensor.shape for tensor in tensors}
-    experts = len(sources[0].codes)
-    if len(shapes) != 1 or tensors[0].shape[:-2] != (experts,) or any(len(s.codes) != experts for s in sources):
-        return None
-    _, rows, columns = tensors[0].shape
-    codes = [code for expert in zip(*(source.codes for source in sources), strict=True) for code in expert]
-    weight = Weight("bf16", codes, shape=(experts, rows * len(sources), columns))
-    return StoredWeight(weight, tensors[0].parameter_name)
+    weight = Weight.of_rows([tensor.source for tensor in tensors])
+    return weight and StoredWeight(weight, tensors[0].parameter_name)

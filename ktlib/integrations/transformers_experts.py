@@ -81,12 +81,15 @@ def experts_forward(
 
 
 def layout(experts):
-    """How a stock experts module stores its parameters, as keyword arguments of the operator: biases and flags."""
+    """How a stock experts module stores its parameters, as keyword arguments of the operator: biases and flags.
+
+    The rows of a StoredWeight are outputs, whatever the class.
+    """
     biases = [getattr(experts, name) if experts.has_bias else None for name in BIAS_NAMES]
     return {
         "gate_up_bias": biases[0],
         "down_bias": biases[1],
-        "transposed": experts.is_transposed,
+        "transposed": experts.is_transposed and not isinstance(_stored(experts, WEIGHT_NAMES[0]), StoredWeight),
         "interleaved": not getattr(experts, "is_concatenated", True),
     }
 
@@ -124,6 +127,8 @@ def unserved(experts, hidden_states):
             return f"{name} is on {weight.device}, the operator takes CPU weights"
         if not isinstance(weight, StoredWeight) and not weight.is_contiguous():
             return f"{name} is not contiguous"
+    if experts.is_transposed and len({isinstance(_stored(experts, name), StoredWeight) for name in WEIGHT_NAMES}) > 1:
+        return "one of its weights stays as it is in the checkpoint and the other does not, in another layout"
     for name in BIAS_NAMES if experts.has_bias else ():
         if getattr(experts, name).dtype not in (torch.bfloat16, torch.float32):
             return f"{name} is {getattr(experts, name).dtype}, the operator takes torch.bfloat16 or torch.float32"

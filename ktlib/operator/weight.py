@@ -82,6 +82,53 @@ class Weight:
         return result
 
     @classmethod
+    def of_experts(cls, weights):
+        """The experts of several Weights as one; these have the same format, group, rows, columns and dtypes."""
+        matrices = [weight._matrix(number) for weight in weights for number in range(weight._matrices)]
+        return weights[0]._of(matrices, sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+
+    @classmethod
+    def of_rows(cls, weights):
+        """The Weight whose experts have the rows of that expert of each of ``weights``, such as of gates and of ups.
+
+        None if formats, groups, dtypes or sizes differ, or if a Weight holds several tensors for an expert.
+        """
+        first = weights[0]
+        experts, rows, _ = first.shape
+        if any(weight._kind != first._kind or weight._matrices != experts for weight in weights):
+            return None
+        matrices = [weight._matrix(number) for number in range(experts) for weight in weights]
+        return first._of(matrices, experts, rows * len(weights))
+
+    def narrow(self, dim, start, length):
+        """Some experts (``dim`` 0), or the same rows of each expert (``dim`` 1): a Weight in the same memory.
+
+        None if the tensors cannot be cut there, or if nothing would be left.
+        """
+        experts, rows, _ = self.shape
+        each = self._matrices // experts
+        height = rows // each
+        if length < 1 or dim not in (0, 1):
+            return None
+        if dim == 0:
+            return self._of([self._matrix(i) for i in range(start * each, (start + length) * each)], length, rows)
+        if each > 1:
+            if start % height or length % height:
+                return None
+            first, last = start // height, (start + length) // height
+            numbers = [expert * each + i for expert in range(experts) for i in range(first, last)]
+            return self._of([self._matrix(i) for i in numbers], experts, length)
+        step = self.group[0] if self.group else 1
+        if start % step or (length % step and start + length < rows):
+            return None
+        groups = slice(start // step, -(-(start + length) // step))
+        cut = [
+            (codes[start : start + length], *(g[groups] for g in others))
+            for codes, *others in map(self._matrix, range(experts))
+        ]
+        return self._of(cut, experts, length)
+
+    @classmethod
     def of_stack(cls, stack):
         """The Weight of a bf16 tensor (experts, rows, columns) that checks.py has checked."""
         return cls._unchecked("bf16", [stack], [], [], None, stack.shape)
@@ -141,6 +188,34 @@ class Weight:
         cut = "stacked" if len(self.codes) == 1 else f"{len(self.codes)} tensors"
         group = "" if self.group is None else f", group={self.group}"
         return f"Weight({self.format!r}, shape={tuple(self.shape)}, {cut}{group})"
+
+    @property
+    def _matrices(self):
+        """How many matrices the tensors hold: one for each expert, or its gate and its up apart."""
+        tensor_rows = self.shape[0] * self.shape[1] // len(self.codes)
+        return self.shape[0] * self.shape[1] // min(self.shape[1], tensor_rows)
+
+    def _matrix(self, number):
+        """Codes, scales and zeros of a matrix, as far as there are any."""
+        experts, rows, columns = self.shape
+        rows = rows * experts // self._matrices
+        group_rows, group_columns = self.group or (1, 1)
+        groups = (-(-rows // group_rows), -(-columns // group_columns))
+        tensor, place = divmod(number, self._matrices // len(self.codes))
+        shapes = ((self.codes, (rows, self._row_width)), (self.scales, groups), (self.zeros, groups))
+        return tuple(tensors[tensor].view(-1, *shape)[place] for tensors, shape in shapes if tensors)
+
+    def _of(self, matrices, experts, rows):
+        """A Weight of this format with one tensor a matrix."""
+        tensors = [list(kind) for kind in zip(*matrices, strict=True)]
+        tensors += [[]] * (3 - len(tensors))
+        return self._unchecked(self.format, *tensors, self.group, torch.Size((experts, rows, self.shape[2])))
+
+    @property
+    def _kind(self):
+        """What is equal in Weights that can become one."""
+        dtypes = [tensors[0].dtype for tensors in (self.codes, self.scales, self.zeros) if tensors]
+        return self.format, self.group, self.shape, dtypes
 
     @property
     def _row_width(self):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from ktlib import _kernels
-from ktlib.integrations.stored_weight import values_of
+from ktlib.integrations.stored_weight import matrices_of
 from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, layout
 from ktlib.operator.checks import check_parts
 
@@ -70,11 +70,10 @@ def place_experts(model, parts=None):
         gate_up = module.gate_up_proj
         # Gates and ups are divided apart, so that the gate row and the up row of a feature lie on the same node.
         # Interleaved, the two rows are neighbours anyway.
-        gates_and_ups = [gate_up] if layout(module)["interleaved"] else gate_up.chunk(2, dim=1)
-        for weights in (*gates_and_ups, module.down_proj):
-            for matrix in map(values_of, weights.detach()):
-                for number, rows in enumerate(row_blocks(len(matrix), parts)):
-                    block = matrix[rows]
-                    _kernels.place_pages(block.data_ptr(), block.nbytes, nodes[number % len(nodes)])
+        halves = 1 if layout(module)["interleaved"] else 2
+        for matrix in (*matrices_of(module.gate_up_proj, halves), *matrices_of(module.down_proj, 1)):
+            for number, rows in enumerate(row_blocks(len(matrix), parts)):
+                block = matrix[rows]
+                _kernels.place_pages(block.data_ptr(), block.nbytes, nodes[number % len(nodes)])
         module.ktlib_parts = parts
     return model
