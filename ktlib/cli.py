@@ -105,8 +105,8 @@ def parser():
     command.add_argument("out", type=Path, help="folder to write, or to complete after an interruption")
     command.add_argument(
         "--quantise",
-        choices=("int8", "int4", "nf4", "fp8"),
-        help="write the routed experts with 8 or 4 bits a weight, default: as they are",
+        choices=("int8", "int4", "nf4", "fp8", "keep"),
+        help="write the routed experts with 8 or 4 bits a weight, or keep those that the checkpoint has",
     )
     return top
 

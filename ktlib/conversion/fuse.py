@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ktlib.conversion import quantise_checkpoint
+from ktlib.conversion.quantised_sources import decoded_tensors, settings_of, without_settings
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_classes import meta_model, untied_state
@@ -41,31 +42,38 @@ def fuse_checkpoint(source, out, progress=True, quantise=None):
     Args:
         quantise: "int8", "int4", "nf4" or "fp8": the routed experts become codes and scales of
             :mod:`ktlib.conversion.quantise_checkpoint`, each weight the nearest code
-            (:func:`ktlib.conversion.nearest_codes.quantise`). The codes of one layer and the weight of one expert are
-            in memory at a time. Experts that files hold stacked are taken, too. The relative L2 error of each weight
-            is written to ``quantise_report.json`` in ``out``.
+            (:func:`ktlib.conversion.nearest_codes.quantise`). "keep": the codes of a source that is quantised already
+            are stacked, bit for bit. The codes of one layer and the weight of one expert are in memory at a time.
+            Sources may hold experts stacked, and may be quantised: their other weights are decoded to bf16. The
+            relative L2 error of each weight is written to ``quantise_report.json`` in ``out``.
 
     Raises:
         FileNotFoundError: ``source`` is no checkpoint folder, or one of its files is missing.
-        ValueError: weights are quantised; files of the family hold experts stacked already; tensors are missing or
-            have another shape than the config says (they are listed); a file is damaged; ``out`` is ``source``, or
-            holds files of another source or another ``quantise``, or a file that would be copied there with other
-            contents. With ``quantise``: an expert's weight is not finite, or ktlib cannot compute the experts.
+        ValueError: tensors are missing or have another shape than the config says (they are listed); a file is
+            damaged; ``out`` is ``source``, or holds files of another source or another ``quantise``, or a file that
+            would be copied there with other contents. Without ``quantise``: weights are quantised, or files of the
+            family hold experts stacked already. With ``quantise``: an expert's weight is not finite, ktlib cannot
+            compute the experts, or the source's own format is not read.
         OSError: the disk has too little space; nothing is written then.
     """
     from transformers import AutoConfig
 
     source, out = Path(source), Path(out)
-    if quantise is not None and quantise not in quantise_checkpoint.FORMATS:
-        choices = ", ".join(map(repr, quantise_checkpoint.FORMATS))
+    if quantise is not None and quantise not in quantise_checkpoint.CHOICES:
+        choices = ", ".join(map(repr, quantise_checkpoint.CHOICES))
         raise ValueError(f"quantise: got {quantise!r}, needs None or one of {choices}")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"source: {source} has no config.json")
     if out.resolve() == source.resolve():
         raise ValueError(f"out: {out} is the source itself, needs another folder, such as {ownership.free_name(out)}")
     config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"source: {source} is quantised, needs weights in bf16, fp16 or fp32")
+    if (settings := settings_of(config)) and quantise is None:
+        raise ValueError(
+            f"source: {source} is quantised, needs weights in bf16, fp16 or fp32; with quantise='keep' (--quantise "
+            "keep) its experts are fused as they are"
+        )
+    if quantise == "keep" and not settings:
+        raise ValueError(f"quantise: got 'keep', but {source} is not quantised; needs a format to quantise to")
     files = tensor_files.weight_files(source)
     found = tensor_files.read(*files)
     model = meta_model(config)
@@ -75,7 +83,8 @@ def fuse_checkpoint(source, out, progress=True, quantise=None):
             f"source: {source} is of a family ({config.model_type}) whose files hold the experts of a layer stacked "
             "already, needs one with a tensor per expert; load this one as it is"
         )
-    tensors, loaders = fused_tensors(found, layout)
+    named = decoded_tensors(found, settings, model, layout) if settings else found
+    tensors, parts = fused_tensors(named, layout)
     if quantise is not None:
         tensors = quantise_checkpoint.in_shapes_of_class(tensors, model, layout)
     _check(tensors, model, source)
@@ -89,12 +98,11 @@ def fuse_checkpoint(source, out, progress=True, quantise=None):
     left_out = ownership.named(source, LEFT_OUT)
     own_form = {}
     if quantise is not None:
-        format, group = quantise_checkpoint.FORMATS[quantise]
-        codes = quantise_checkpoint.expert_codes(tensors, loaders, model, layout, format, group, source)
-        settings = quantise_checkpoint.settings(format, group)
+        codes = quantise_checkpoint.expert_codes(tensors, parts, model, layout, quantise, source)
+        written = quantise_checkpoint.settings(codes)
         quantise_checkpoint.refuse_other_report(out, codes)
-        config_text = json.dumps(about["config"] | {"quantization_config": settings}, indent=2)
-        about |= {"quantise": quantise, "settings": settings}
+        config_text = json.dumps(without_settings(about["config"]) | {"quantization_config": written}, indent=2)
+        about |= {"quantise": quantise, "settings": written}
         own_form = {"texts": {"config.json": config_text}, "index": quantise_checkpoint.INDEX}
         left_out.append(source / "config.json")
     copied = [path for path in sorted(source.iterdir()) if path.is_file() and path not in left_out]
@@ -138,16 +146,16 @@ def _noting_nonfinite(name, tensor, names):
 
 
 def fused_tensors(tensors, layout):
-    """``({name in transformers 5: Stored}, {fused weight: load_expert})`` of tensors as files name them.
+    """``({name in transformers 5: Stored}, {fused weight: parts})`` of tensors as files name them.
 
-    A fused weight is stacked from its experts when it is loaded; ``load_expert(e)`` loads the matrix of one of them,
-    without the others. Experts of layers that the model does not have, such as those that predict several tokens in
-    DeepSeek-V3, keep the names and shapes of the file.
+    A fused weight is stacked from its experts when it is loaded. Its parts are the tensors in the files: for each
+    expert a list with one for each projection. Experts of layers that the model does not have, such as those that
+    predict several tokens in DeepSeek-V3, keep the names and shapes of the file.
 
     Raises:
         ValueError: an expert or a projection is missing, or they differ in shape or dtype.
     """
-    result, experts, loaders = {}, {}, {}
+    result, experts, parts = {}, {}, {}
     for name, tensor in tensors.items():
         place = layout.located(name)
         if not isinstance(place, ExpertProjection):
@@ -166,21 +174,20 @@ def fused_tensors(tensors, layout):
         if len(kinds) > 1:
             raise ValueError(f"{parameter}: its experts differ in shape or dtype: {sorted(map(str, kinds))}")
         ((rows, columns), dtype) = kinds.pop()
+        ordered = [[found[projection, expert] for projection in projections] for expert in range(count)]
         shape = (count, len(projections) * rows, columns)[0 if parameter in layout.experts else 1 :]
 
-        def load_expert(expert, found=found, projections=projections):
-            return torch.cat([found[projection, expert].load() for projection in projections])
-
-        def load(count=count, dtype=dtype, shape=shape, load_expert=load_expert):
-            fused = torch.empty((count, *shape[-2:]), dtype=dtype)
-            for expert in range(count):
-                fused[expert] = load_expert(expert)
+        def load(ordered=ordered, matrix=(rows, columns), dtype=dtype, shape=shape):
+            fused = torch.empty((len(ordered), len(ordered[0]), *matrix), dtype=dtype)
+            for expert, of_expert in zip(fused, ordered, strict=True):
+                for projection, tensor in zip(expert, of_expert, strict=True):
+                    projection.copy_(tensor.load())
             return fused.view(shape)
 
         result[parameter] = tensor_files.Stored(shape, dtype, load)
         if parameter in layout.experts:
-            loaders[parameter] = load_expert
-    return result, loaders
+            parts[parameter] = ordered
+    return result, parts
 
 
 def _check(tensors, model, source):

@@ -9,6 +9,7 @@ then initialize them with random numbers. So the index has a name of its own, an
 OSError.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ktlib.conversion.nearest_codes import Quantised, quantise
+from ktlib.conversion.quantised_sources import StoredCodes, common_format, joined, scales_and_zeros
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.transformers_experts import unsupported
 from ktlib.operator.weight import Weight
@@ -26,76 +28,84 @@ INDEX = "ktlib.safetensors"
 REPORT = "quantise_report.json"
 # the format of ktlib.Weight, and how many rows and columns share a scale, by the name that users give
 FORMATS = {"int8": ("int8", (1, 128)), "int4": ("int4", (1, 32)), "nf4": ("nf4", (1, 64)), "fp8": ("e4m3", (128, 128))}
+CHOICES = (*FORMATS, "keep")
 _CODE_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, **dict.fromkeys(CODEBOOKS, torch.uint8)}
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def settings(format, group):
-    """The entry ``quantization_config`` in the checkpoint's config.json."""
-    return {"quant_method": "ktlib", "format": format, "group": list(group), "version": 1}
+def settings(codes):
+    """The entry ``quantization_config`` in the config.json of a checkpoint with these :class:`ExpertCodes`."""
+    return {"quant_method": "ktlib", "format": codes[0].format, "group": list(codes[0].group), "version": 1}
 
 
 @dataclass(eq=False)
 class ExpertCodes:
-    """The weight of all experts of a layer, quantised expert by expert when it is loaded.
+    """The weight of all experts of a layer as codes, made expert by expert when they are loaded.
 
     Attributes:
         name: of the weight in the model.
         shape: (experts, rows, columns).
         load_expert: loads the weight (rows, columns) of the expert with a number.
+        encode: makes :class:`~ktlib.conversion.nearest_codes.Quantised` of an expert's number and weight.
         error: the relative L2 error of the codes, None before they are loaded.
     """
 
     name: str
     shape: tuple
     load_expert: Callable[[int], torch.Tensor]
+    encode: Callable[[int, torch.Tensor], Quantised]
     format: str
     group: tuple
+    scale_dtype: torch.dtype = torch.bfloat16
+    has_zeros: bool = False
     error: float | None = None
 
     def stored(self):
-        """``{name: Stored}`` of codes and scales."""
+        """``{name: Stored}`` of codes, scales and, if there are any, zeros."""
         experts, rows, columns = self.shape
         width = -(-columns // 2) if self.format in CODEBOOKS else columns
         groups = experts, -(-rows // self.group[0]), -(-columns // self.group[1])
-        shapes = {"codes": (experts, rows, width), "scales": groups}
-        dtypes = {"codes": _CODE_DTYPES[self.format], "scales": torch.bfloat16}
+        parts = {"codes": ((experts, rows, width), _CODE_DTYPES[self.format]), "scales": (groups, self.scale_dtype)}
+        if self.has_zeros:
+            parts["zeros"] = groups, torch.int8
         return {
             f"{self.name}.{part}": tensor_files.Stored(
-                shapes[part], dtypes[part], lambda part=part: getattr(tensor_files.recent(self), part)
+                *kind, lambda part=part: getattr(tensor_files.recent(self), part)
             )
-            for part in shapes
+            for part, kind in parts.items()
         }
 
     def load(self):
-        """Codes and scales, as :class:`~ktlib.conversion.nearest_codes.Quantised`. Sets ``error``."""
-        stored = self.stored().values()
-        codes, scales = (torch.empty(part.shape, dtype=part.dtype, device="cpu") for part in stored)
-        self._measure(codes, scales, self._quantise)
-        return Quantised(codes, scales, None, self.group)
+        """Codes, scales and zeros, as :class:`~ktlib.conversion.nearest_codes.Quantised`. Sets ``error``."""
+        made = [torch.empty(part.shape, dtype=part.dtype, device="cpu") for part in self.stored().values()]
 
-    def measure(self, codes, scales):
-        """Set ``error`` to that of codes that were written before."""
-        self._measure(codes, scales, lambda weight, *_: None)
+        def fill(expert, weight):
+            for part, value in zip(made, self.encode(expert, weight), strict=False):
+                _bits(part[expert]).copy_(_bits(value))
 
-    def _quantise(self, weight, expert, codes, scales):
-        try:
-            quantised = quantise(weight, self.format, group=self.group)
-        except ValueError as error:
-            raise ValueError(f"source: {self.name}, expert {expert}: {error}") from None
-        codes.copy_(quantised.codes)
-        scales.copy_(quantised.scales)
+        self._measure(made, fill)
+        return Quantised(*made, *([] if self.has_zeros else [None]), self.group)
 
-    def _measure(self, codes, scales, fill):
-        """Set ``error`` after ``fill(weight, expert, codes, scales)`` of each expert."""
+    def measure(self, load):
+        """Set ``error`` to that of codes that were written before; ``load(name)`` loads a tensor."""
+        self._measure([load(name) for name in self.stored()], lambda *_: None)
+
+    def _measure(self, parts, fill):
+        """Set ``error`` to that of ``parts``, which ``fill(expert, weight)`` may change first."""
         difference = total = 0.0
         for expert in range(self.shape[0]):
             weight = self.load_expert(expert)
-            fill(weight, expert, codes[expert], scales[expert])
-            part = Weight(self.format, codes[expert], scales[expert], group=self.group, shape=(1, *self.shape[1:]))
-            difference += _squares(part.decoded()[0].float() - weight.float())
+            fill(expert, weight)
+            of_expert = Weight(
+                self.format, *(part[expert] for part in parts), group=self.group, shape=(1, *self.shape[1:])
+            )
+            difference += _squares(of_expert.decoded()[0].float() - weight.float())
             total += _squares(weight)
         self.error = 0.0 if difference == 0 else (difference / total) ** 0.5
+
+
+def _bits(tensor):
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def _squares(tensor):
@@ -121,6 +131,8 @@ def in_shapes_of_class(tensors, model, layout):
             is_target = any(re.search(rf"(^|\.){pattern}$", name) for pattern in rule.target_patterns)
             if tensor is None or not is_target or tensor.shape == tuple(model.get_parameter(name).shape):
                 continue
+            if isinstance(tensor, StoredCodes):
+                raise ValueError(f"source: {name} is quantised along its outputs, needs codes along its inputs")
             dims = operation.dim0, operation.dim1
             shape = tuple(torch.empty(tensor.shape, device="meta").transpose(*dims).shape)
             result[name] = tensor._replace(
@@ -129,40 +141,70 @@ def in_shapes_of_class(tensors, model, layout):
     return result
 
 
-def expert_codes(tensors, loaders, model, layout, format, group, source):
+def expert_codes(tensors, parts, model, layout, choice, source):
     """``[ExpertCodes]`` of all routed experts in the ``tensors`` of a model.
 
     Args:
         tensors: ``{name in the model: Stored}``.
-        loaders: ``{name: load_expert}`` of weights that files hold expert by expert.
+        parts: ``{name: [[Stored of each projection] of each expert]}`` of weights that files hold expert by expert.
+        choice: one of :data:`CHOICES`.
 
     Raises:
         ValueError: the model has no routed experts, or some that ktlib cannot compute; or they are no floats.
     """
     if not layout.experts:
         raise ValueError(f"source: {source} has no routed experts, which alone are quantised")
-    result = []
-    for name in layout.experts:
+    parts = {name: parts.get(name, [[tensors[name]]]) for name in layout.experts}
+    for name in parts:
         module = model.get_submodule(name.rpartition(".")[0])
         if (reason := unsupported(module)) is not None:
             raise ValueError(
                 f"source: {source} has experts ({type(module).__name__}) that ktlib cannot compute: {reason}; needs a "
                 "family without such experts, or to be loaded as it is"
             )
-        tensor = tensors[name]
-        if tensor.dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"source: {name} is {tensor.dtype}, needs bf16, fp16 or fp32")
-        experts, *shape = tensor.shape
-        load_expert = loaders.get(name) or (lambda expert, tensor=tensor: tensor.load()[expert])
-        if module.is_transposed:
-            shape.reverse()
-            load_expert = _transposed(load_expert)
-        result.append(ExpertCodes(name, (experts, *shape), load_expert, format, tuple(group)))
+        if tensors[name].dtype not in _WEIGHT_DTYPES:
+            raise ValueError(f"source: {name} is {tensors[name].dtype}, needs bf16, fp16 or fp32")
+    format, group = common_format(parts) if choice == "keep" else FORMATS[choice]
+    result = []
+    for name, experts in parts.items():
+        is_transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
+        count, *shape = tensors[name].shape
+        shape = shape[::-1] if is_transposed else shape
+        if format in CODEBOOKS and shape[1] % 2:
+            raise ValueError(f"source: {name} has {shape[1]} columns, needs an even number for codes of 4 bits")
+        load_expert = functools.partial(_expert, experts, is_transposed)
+        if choice == "keep":
+            encode = functools.partial(_kept, experts, group)
+            further = scales_and_zeros(name, experts)
+        else:
+            encode, further = functools.partial(_nearest, name, format, group), ()
+        result.append(ExpertCodes(name, (count, *shape), load_expert, encode, format, group, *further))
     return result
 
 
-def _transposed(load_expert):
-    return lambda expert: load_expert(expert).T.contiguous()
+def _expert(parts, is_transposed, expert):
+    """The weight (outputs, inputs) of an expert."""
+    if len(parts[0][0].shape) == 2:
+        return torch.cat([tensor.load() for tensor in parts[expert]])
+    (stack,) = parts[0]
+    if isinstance(stack, StoredCodes):
+        return stack.weight().narrow(0, expert, 1).decoded()[0]
+    weight = stack.load()[expert]
+    return weight.T.contiguous() if is_transposed else weight
+
+
+def _kept(parts, group, expert, _):
+    """The codes of an expert in the source."""
+    stacked = len(parts[0][0].matrix.shape) == 3
+    weights = [parts[0][0].weight().narrow(0, expert, 1)] if stacked else [one.weight() for one in parts[expert]]
+    return joined(weights, group)
+
+
+def _nearest(name, format, group, expert, weight):
+    try:
+        return quantise(weight, format, group=group)
+    except ValueError as error:
+        raise ValueError(f"source: {name}, expert {expert}: {error}") from None
 
 
 def refuse_other_report(out, codes):
@@ -185,7 +227,7 @@ def write_report(out, codes, progress):
     unknown = [one for one in codes if one.error is None]
     for one in tqdm(unknown, desc="measuring errors", disable=not (progress and unknown)):
         stored = tensor_files.read(out / files[f"{one.name}.codes"])
-        one.measure(stored[f"{one.name}.codes"].load(), stored[f"{one.name}.scales"].load())
+        one.measure(lambda name, stored=stored: stored[name].load())
     worst = max(codes, key=lambda one: one.error)
     report = {
         "format": worst.format,

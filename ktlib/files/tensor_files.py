@@ -26,7 +26,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 # names without suffixes of the files of a model, and of an adapter
 MODEL_STEMS, ADAPTER_STEMS = ("model",), ("adapter_model", "fused_expert_lora")
@@ -161,7 +161,7 @@ def write(path, tensors):
     ordered = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
     for name, tensor in ordered:
         span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
