@@ -290,7 +290,7 @@ def _quantised_columns(name, headers, settings):
         values = _unpack_outputs(codes) if awq else _unpack(codes, 1)
         zeros = _unpack_outputs(zeros).t() if awq else _unpack(zeros.t(), 1)
         zeros = (zeros + offset - 8).to(torch.int8).contiguous()  # GPTQ's first version stores zero - 1
-        return pack4(values.t()), scales.t().contiguous(), [zeros] if bool(zeros.any()) else None
+        return pack4(values.t()).contiguous(), scales.t().contiguous(), [zeros] if bool(zeros.any()) else None
 
     weight = f"{module}.weight"
     names = (name, needed[0], needed[1], *([index] if index in headers else ()))
