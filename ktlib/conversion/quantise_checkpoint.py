@@ -1,8 +1,9 @@
 """ktlib's own format of a checkpoint: routed experts as codes and scales, all other weights as they were.
 
 The weight of all experts of a layer, ``P.gate_up_proj`` or ``P.down_proj``, becomes ``P.gate_up_proj.codes`` (experts,
-rows, columns; 4-bit codes two in a byte) and ``P.gate_up_proj.scales``, in the layout of :class:`ktlib.Weight`. Rows
-are outputs in every family. Gate and up rows have the order of the family's class.
+rows, columns; 4-bit codes two in a byte) and ``P.gate_up_proj.scales``, in the layout of :class:`ktlib.Weight`; where
+a source has them, ``P.gate_up_proj.zeros`` as well. Rows are outputs in every family. Gate and up rows have the order
+of the family's class. Codes of int4 have the bytes of compressed-tensors' pack-quantized.
 
 A program without ktlib must not take such a folder for a model whose experts are missing, because transformers would
 then initialize them with random numbers. So the index has a name of its own, and loading without ktlib ends in an
@@ -20,11 +21,12 @@ import torch
 from ktlib.conversion.nearest_codes import Quantised, quantise
 from ktlib.conversion.quantised_sources import StoredCodes, common_format, joined, scales_and_zeros
 from ktlib.files import ownership, tensor_files
+from ktlib.integrations.quantised_checkpoints import INDEX
+from ktlib.integrations.stored_formats import OWN_METHOD
 from ktlib.integrations.transformers_experts import unsupported
 from ktlib.operator.weight import Weight
 from ktlib.reference.formats import CODEBOOKS
 
-INDEX = "ktlib.safetensors"
 REPORT = "quantise_report.json"
 # the format of ktlib.Weight, and how many rows and columns share a scale, by the name that users give
 FORMATS = {"int8": ("int8", (1, 128)), "int4": ("int4", (1, 32)), "nf4": ("nf4", (1, 64)), "fp8": ("e4m3", (128, 128))}
@@ -35,7 +37,7 @@ _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def settings(codes):
     """The entry ``quantization_config`` in the config.json of a checkpoint with these :class:`ExpertCodes`."""
-    return {"quant_method": "ktlib", "format": codes[0].format, "group": list(codes[0].group), "version": 1}
+    return {"quant_method": OWN_METHOD, "format": codes[0].format, "group": list(codes[0].group), "version": 1}
 
 
 @dataclass(eq=False)
@@ -99,13 +101,20 @@ class ExpertCodes:
             of_expert = Weight(
                 self.format, *(part[expert] for part in parts), group=self.group, shape=(1, *self.shape[1:])
             )
-            difference += _squares(of_expert.decoded()[0].float() - weight.float())
+            difference += _squares(_difference(of_expert.decoded()[0], weight))
             total += _squares(weight)
         self.error = 0.0 if difference == 0 else (difference / total) ** 0.5
 
 
 def _bits(tensor):
+    """8-bit numbers as uint8, so that scales in e8m0, which files may call uint8, are copied and not converted."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+
+
+def _difference(decoded, weight):
+    """fp32; 0 where both are NaN or the same infinity, as codes of a source may be."""
+    is_same = (decoded == weight) | (decoded.isnan() & weight.isnan())
+    return torch.where(is_same, 0.0, decoded.float() - weight.float())
 
 
 def _squares(tensor):
@@ -210,7 +219,9 @@ def _nearest(name, format, group, expert, weight):
 def refuse_other_report(out, codes):
     """ValueError if the folder ``out`` has a file with the report's name that is no report of these experts."""
     report = tensor_files.read_json(out / REPORT)
-    if report.get("format") != codes[0].format or set(report.get("relative_l2", ())) != {one.name for one in codes}:
+    errors = report.get("relative_l2")
+    is_of_these = isinstance(errors, dict) and errors.keys() == {one.name for one in codes}
+    if not is_of_these or report.get("format") != codes[0].format:
         ownership.refuse_foreign([out / REPORT], "out", out, replace=False)
 
 
@@ -223,7 +234,7 @@ def write_report(out, codes, progress):
 
     if (out / REPORT).is_file():
         return
-    files = tensor_files.read_json(out / f"{INDEX}.index.json")["weight_map"]
+    files = tensor_files.read_json(out / INDEX)["weight_map"]
     unknown = [one for one in codes if one.error is None]
     for one in tqdm(unknown, desc="measuring errors", disable=not (progress and unknown)):
         stored = tensor_files.read(out / files[f"{one.name}.codes"])

@@ -180,7 +180,15 @@ def write(path, tensors):
 
 
 def write_sharded(
-    folder, shards, about, note, others=(), progress=True, argument="folder", texts=None, index="model.safetensors"
+    folder,
+    shards,
+    about,
+    note,
+    others=(),
+    progress=True,
+    argument="folder",
+    texts=None,
+    index="model.safetensors.index.json",
 ):
     """Write a checkpoint of several files, or the missing ones after an interrupted call; returns the folder.
 
@@ -191,7 +199,7 @@ def write_sharded(
         others: paths of files to copy to ``folder``.
         argument: what the caller calls ``folder``, for error messages.
         texts: ``{name: text}`` of further files to write to ``folder``.
-        index: name of the index without ``.index.json``. ``from_pretrained`` looks for ``model.safetensors`` only.
+        index: name of the index; ``from_pretrained`` looks for the default.
 
     Raises:
         ValueError: ``folder`` holds another model or adapter, shards of other weights than ``about`` or divided in
@@ -207,7 +215,7 @@ def write_sharded(
     files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = folder / f"{index}.index.json"
+    index = folder / index
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     texts = texts or {}
     existing = ownership.named(folder, WEIGHT_FILES)

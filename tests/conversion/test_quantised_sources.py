@@ -221,6 +221,19 @@ def test_a_folder_of_ktlib_is_kept_as_it_is_and_quantised_further(tmp_path):
     assert torch.equal(further[f"{name}.codes"], expected.codes)
 
 
+def test_a_code_that_is_nan_is_kept_and_not_quantised(tmp_path):
+    source, _, _ = published(tmp_path / "source", "fp8")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.3.down_proj.weight"].view(torch.uint8)[1, 2] = 0x7F
+    write(source, tensors, FP8)
+    out = fuse_checkpoint(source, tmp_path / "out", progress=False, quantise="keep")
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert tensors_of(out)[f"{name}.codes"].isnan().nonzero().tolist() == [[3, 1, 2]]
+    assert json.loads((out / "quantise_report.json").read_text())["worst"] == 0.0
+    with pytest.raises(ValueError, match=rf"source: {name}, expert 3: weight: got nan at \(1, 2\)"):
+        fuse_checkpoint(source, tmp_path / "int4", progress=False, quantise="int4")
+
+
 def test_an_interrupted_keep_goes_on(tmp_path):
     source, _, _ = published(tmp_path / "source", "packed_with_zeros")
     out = fuse_checkpoint(source, tmp_path / "out", progress=False, quantise="keep")

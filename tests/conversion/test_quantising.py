@@ -189,6 +189,31 @@ def test_an_interrupted_quantisation_goes_on_and_tells_all_errors(files, tmp_pat
     assert report_of(out) == report_of(wanted)
 
 
+def test_a_kill_within_a_file_leaves_what_the_next_call_completes(tmp_path):
+    source, _ = save(tmp_path / "source", "qwen3_moe")
+    wanted = fuse_checkpoint(source, tmp_path / "whole", progress=False, quantise="int4")
+    script = f"""
+import os, signal, ktlib
+from ktlib.conversion import quantise_checkpoint
+nearest, calls = quantise_checkpoint.quantise, []
+
+def until_the_20th(*args, **options):
+    calls.append(args)
+    return nearest(*args, **options) if len(calls) < 20 else os.kill(os.getpid(), signal.SIGKILL)
+
+quantise_checkpoint.quantise = until_the_20th
+ktlib.fuse_checkpoint({str(source)!r}, {str(tmp_path / "cut")!r}, progress=False, quantise="int4")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -9, done.stderr
+    left = {path.name for path in (tmp_path / "cut").glob("*.safetensors")}
+    assert 0 < len(left) < len(list(wanted.glob("*.safetensors")))
+    out = fuse_checkpoint(source, tmp_path / "cut", progress=False, quantise="int4")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in wanted.iterdir()
+    }
+
+
 def test_a_folder_made_with_other_settings_is_refused_by_name(tmp_path):
     source, _ = save(tmp_path / "source", "qwen3_moe")
     out = fuse_checkpoint(source, tmp_path / "out", progress=False, quantise="int8")
