@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.family_models import model_classes
 from support.family_models import tiny_config as config_of_class
-from support.models import tiny_model
+from support.models import tiny_model, tokens
 
 import ktlib
 from ktlib.conversion.fuse import fuse_checkpoint
@@ -114,6 +114,22 @@ def test_multimodal_checkpoints_are_quantised_from_experts_stacked_in_any_way(fa
     assert state.keys() & expert_weights(model).keys()
     for folder in folders:
         check(fuse_checkpoint(folder, tmp_path / f"{folder.name}-4", progress=False, quantise="int4"), model, "int4")
+
+
+@pytest.mark.parametrize("family", ("deepseek_v2", "gpt_oss"))
+def test_the_folder_loads_with_ktlib_to_the_decoded_weights(family, tmp_path):
+    source, model = save(tmp_path / "source", family)
+    out = fuse_checkpoint(source, tmp_path / "out", progress=False, quantise="int4")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="bfloat16", experts_implementation="ktlib")
+    for name, weight in expert_weights(model).items():
+        codes, scales, _, group = quantise(weight, "int4")
+        decoded = ktlib.Weight("int4", codes, scales, group=group).decoded()
+        parameter = loaded.get_parameter(name)
+        assert parameter.shape == model.get_parameter(name).shape
+        assert torch.equal(parameter.decoded(), decoded.mT if family == "gpt_oss" else decoded)
+        model.get_parameter(name).data = parameter.decoded()
+    ids = tokens()
+    assert relative_error(model(ids).logits, loaded(ids).logits) < 0.02
 
 
 def test_a_fused_checkpoint_is_quantised_to_the_same_bytes(tmp_path):
