@@ -53,6 +53,7 @@ class KtlibQuantizer(HfQuantizer):
         """``{name: tensor or slice}`` of the checkpoint, in which codes and scales are replaced by bf16 weights."""
         headers = {name: Header.of(tensor) for name, tensor in state_dict.items()}
         matrices = logical_tensors(headers, self.quantization_config.settings)
+        # A class that holds (experts, in, out) gets what stacks of outputs as rows would be to it.
         transposed = any(module.is_transposed for module in model.modules() if is_experts(module))
         members = {member for matrix in matrices.values() for member in matrix.members}
         entries = {name: tensor for name, tensor in state_dict.items() if name not in members}
@@ -81,7 +82,7 @@ class _Entry:
 
     def __init__(self, matrix, load, transposed):
         self.matrix, self.load = matrix, load
-        self.transposed = transposed and len(matrix.shape) == 3
+        self.transposed = transposed and matrix.rows_are_outputs and len(matrix.shape) == 3
 
     def get_dtype(self):
         return "BF16"
@@ -103,9 +104,11 @@ def _load(state_dict, name):
 def decode_others(model, keep_experts):
     """Decode what was loaded as codes and is no expert weight that the operator takes."""
     for module in model.modules():
-        kept = WEIGHT_NAMES if keep_experts and is_ours(module) and unsupported(module) is None else ()
+        takes_codes = keep_experts and is_ours(module) and unsupported(module) is None
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, StoredWeight) and name not in kept:
+            if not isinstance(parameter, StoredWeight):
+                continue
+            if not (takes_codes and name in WEIGHT_NAMES and parameter.transposed == module.is_transposed):
                 values = torch.nn.Parameter(parameter.decoded(), parameter.requires_grad)
                 values._is_hf_initialized = True  # transformers initialises weights without this mark
                 setattr(module, name, values)

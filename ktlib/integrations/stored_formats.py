@@ -71,6 +71,7 @@ class StoredMatrix(NamedTuple):
         members: all names in the checkpoint that belong to this weight.
         nbytes: of codes, scales and zeros.
         prepare: makes the arguments ``codes, scales, zeros`` of Weight from these tensors.
+        rows_are_outputs: False where a stack has the layout of the bf16 checkpoint, whose columns may be the outputs.
     """
 
     name: str
@@ -81,6 +82,7 @@ class StoredMatrix(NamedTuple):
     members: tuple
     nbytes: int
     prepare: Callable
+    rows_are_outputs: bool = True
 
     def weight(self, load):
         """The :class:`ktlib.Weight`, with one expert if the checkpoint has a matrix for each; ``load(name)`` loads.
@@ -179,11 +181,11 @@ def _weight_and_scale(name, headers, settings):
     format = "e4m3" if kind == "F8_E4M3" else "int8"
     if kind == "I8" and settings["quant_method"] != "compressed-tensors":  # DeepSeek-V4's FP4 experts
         format, shape, prepare = "e2m1", (*shape[:-1], 2 * shape[-1]), _pairs
-    group = _group(name, shape, headers[scales[0]].shape, _block(settings))
+    group = _group(name, shape, headers[scales[0]].shape, [(1, 32)] if format == "e2m1" else _groups(settings))
     zeros = f"{name}_zero_point" if format == "int8" else ""
-    return _found(
-        name, name, scales[0], zeros, headers, shape=shape, format=format, group=group, prepare=prepare, stem=module
-    )
+    names = (name, name, scales[0], zeros, headers)
+    found = _found(*names, shape=shape, format=format, group=group, prepare=prepare, stem=module)
+    return found._replace(rows_are_outputs=len(shape) == 2)
 
 
 def _compressed(name, headers, settings):
@@ -205,7 +207,7 @@ def _compressed(name, headers, settings):
     else:
         format, columns, prepare = "e2m1", 2 * width, _pairs
     shape = (rows, columns)
-    group = _group(weight, shape, headers[f"{weight}_scale"].shape, _block(settings))
+    group = _group(weight, shape, headers[f"{weight}_scale"].shape, _groups(settings))
     names = (weight, name, f"{weight}_scale", f"{weight}_zero_point", headers)
     return _found(*names, shape=shape, format=format, group=group, prepare=prepare, stem=module)
 
@@ -279,9 +281,10 @@ def _quantised_columns(name, headers, settings):
     (rows, columns), groups = headers[name].shape, headers[needed[0]].shape[0]
     awq = settings["quant_method"] == "awq"
     inputs, outputs = (rows, 8 * columns) if awq else (8 * rows, columns)
-    if inputs % groups:
-        raise ValueError(f"{name}: {inputs} inputs do not divide into the {groups} groups of its scales")
-    group = inputs // groups
+    group = settings.get("group_size", settings.get("q_group_size", 128))
+    group = group if group > 0 else inputs
+    if -(-inputs // group) != groups:
+        raise ValueError(f"{name}: has scales for {groups} groups, needs one for each {group} of {inputs} inputs")
     offset = 1 if not awq and settings.get("checkpoint_format", "gptq") == "gptq" else 0
 
     def prepare(codes, scales, zeros, g_idx=None):
@@ -311,28 +314,24 @@ def _unpack_outputs(packed):
     return ordered.flatten(-2)
 
 
-def _block(settings):
-    """Rows and columns that share a scale, if the config says so of blocks."""
-    block = settings.get("weight_block_size")
-    for group in settings.get("config_groups", {}).values():
-        block = block or (group.get("weights") or {}).get("block_structure")
-    return tuple(block) if isinstance(block, list | tuple) and len(block) == 2 else _BLOCK
+def _groups(settings):
+    """The blocks of weights that share a scale, of which the config speaks: ``[(rows, columns), ...]``."""
+    weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
+    blocks = [settings.get("weight_block_size"), *(w.get("block_structure") for w in weights)]
+    groups = [tuple(block) for block in blocks if isinstance(block, list | tuple) and len(block) == 2]
+    return groups + [(1, w["group_size"]) for w in weights if (w.get("group_size") or 0) > 0] or [_BLOCK]
 
 
-def _group(name, shape, scales, block):
-    """Rows and columns that share a scale, from the shape of the scales."""
+def _group(name, shape, scales, groups):
+    """Rows and columns that share a scale: those of ``groups`` that give scales of this shape, a row, or all."""
     rows, columns = shape[-2:]
-    matrices = math.prod(shape[:-2])
-    if math.prod(scales) == matrices:
-        return rows, columns
-    counts = tuple(scales[-2:]) if len(scales) >= 2 else (*scales, 1)
-    if counts == (-(-rows // block[0]), -(-columns // block[1])):
-        return block
-    if counts[0] == rows and columns % counts[1] == 0:
-        return 1, columns // counts[1]
+    counts = tuple(scales[-2:]) if len(scales) >= 2 else (*scales, 1, 1)[:2]
+    for group in (*groups, (1, columns), (rows, columns)):
+        if counts == (-(-rows // group[0]), -(-columns // group[1])):
+            return group
     raise ValueError(
         f"{name}: has scales {tuple(scales)} for {rows} rows and {columns} columns, needs one for each block of "
-        f"{block[0]} x {block[1]}, for each row, or for runs of columns of a row"
+        f"{' or '.join(f'{r} x {c}' for r, c in groups)}, for each row, or one for all"
     )
 
 

@@ -67,7 +67,6 @@ def place_experts(model, parts=None):
         if weight.device.type != "cpu":
             raise ValueError(f"model: its experts' {name} is on {weight.device}, needs expert weights on the CPU")
     for module in modules:
-        gate_up = module.gate_up_proj
         # Gates and ups are divided apart, so that the gate row and the up row of a feature lie on the same node.
         # Interleaved, the two rows are neighbours anyway.
         halves = 1 if layout(module)["interleaved"] else 2

@@ -16,7 +16,8 @@ def checkpoint(request, tmp_path_factory):
     """``(folder, folder of the decoded bf16 checkpoint)``."""
     folder = tmp_path_factory.mktemp("quantised")
     source = folder / "source"
-    decoded = save_mxfp4(source) if request.param == "mxfp4" else save_quantised(source, request.param)
+    family = "mixtral" if request.param == "v4" else "qwen3_moe"
+    decoded = save_mxfp4(source) if request.param == "mxfp4" else save_quantised(source, request.param, family)
     return source, save_decoded(folder / "decoded", source, decoded)
 
 
@@ -62,7 +63,7 @@ def test_compressed_tensors_decodes_to_the_same_weights(kind, tmp_path):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    decoded = save_quantised(tmp_path, kind)
+    decoded = save_quantised(tmp_path, kind, moe_intermediate_size=160)
     settings = KINDS[kind][0]
     scheme = QuantizationScheme(**settings["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(settings["format"])

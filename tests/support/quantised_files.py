@@ -9,7 +9,7 @@ from support.models import tiny_model
 from ktlib.conversion.nearest_codes import quantise
 from ktlib.reference.formats import decode, unpack4
 
-SIZES = {"hidden_size": 160, "moe_intermediate_size": 160, "intermediate_size": 96}  # no multiples of a block of 128
+SIZES = {"hidden_size": 160, "moe_intermediate_size": 176, "intermediate_size": 96}  # no multiples of 128, or of 32
 _CT = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "ignore": ["lm_head"]}
 
 
@@ -19,6 +19,7 @@ def _ct(format, **weights):
     return {**_CT, "format": format, "config_groups": groups}
 
 
+STACKED = ("experts.gate_up_proj", "experts.down_proj")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 # kind: (quantization_config, function of name and weight to tensors, arguments of quantise)
@@ -93,6 +94,15 @@ def packed_8_bits(name, codes, scales, zeros):
     return tensors
 
 
+@kind("v4", {**FP8, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}, "e4m3", scale_dtype=torch.float8_e8m0fnu)
+def v4(name, codes, scales, zeros):
+    return {name: codes, f"{name.removesuffix('.weight')}.scale": scales}
+
+
+def v4_experts(name, codes, scales, zeros):
+    return {name: codes.view(torch.int8), f"{name.removesuffix('.weight')}.scale": scales}
+
+
 @kind("mxfp4, packed", _ct("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32), "e2m1")
 def packed_mxfp4(name, codes, scales, zeros):
     return {f"{name}_packed": codes, f"{name}_scale": scales.view(torch.uint8)}
@@ -146,23 +156,33 @@ def pack(values, bits, order=None):
 
 
 def save_quantised(folder, kind, family="qwen3_moe", **changes):
-    """Write a tiny model of the family in one of KINDS; returns ``{name: weight}`` as it decodes, with the hub's names.
-
-    Every matrix of the model is quantised but embeddings, head, router and norms.
-    """
-    settings, write, format, options = KINDS[kind]
+    """Write a tiny model of the family in one of KINDS; returns the decoded weights, see :func:`quantise_files`."""
     tiny_model(family, dtype=torch.bfloat16, **{**SIZES, **changes}).save_pretrained(folder)
+    return quantise_files(folder, kind)
+
+
+def quantise_files(folder, kind):
+    """Quantise a saved bf16 model; returns ``{name: weight}`` as it decodes, with the names that the bf16 model has.
+
+    Every matrix of the model is quantised but embeddings, head, router and norms; of stacked experts, in the layouts
+    whose names allow it. The kind "v4" is DeepSeek-V4's: FP4 experts and all else in FP8.
+    """
     weights = load_file(folder / "model.safetensors")
     tensors, decoded = {}, {}
     for name, weight in weights.items():
-        if weight.dim() != 2 or not name.endswith(".weight") or any(s in name for s in ("embed", "head", "gate.")):
+        stacked = weight.dim() == 3 and name.endswith(STACKED) and "fp8" in kind
+        matrix = weight.dim() == 2 and name.endswith(".weight")
+        if not (stacked or matrix) or any(part in name for part in ("embed", "head", "gate.")):
             tensors[name] = decoded[name] = weight
             continue
+        _, write, format, options = KINDS[kind]
+        if kind == "v4" and ".experts." in name:
+            write, format, options = v4_experts, "e2m1", {}
         made = quantise(weight, format, **options)
         tensors |= write(name, made.codes, made.scales, made.zeros)
-        decoded[name] = decode(format, made.codes, made.scales, made.zeros, columns=weight.shape[1], group=made.group)
+        decoded[name] = decode(format, made.codes, made.scales, made.zeros, columns=weight.shape[-1], group=made.group)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    set_config(folder, quantization_config=settings)
+    set_config(folder, quantization_config=KINDS[kind][0])
     return decoded
 
 
