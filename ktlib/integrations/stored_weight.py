@@ -161,6 +161,12 @@ def is_mapped(model):
     return any(isinstance(parameter, StoredWeight) for parameter in model.parameters())
 
 
+def quantised_format(model):
+    """The format of the codes of ``model``'s experts, such as "int4"; None if they are bf16."""
+    sources = (parameter.source for parameter in model.parameters() if isinstance(parameter, StoredWeight))
+    return next((source.format for source in sources if source.format != "bf16"), None)
+
+
 def refuse_gradients(output, *parameters):
     """``output``; if it is differentiated although one of the parameters is a StoredWeight that wants a gradient, a
     RuntimeError names that parameter."""

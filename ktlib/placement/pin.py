@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from ktlib.integrations.stored_weight import is_mapped, stack_experts
+from ktlib.integrations.stored_weight import is_mapped, quantised_format, stack_experts
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, unserved, warn_once
 from ktlib.names import component
 from ktlib.operator.checks import check_stream_rows
@@ -48,7 +48,7 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     Raises:
         TypeError: stream_rows is not an int.
         ValueError: no submodule of the model is a routed experts module (the model itself may be one); stream_rows is
-            below 1.
+            below 1, or the experts are those of a quantised checkpoint.
         RuntimeError: in a later forward with inputs on another device, if the operator cannot compute these experts.
     """
     check_stream_rows(stream_rows)
@@ -56,6 +56,11 @@ def pin_experts(model, lora_device="cpu", stream_rows=None):
     owners = _owners(model)
     if not owners:
         raise ValueError(f"model: {type(model).__name__} has no submodule with routed experts")
+    if stream_rows is not None and (format := quantised_format(model)) is not None:
+        raise ValueError(
+            f"stream_rows: got {stream_rows} for a model whose experts are {format} codes, which are not sent to a "
+            "GPU; needs None, or bf16 experts (ktlib.stack_experts(model) makes them, a copy in memory)"
+        )
     if stream_rows is not None and is_mapped(model):
         warn_once(
             next(module for module in model.modules() if is_experts(module)),

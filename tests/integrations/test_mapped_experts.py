@@ -10,11 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import family_models
 from support.models import PER_EXPERT, expert_modules, random_adapter, relative_error, tiny_model, tokens
+from support.quantised_files import quantise_files
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ktlib
 from ktlib.conversion.fuse import fuse_checkpoint
-from ktlib.integrations.stored_weight import StoredWeight, is_mapped, values_of
+from ktlib.integrations.stored_weight import StoredWeight, is_mapped
 from ktlib.integrations.transformers_experts import WEIGHT_NAMES
 from ktlib.training.resume import run_identity
 from ktlib.training.sft import train_weights
@@ -243,12 +244,26 @@ READS = {
 }
 
 
+@pytest.fixture(scope="module", params=["bf16", "fp8", "int4, zeros"])
+def checkpoint(request, hub, tmp_path_factory):
+    if request.param == "bf16":
+        return hub
+    folder = tmp_path_factory.mktemp("quantised")
+    shutil.copytree(hub, folder, dirs_exist_ok=True)
+    quantise_files(folder, request.param)
+    return folder
+
+
 @pytest.mark.parametrize("read", READS)
-def test_every_reading_gives_the_values(read, hub):
-    mapped, plain = (m.model.layers[1].mlp.experts.gate_up_proj.detach() for m in (load(hub), stacked(hub)))
+def test_every_reading_gives_the_values(read, checkpoint):
+    mapped, plain = (
+        model.model.layers[1].mlp.experts.gate_up_proj.detach()
+        for model in (load(checkpoint), ktlib.stack_experts(load(checkpoint)))
+    )
+    assert isinstance(mapped, StoredWeight) and not isinstance(plain, StoredWeight)
     got, wanted = READS[read](mapped), READS[read](plain)
     assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-    assert torch.equal(values_of(got), wanted)
+    assert torch.equal(got.decoded() if isinstance(got, StoredWeight) else got, wanted)
 
 
 WRITES = {
@@ -271,10 +286,10 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_every_write_is_refused_by_name_and_changes_nothing(write, hub):
-    weight = load(hub).model.layers[1].mlp.experts.gate_up_proj
+def test_every_write_is_refused_by_name_and_changes_nothing(write, checkpoint):
+    weight = load(checkpoint).model.layers[1].mlp.experts.gate_up_proj
     before = weight.decoded()
-    message = r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: .*mapped from its checkpoint; call ktlib\.stack_experts"
+    message = r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: .*stays as it is in its checkpoint; call ktlib"
     with pytest.raises(RuntimeError, match=message):
         WRITES[write](weight.detach())
     assert torch.equal(weight, before)
@@ -305,7 +320,7 @@ def test_a_gradient_of_a_mapped_weight_is_refused_by_name_and_ordinary_parameter
     model = load(hub)
     loss = model(tokens(), labels=tokens()).loss  # without a backward pass nothing is in the way
     with pytest.raises(
-        RuntimeError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: requires a gradient, but is mapped"
+        RuntimeError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: requires a gradient, but stays as it is"
     ):
         loss.backward()
     model.requires_grad_(False).model.norm.weight.requires_grad_(True)
@@ -469,5 +484,5 @@ def test_offloading_by_accelerate_is_refused_by_name(hub):
 
     model = dispatch_model(load(hub), {"": "cpu"})
     assert is_mapped(model) and torch.equal(model(tokens()).logits, stacked(hub)(tokens()).logits)
-    with pytest.raises(RuntimeError, match=r"mapped from its checkpoint and cannot be offloaded; call ktlib\.stack"):
+    with pytest.raises(RuntimeError, match=r"stays in its checkpoint's file and cannot be offloaded"):
         cpu_offload(load(hub), "cpu")
