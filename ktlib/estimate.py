@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ktlib.files import tensor_files
+from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_classes import meta_model
-from ktlib.integrations.transformers_experts import is_experts
+from ktlib.integrations.stored_formats import Header, check_served, expected_bytes, logical_tensors, settings_of
+from ktlib.integrations.stored_weight import StoredWeight
+from ktlib.integrations.transformers_experts import WEIGHT_NAMES, is_experts, unsupported
 from ktlib.names import component
 from ktlib.operator.gpu.streamed_experts import BLOCK_VALUES, GROUP_BYTES
 from ktlib.operator.gpu.weight_source import CHUNK_BYTES, DEVICE_BUFFERS, PINNED_BUFFERS
@@ -99,8 +103,9 @@ def estimate(
     timing=True,
     stream_rows=None,
     bus=None,
+    folder=None,
 ):
-    """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on bf16 weights, or those weights.
+    """An :class:`Estimate` of one step of ``tokens`` tokens with AdamW: LoRA on frozen weights, or bf16 weights.
 
     Args:
         model: a transformers config, or a model without adapters (on the meta device, if you like), with routed experts
@@ -117,6 +122,11 @@ def estimate(
         stream_rows: of :func:`ktlib.pin_experts`. The formulas assume that tokens are spread evenly over the experts,
             so that all of them are streamed, or none.
         bus: bytes/s from the host's pinned memory to the GPU; default: measured if there is a GPU, else that of PCIe 4.
+        folder: the model's checkpoint. If it is quantised, headers of its files tell the bytes of the experts' codes;
+            default: ``quantization_config`` tells them.
+
+    Experts of a quantised checkpoint that ktlib computes stay codes, scales and zeros unless they are trained. All
+    other weights are decoded to bf16 when they are loaded.
 
     Host memory is the sum of expert weights; 16 bytes for each element of an fp32 adapter on the host (weight,
     gradient, two moments; full: 6 bytes for each trained weight); for each MoE layer and token, in bf16, the experts'
@@ -131,7 +141,8 @@ def estimate(
     arithmetic and, on a GPU, of queueing, which does not depend on the number of tokens.
 
     Raises:
-        ValueError: another ``finetuning``, or a full one with ``stream_rows``.
+        ValueError: another ``finetuning``, or a full one with ``stream_rows``; or ktlib does not keep experts in the
+            format that ``quantization_config`` or a tensor in ``folder`` has.
     """
     if stream_rows and finetuning == "full":
         raise ValueError(
@@ -157,6 +168,9 @@ def estimate(
     logits = rows * (logits_per_row or sequence_length)
 
     routed = weights.pop("routed_experts", 0)
+    expert_bytes = 2 * routed
+    if finetuning == "lora" or "routed_experts" not in targets:
+        expert_bytes -= _saved_by_codes(model, folder)
     other_weights = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     other_lora = sum(lora.values())
@@ -167,7 +181,7 @@ def estimate(
     )
     per_layer = tokens * hidden * (2 if checkpointing else 60)
     one_layer = tokens * hidden * 60 if checkpointing else 0
-    host = {"expert weights": 2 * routed, "experts' saved activations": saved, "program": HOST_OVERHEAD}
+    host = {"expert weights": expert_bytes, "experts' saved activations": saved, "program": HOST_OVERHEAD}
     other = {
         "other weights": 2 * other_weights,
         f"other {trained}": state * other_lora,
@@ -197,7 +211,7 @@ def estimate(
     active = moe_layers * top_k * (3 * hidden * inner + 2 * rank * (3 * hidden + 4 * inner))
     passes = 4 + (2 if checkpointing else 0)
     embedding = config.vocab_size * config.hidden_size
-    on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * 2 * routed / bandwidth)
+    on_cpu = max((4 if rank else 6) * active * tokens / cpu_rate, 2 * expert_bytes / bandwidth)
     bus = bus or (speed.bus_rates()["h2d"] if gpu and torch.cuda.is_available() else PCIE)
     on_gpu = max(6 * active * tokens / gpu_rate, 2 * 2 * routed / stream_rate(bus, bandwidth))
     on_gpu += 2 * moe_layers * QUEUEING
@@ -255,6 +269,49 @@ def staging_bytes(tokens, top_k, hidden):
     hidden states in bf16, of routing weights in fp32, each rounded up to a power of two by torch's allocator."""
     sizes = (2 * tokens * hidden, 2 * tokens * hidden, 4 * tokens * top_k)
     return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
+def _saved_by_codes(model, folder=None):
+    """How many bytes fewer than in bf16 the expert weights of a model take, because they stay codes of a checkpoint."""
+    weights = {
+        f"{name}.{leaf}": (module, parameter)
+        for name, module in model.named_modules()
+        if is_experts(module) and unsupported(module) is None
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if leaf in WEIGHT_NAMES
+    }
+    saved = sum(2 * p.numel() - p.source.nbytes for _, p in weights.values() if isinstance(p, StoredWeight))
+    settings = settings_of(model.config)
+    if settings is None or not all(parameter.is_meta for _, parameter in weights.values()):
+        return saved  # a model that is loaded says itself what its weights are
+    if folder is not None and (matrices := _matrices_in_files(folder, settings)) is not None:
+        located = ExpertLayout(model).located
+        for name, matrix in matrices.items():
+            place = located(name)
+            module, _ = weights.get(getattr(place, "parameter", place), (None, None))
+            # a class that holds (experts, in, out) takes codes only if they are stacked with outputs as rows
+            if module and (len(matrix.shape) == 3 and matrix.rows_are_outputs or not module.is_transposed):
+                saved += 2 * math.prod(matrix.shape) - matrix.nbytes
+        return saved
+    layout = ExpertLayout(model)
+    for weight, (module, parameter) in weights.items():
+        experts, rows, columns = parameter.shape
+        shape = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+        projections = layout.projections(weight) or ("",)
+        name = layout.projection_in_files(ExpertProjection(weight, projections[-1], 0)) if projections[0] else weight
+        size = expected_bytes(shape, settings, name.removesuffix(".weight"), len(projections))
+        saved += 2 * parameter.numel() - size
+    return saved
+
+
+def _matrices_in_files(folder, settings):
+    """The weights that a checkpoint's files hold as codes, by name; None if there are no files."""
+    check_served(settings)
+    try:
+        tensors = tensor_files.read(*tensor_files.weight_files(folder))
+    except FileNotFoundError:
+        return None
+    return logical_tensors({name: Header.of(tensor) for name, tensor in tensors.items()}, settings)
 
 
 def _count(model, rank, targets):

@@ -8,6 +8,7 @@ An adapter may be in stock PEFT's layout, have one module per expert (transforme
 projection (``experts.gate_lora_a (E, r, in)``, as KTransformers writes them).
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,7 +23,10 @@ from ktlib.files.tensor_files import read_json
 from ktlib.integrations.factor_layouts import refuse_other_layouts
 from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.peft_settings import check_settings, matches, rank_and_alpha, read_settings
+from ktlib.integrations.stored_formats import Header, check_served, logical_tensors, settings_in_file
+from ktlib.integrations.stored_weight import StoredWeight, operand
 from ktlib.names import COMPONENTS, LAYER, PREFIX, bare_modules, bare_name, component, layer_of
+from ktlib.operator.weight import Weight
 
 CHUNK = 2**24  # elements examined together; an audit needs memory for a few copies of one chunk
 
@@ -47,12 +51,12 @@ class ComponentAudit:
     def add(self, tensor):
         self.tensors += 1
         self.parameters += tensor.numel()
-        self.dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+        self.dtypes[_format(tensor)] += 1
         if tensor.numel() == 0:
             self.empty += 1
             return
         has_nan = has_inf = has_nonzero = False
-        for values in tensor.detach().flatten().split(CHUNK):
+        for values in _chunks(tensor):
             values = tensor_files.computable(values)
             nan = values.isnan()
             has_nan |= bool(nan.any())
@@ -62,6 +66,24 @@ class ComponentAudit:
         self.nan += has_nan
         self.inf += has_inf
         self.zero += not has_nonzero
+
+
+def _format(tensor):
+    """The dtype of a tensor, or the format of the codes that a weight is stored as."""
+    weight = operand(tensor)
+    if isinstance(weight, Weight) and weight.format != "bf16":
+        return weight.format
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _chunks(tensor):
+    """The values of a tensor, in chunks. Of expert weights that lie in a checkpoint's files, one expert is decoded."""
+    if isinstance(weight := operand(tensor), Weight):
+        experts = (weight.narrow(0, expert, 1).decoded() for expert in range(weight.shape[0]))
+    else:
+        experts = [tensor.detach()]
+    for values in experts:
+        yield from values.flatten().split(CHUNK)
 
 
 @dataclass
@@ -125,9 +147,11 @@ def audit(source, config=None, trained=None):
 
     Args:
         source: the directory of a PEFT adapter (or of any safetensors checkpoint, in one file or several), the path of
-            one safetensors file, or a live model. Files are read one LoRA pair at a time. If a live model has adapters,
-            only adapter tensors are counted (``modules_to_save`` included), and each adapter is judged by its own
-            settings; if it has none, all parameters are counted.
+            one safetensors file, or a live model. Files are read one LoRA pair at a time. Weights that a checkpoint
+            holds as codes and scales count as one tensor, with its decoded values and, as dtype, the format of
+            :class:`ktlib.Weight`; codes that ktlib does not decode count as they are, with a note. If a live model has
+            adapters, only adapter tensors are counted (``modules_to_save`` included), and each adapter is judged by its
+            own settings; if it has none, all parameters are counted.
         config: the base model, or its transformers config. An adapter file's names and shapes are compared with it. For
             a live PEFT model only counts are compared, by default with those of its own architecture (see
             :func:`expected_adapter_counts`).
@@ -139,6 +163,7 @@ def audit(source, config=None, trained=None):
         ValueError: the weights are pickled (``.bin``: unsafe to read); a safetensors file is damaged; a field of
             ``adapter_config.json`` cannot be used; or ``config`` is given, but no settings say what is adapted.
     """
+    problems, notes = [], []
     if isinstance(source, torch.nn.Module):
         source_label, expected, file = type(source).__name__, _model_counts(source, config), None
         adapters = _model_adapters(source)
@@ -150,11 +175,12 @@ def audit(source, config=None, trained=None):
             _check_comparable(settings, path, file)
         expected = None
         in_files = tensor_files.read(*_files(path))
-        adapters = {None: (settings, {name: tensor.load for name, tensor in in_files.items()})}
+        loads, problems, notes = _decoding(in_files, path)
+        adapters = {None: (settings, loads)}
         if trained is None and read_json(_beside(path, "trainer_state.json")).get("global_step"):
             trained = True
 
-    report = Audit(source_label, [], [])
+    report = Audit(source_label, [], problems, notes)
     rows = {label: ComponentAudit(label) for label, _ in COMPONENTS}
     lora_counts, same_ends, pairs_of_adapters = Counter(), {}, []
     for adapter, (settings, tensors) in adapters.items():
@@ -198,6 +224,30 @@ def audit(source, config=None, trained=None):
             report.problems.append(f"{label}: {count} LoRA tensors, the architecture has {expected[label]}")
     report.flagged = +report.flagged
     return report
+
+
+def _decoding(in_files, path):
+    """``({name: function that returns the tensor}, problems, notes)``; weights stored as codes have their own names."""
+    loads = {name: tensor.load for name, tensor in in_files.items()}
+    settings = settings_in_file(_beside(path, "config.json"))
+    if settings is None:
+        return loads, [], []
+    try:
+        check_served(settings)
+    except ValueError as error:
+        return loads, [], [f"tensors are counted as they are stored, not decoded: {error}"]
+    try:
+        matrices = logical_tensors({name: Header.of(tensor) for name, tensor in in_files.items()}, settings)
+    except ValueError as error:
+        # the scales of codes in one file may be in another file
+        return (loads, [f"weights cannot be decoded: {error}"], []) if path.is_dir() else (loads, [], [str(error)])
+    members = {member for matrix in matrices.values() for member in matrix.members}
+    plain = {name: load for name, load in loads.items() if name not in members}
+
+    def decoded(matrix):
+        return StoredWeight(matrix.weight(lambda member: loads[member]()), matrix.name)
+
+    return plain | {name: functools.partial(decoded, matrix) for name, matrix in matrices.items()}, [], []
 
 
 def _check_comparable(settings, path, file):
@@ -403,4 +453,5 @@ def _files(path):
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    return tensor_files.weight_files(path, (tensor_files.ADAPTER_STEMS, tensor_files.MODEL_STEMS))
+    kinds = (tensor_files.ADAPTER_STEMS, tensor_files.MODEL_STEMS, tensor_files.OWN_STEMS)
+    return tensor_files.weight_files(path, kinds)

@@ -28,8 +28,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-# names without suffixes of the files of a model, and of an adapter
-MODEL_STEMS, ADAPTER_STEMS = ("model",), ("adapter_model", "fused_expert_lora")
+# names without suffixes of the files of a model, of the index of a model that only ktlib loads, and of an adapter
+MODEL_STEMS, OWN_STEMS, ADAPTER_STEMS = ("model",), ("ktlib",), ("adapter_model", "fused_expert_lora")
 PICKLED = "pickled weights can run code when read; load it where you trust it and save it as safetensors"
 
 
@@ -96,7 +96,7 @@ def is_finite(tensor):
     return all(bool(computable(chunk).isfinite().all()) for chunk in tensor.flatten().split(2**20))
 
 
-def weight_files(folder, kinds=(MODEL_STEMS,)):
+def weight_files(folder, kinds=(MODEL_STEMS, OWN_STEMS)):
     """The safetensors files that ``from_pretrained`` loads from a saved model or adapter, else all in the folder.
 
     ``kinds`` are groups of names without suffixes; the first group that has files is taken.

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ktlib.integrations.stored_formats import OWN_METHOD, Header, check_served, logical_tensors
+from ktlib.integrations.stored_formats import OWN_METHOD, Header, check_served, logical_tensors, settings_of
 from ktlib.integrations.stored_weight import StoredWeight
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHT_NAMES, is_experts, unsupported
 
@@ -129,7 +129,7 @@ def choose_quantizer(stock):
                     "gguf_file: experts of GGUF files are not computed by ktlib; load the safetensors checkpoint, or "
                     "leave out experts_implementation='ktlib'"
                 )
-            settings = _settings(config)
+            settings = settings_of(config)
             if settings is not None and not getattr(quantization_config, "dequantize", False):
                 if quantization_config is not None:
                     raise ValueError(
@@ -145,14 +145,6 @@ def choose_quantizer(stock):
         return quantizer, config, device_map
 
     return get_hf_quantizer
-
-
-def _settings(config):
-    """The ``quantization_config`` of a checkpoint as a dict; None if it has none."""
-    for found in (getattr(c, "quantization_config", None) for c in (config, config.get_text_config(decoder=True))):
-        if found:
-            return found if isinstance(found, dict) else found.to_dict()
-    return None
 
 
 def _configs(config):

@@ -17,14 +17,17 @@ ktlib                  ``*.codes``, ``*.scales``, ``*.zeros``, all experts stack
 :func:`logical_tensors` looks at names, dtypes and shapes alone, so it serves programs that do not load the tensors.
 """
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from ktlib.files.tensor_files import read_json
 from ktlib.operator.weight import Weight
-from ktlib.reference.formats import pack4
+from ktlib.reference.formats import CODEBOOKS, pack4
 
 OWN_METHOD = "ktlib"
 _BLOCK = (128, 128)  # of FP8 checkpoints whose config does not say it
@@ -50,8 +53,8 @@ class Header(NamedTuple):
 
     @classmethod
     def of(cls, tensor):
-        """Of a tensor, or of a slice of safetensors."""
-        if isinstance(tensor, torch.Tensor):
+        """Of a tensor, of a :class:`ktlib.files.tensor_files.Stored`, or of a slice of safetensors."""
+        if hasattr(tensor, "dtype"):
             return cls(_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         return cls(tensor.get_dtype(), tuple(tensor.get_shape()))
 
@@ -69,7 +72,7 @@ class StoredMatrix(NamedTuple):
         format, group: of :class:`ktlib.Weight`.
         tensors: names in the checkpoint of codes, scales and, if there are any, zeros.
         members: all names in the checkpoint that belong to this weight.
-        nbytes: of codes, scales and zeros.
+        nbytes: of codes, scales and zeros in a Weight. Some files hold zeros in less space.
         prepare: makes the arguments ``codes, scales, zeros`` of Weight from these tensors.
         rows_are_outputs: False where a stack has the layout of the bf16 checkpoint, whose columns may be the outputs.
     """
@@ -114,6 +117,20 @@ def logical_tensors(headers, settings):
     return {matrix.name: matrix for matrix in found if matrix is not None}
 
 
+def settings_of(config):
+    """The ``quantization_config`` of a model's config, or of the text model's, as a dict; None if it has none."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if found := getattr(part, "quantization_config", None):
+            return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def settings_in_file(file):
+    """The same of a ``config.json``, without transformers; None if there is no such file."""
+    config = read_json(file)
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
+
 def check_served(settings):
     """Raise a ValueError that says what to do if experts of a checkpoint with these settings cannot stay as codes."""
     method = settings.get("quant_method")
@@ -132,6 +149,77 @@ def check_served(settings):
         raise ValueError(
             f"quantization_config: version {settings.get('version')!r} of ktlib's format, this ktlib reads version 1"
         )
+
+
+def expected_bytes(shape, settings, name, joined=1):
+    """Bytes of codes, scales and zeros of a stack of expert weights, as far as a config alone tells them.
+
+    Args:
+        shape: (experts, rows, columns), where rows are outputs.
+        settings: ``quantization_config`` of the config.
+        name: of a module that the checkpoint has for one of these matrices, to find it among those not quantised.
+        joined: how many matrices of an expert the rows consist of, which files of most layouts hold apart.
+
+    Raises:
+        ValueError: of settings: what cannot be read.
+    """
+    check_served(settings)
+    experts, rows, columns = shape
+    if _is_excluded(name, settings):
+        return 2 * math.prod(shape)
+    format, group, scale_bytes, has_zeros = _format_in_config(settings, name)
+    if settings["quant_method"] in ("mxfp4", OWN_METHOD):
+        joined = 1
+    width = -(-columns // 2) if format in CODEBOOKS else columns
+    groups = joined * -(-rows // joined // group[0]) * -(-columns // group[1])
+    return experts * (rows * width + groups * (scale_bytes + has_zeros))
+
+
+def _is_excluded(name, settings):
+    """Whether the config excludes a module from quantisation, by its name or by that of a module around it."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    keys = ("ignore", "modules_to_not_convert", "ignored_layers")
+    patterns = [entry.removeprefix("re:") for key in keys for entry in settings.get(key) or ()]
+    return not should_convert_module(name, patterns)
+
+
+def _format_in_config(settings, name):
+    """``(format, group, bytes of a scale, whether there are zeros)`` of an expert's weight."""
+    method, whole = settings["quant_method"], 2**27
+    if method == OWN_METHOD:
+        format = settings["format"]
+        return format, settings["group"], 1 if format == "e2m1" else 2, False
+    if method == "mxfp4" or (method == "fp8" and settings.get("expert_dtype") == "fp4"):
+        return "e2m1", (1, 32), 1, False
+    if method == "mxfp8":
+        return "e4m3", (1, 32), 1, False
+    if method == "fp8":
+        return "e4m3", _groups(settings)[0], 1 if settings.get("scale_fmt") == "ue8m0" else 4, False
+    if method in ("gptq", "awq"):
+        size = settings.get("group_size", settings.get("q_group_size", 128))
+        return "int4", (1, size if size > 0 else whole), 2, _has_zeros(settings)
+    groups = [group for group in settings.get("config_groups", {}).values() if group.get("weights")]
+    groups = [group for group in groups if any(map(functools.partial(_targets, name), group["targets"]))] or groups
+    if not groups:
+        raise ValueError("quantization_config: config_groups say of no weights how they are stored")
+    weights = groups[0]["weights"]
+    bits, is_float, strategy = weights.get("num_bits"), weights.get("type") == "float", weights.get("strategy")
+    format = {4: "e2m1" if is_float else "int4", 8: "e4m3" if is_float else "int8"}.get(bits)
+    if format is None:
+        raise ValueError(f"quantization_config: num_bits is {bits!r}, needs 4 or 8. {_WAY_OUT}")
+    group = {"tensor": (whole, whole), "channel": (1, whole), "block": _groups(settings)[0]}.get(strategy)
+    group = group or (1, weights.get("group_size") or 32)
+    return format, group, 1 if format == "e2m1" else 2, not is_float and not weights.get("symmetric", True)
+
+
+def _has_zeros(settings):
+    """Whether weights of GPTQ or AWQ have zeros other than the middle of the codes."""
+    return not settings.get("sym") if settings["quant_method"] == "gptq" else settings.get("zero_point", True)
+
+
+def _targets(name, target):
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else name == target
 
 
 _WAY_OUT = "Load the bf16 checkpoint, and for less memory write it with `ktlib fuse SOURCE OUT --quantise int4`"
@@ -155,8 +243,13 @@ def _found(name, codes, scales, zeros, headers, *, shape, format, group, prepare
     tensors = tuple(n for n in (codes, scales, zeros) if n in headers)
     ignored = [f"{stem}.{suffix}" for suffix in _IGNORED]
     members = (*tensors, *(n for n in ignored if n in headers))
-    nbytes = sum(headers[n].nbytes for n in tensors)
+    nbytes = _nbytes(headers[codes], headers[scales], len(tensors) > 2)
     return StoredMatrix(name, tuple(shape), format, tuple(group), tensors, members, nbytes, prepare or _as_they_are)
+
+
+def _nbytes(codes, scales, has_zeros):
+    """Bytes in a Weight, whose zeros are int8, as many as scales."""
+    return codes.nbytes + scales.nbytes + (math.prod(scales.shape) if has_zeros else 0)
 
 
 def _as_they_are(codes, scales, zeros=None):
@@ -297,7 +390,7 @@ def _quantised_columns(name, headers, settings):
 
     weight = f"{module}.weight"
     names = (name, needed[0], needed[1], *([index] if index in headers else ()))
-    nbytes = sum(headers[n].nbytes for n in names[:3])
+    nbytes = _nbytes(headers[name], headers[needed[0]], _has_zeros(settings))
     return StoredMatrix(weight, (outputs, inputs), "int4", (1, group), names, names, nbytes, prepare)
 
 

@@ -273,7 +273,10 @@ def check_model(parameters):
         if device() == "cuda":
             raise ValueError(f"model: got {str(model)!r}, need a model for ktlib's operator, or no GPU: {cause}")
         warnings.warn(f"model: {cause}", stacklevel=3)
-    estimated = estimate_run(parameters, empty, timing=False)
+    try:
+        estimated = estimate_run(parameters, empty, timing=False)
+    except ValueError as error:
+        raise ValueError(f"model: got {str(model)!r}, need weights in a format that ktlib reads: {error}") from None
     try:
         estimated.check()
     except MemoryError as error:
@@ -441,6 +444,7 @@ def estimate_run(parameters, model=None, timing=None):
         gpu=device() == "cuda",
         timing=parameters["model"] != "base" if timing is None else timing,
         stream_rows=parameters["stream_rows"],
+        folder=folder_of(parameters["model"]),
     )
 
 

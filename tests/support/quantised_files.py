@@ -208,6 +208,28 @@ def save_mxfp4(folder, **changes):
     return decoded
 
 
+def save_own(folder, format="int4", **changes):
+    """A checkpoint as ``ktlib fuse --quantise`` writes it, in two files; returns ``{name: weight}`` as it decodes."""
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16, **{**SIZES, **changes})
+    model.config.save_pretrained(folder)
+    shards, decoded = [{}, {}], {}
+    for name, weight in model.state_dict().items():
+        if weight.dim() < 3:
+            shards[0][name] = decoded[name] = weight
+            continue
+        made = quantise(weight, format)
+        shards[1] |= {f"{name}.codes": made.codes, f"{name}.scales": made.scales}
+        decoded[name] = decode(format, made.codes, made.scales, columns=weight.shape[-1], group=made.group)
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    (folder / "ktlib.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    settings = {"quant_method": "ktlib", "format": format, "group": list(made.group), "version": 1}
+    set_config(folder, quantization_config=settings)
+    return decoded
+
+
 def save_decoded(folder, source, decoded):
     """The same model as a bf16 checkpoint of the decoded weights."""
     folder.mkdir()
