@@ -103,6 +103,11 @@ def parser():
     command = add("fuse", fuse, "write a checkpoint with fused experts, which loads without a copy")
     command.add_argument("source", type=Path, help="folder of the checkpoint")
     command.add_argument("out", type=Path, help="folder to write, or to complete after an interruption")
+    command.add_argument(
+        "--quantise",
+        choices=("int8", "int4", "nf4", "fp8", "keep"),
+        help="write the routed experts with 8 or 4 bits a weight, or keep those that the checkpoint has",
+    )
     return top
 
 
@@ -225,10 +230,17 @@ def adapter(arguments):
 
 
 def fuse(arguments):
-    """Write a checkpoint with fused experts."""
+    """Write a checkpoint with fused experts, and print the error of quantised ones."""
     import ktlib
+    from ktlib.conversion.quantise_checkpoint import REPORT
+    from ktlib.files.tensor_files import read_json
 
-    print(f"model     {ktlib.fuse_checkpoint(arguments.source, arguments.out)}")
+    out = ktlib.fuse_checkpoint(arguments.source, arguments.out, quantise=arguments.quantise)
+    if arguments.quantise:
+        report = read_json(out / REPORT)
+        print("error     {mean:.3g} on average, {worst:.3g} in {worst_weight} (relative L2)".format(**report))
+        print(f"report    {out / REPORT}")
+    print(f"model     {out}")
     return 0
 
 

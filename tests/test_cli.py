@@ -216,6 +216,13 @@ def test_adapter_and_fuse_convert_files(tmp_path, capsys):
     model = tiny_model("deepseek_v2", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     assert cli.main(["fuse", str(tmp_path / "base"), str(tmp_path / "fused")]) == 0
+    assert cli.main(["fuse", str(tmp_path / "fused"), str(tmp_path / "int4"), "--quantise", "int4"]) == 0
+    report = json.loads((tmp_path / "int4/quantise_report.json").read_text())
+    errors = report["relative_l2"]
+    worst = max(errors, key=errors.get)
+    assert report["mean"] == pytest.approx(sum(errors.values()) / len(errors))
+    line = f"error     {report['mean']:.3g} on average, {errors[worst]:.3g} in {worst} (relative L2)\n"
+    assert line in capsys.readouterr().out and 0.05 < errors[worst] < 0.2
     random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "peft")
     convert = ["adapter", "--base", str(tmp_path / "fused")]
     with warnings.catch_warnings(record=True) as warned:

@@ -26,7 +26,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 # names without suffixes of the files of a model, of the index of a model that only ktlib loads, and of an adapter
 MODEL_STEMS, OWN_STEMS, ADAPTER_STEMS = ("model",), ("ktlib",), ("adapter_model", "fused_expert_lora")
@@ -161,7 +161,7 @@ def write(path, tensors):
     ordered = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
     for name, tensor in ordered:
         span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
@@ -179,19 +179,32 @@ def write(path, tensors):
         recent.cache_clear()
 
 
-def write_sharded(folder, shards, about, note, others=(), progress=True, argument="folder"):
+def write_sharded(
+    folder,
+    shards,
+    about,
+    note,
+    others=(),
+    progress=True,
+    argument="folder",
+    texts=None,
+    index="model.safetensors.index.json",
+):
     """Write a checkpoint of several files, or the missing ones after an interrupted call; returns the folder.
 
     Args:
-        folder: where to write ``model-00001-of-N.safetensors`` ..., and at the end ``model.safetensors.index.json``.
+        folder: where to write ``model-00001-of-N.safetensors`` ..., and at the end the index.
         shards: one ``{name: Stored}`` for each file. Existing files are not written again.
         about: a dict that identifies these weights, stored as JSON in the file ``note``.
         others: paths of files to copy to ``folder``.
         argument: what the caller calls ``folder``, for error messages.
+        texts: ``{name: text}`` of further files to write to ``folder``.
+        index: name of the index; ``from_pretrained`` looks for the default.
 
     Raises:
         ValueError: ``folder`` holds another model or adapter, shards of other weights than ``about`` or divided in
-            another way, or a file with the name but not the contents of one of ``others``; or ``note`` is damaged.
+            another way, or a file with the name but not the contents of one of ``others`` or ``texts``; or ``note`` is
+            damaged.
         OSError: the disk has too little free space; raised before anything is written.
     """
     from tqdm.auto import tqdm
@@ -202,8 +215,9 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
     files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = folder / "model.safetensors.index.json"
+    index = folder / index
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
+    texts = texts or {}
     existing = ownership.named(folder, WEIGHT_FILES)
     strange = [path.name for path in existing if path not in (*files, index)]
     if before != about and (before or existing):
@@ -214,8 +228,9 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
     if strange:
         raise ValueError(f"{argument}: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
     differ = [folder / path.name for path in others if not ownership.same_bytes(path, folder / path.name)]
-    if index.is_file() and index.read_text(encoding="utf-8", errors="replace") != index_text:
-        differ.append(index)
+    for file, text in ((index, index_text), *((folder / name, text) for name, text in texts.items())):
+        if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != text:
+            differ.append(file)
     differ += [file for file in files if os.path.lexists(file) and not file.is_file()]
     ownership.refuse_foreign(differ, argument, folder, replace=False)
     done = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
@@ -232,6 +247,8 @@ def write_sharded(folder, shards, about, note, others=(), progress=True, argumen
     with ownership.temporary_folder(folder) as made:
         for path in others:
             shutil.copyfile(path, made / path.name)
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
         ownership.publish(made, folder, argument)
     write_text(index, index_text, argument)
     return folder
