@@ -286,15 +286,17 @@ def _saved_by_codes(model, folder=None):
     }
     saved = sum(2 * p.numel() - p.source.nbytes for _, p in weights.values() if isinstance(p, StoredWeight))
     settings = settings_of(model.config)
-    if settings is None or not all(parameter.is_meta for _, parameter in weights.values()):
-        return saved  # a model that is loaded says itself what its weights are
+    is_loaded = not all(parameter.is_meta for _, parameter in weights.values())
+    if settings is None or not weights or is_loaded:  # a loaded model tells itself how its weights are stored
+        return saved
     if folder is not None and (matrices := _matrices_in_files(folder, settings)) is not None:
         located = ExpertLayout(model).located
         for name, matrix in matrices.items():
             place = located(name)
             module, _ = weights.get(getattr(place, "parameter", place), (None, None))
             # a class that holds (experts, in, out) takes codes only if they are stacked with outputs as rows
-            if module and (len(matrix.shape) == 3 and matrix.rows_are_outputs or not module.is_transposed):
+            is_stack = len(matrix.shape) == 3 and matrix.rows_are_outputs
+            if module is not None and (is_stack or not module.is_transposed):
                 saved += 2 * math.prod(matrix.shape) - matrix.nbytes
         return saved
     layout = ExpertLayout(model)

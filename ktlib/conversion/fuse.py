@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from ktlib.conversion import quantise_checkpoint
-from ktlib.conversion.quantised_sources import decoded_tensors, settings_of, without_settings
+from ktlib.conversion.quantised_sources import decoded_tensors, without_settings
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
 from ktlib.integrations.model_classes import meta_model, untied_state
+from ktlib.integrations.stored_formats import settings_of
 from ktlib.names import first_of
 
 NOTE = "fused_from.json"

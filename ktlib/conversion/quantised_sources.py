@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from ktlib.conversion.nearest_codes import Quantised
-from ktlib.files import tensor_files
 from ktlib.integrations.stored_formats import Header, StoredMatrix, logical_tensors
 from ktlib.names import first_of
 from ktlib.operator.weight import Weight
@@ -32,12 +31,6 @@ class StoredCodes(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def settings_of(config):
-    """The ``quantization_config`` of a checkpoint, of its text model if only that has one; None without any."""
-    parts = config, config.get_text_config(decoder=True)
-    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
-
-
 def without_settings(config):
     """A config.json's contents without the ``quantization_config`` of the model and of its parts."""
     return {
@@ -53,7 +46,7 @@ def decoded_tensors(tensors, settings, model, layout):
     Raises:
         ValueError: of ``settings`` or a tensor: what cannot be read.
     """
-    headers = {name: Header(tensor_files.DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
+    headers = {name: Header.of(tensor) for name, tensor in tensors.items()}
     matrices = logical_tensors(headers, settings)
     members = {member for matrix in matrices.values() for member in matrix.members}
     result = {name: tensor for name, tensor in tensors.items() if name not in members}

@@ -15,12 +15,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ktlib.files.tensor_files import OWN_STEMS
 from ktlib.integrations.stored_formats import OWN_METHOD, Header, check_served, logical_tensors, settings_of
 from ktlib.integrations.stored_weight import StoredWeight
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, WEIGHT_NAMES, is_experts, unsupported
 
 # Without ktlib this name is not looked for, so that transformers ends with an error and not with random experts.
-INDEX = "ktlib.safetensors.index.json"
+INDEX = f"{OWN_STEMS[0]}.safetensors.index.json"
 
 
 @register_quantization_config(OWN_METHOD)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from ktlib.files.tensor_files import read_json
+from ktlib.files.tensor_files import DTYPE_NAMES, read_json
 from ktlib.operator.weight import Weight
 from ktlib.reference.formats import CODEBOOKS, pack4
 
@@ -35,11 +35,6 @@ _SCALES = ("{0}_scale_inv", "{0}_scale", "{1}.scale", "{1}.qscale_weight")  # of
 # about activations, which are not quantised here
 _IGNORED = ("input_scale", "activation_scale", "input_zero_point", "qscale_act", "input_global_scale", "weight_shape")
 _BYTES = {"F64": 8, "F32": 4, "I32": 4, "I64": 8, "F16": 2, "BF16": 2}  # one byte: all others that occur here
-_DTYPE_NAMES = {
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0"},
-    **{torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"},
-    **{torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"},
-}
 # The place of an int32's bits 4i..4i+3 among eight outputs, as AutoAWQ packs them
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
@@ -55,7 +50,7 @@ class Header(NamedTuple):
     def of(cls, tensor):
         """Of a tensor, of a :class:`ktlib.files.tensor_files.Stored`, or of a slice of safetensors."""
         if hasattr(tensor, "dtype"):
-            return cls(_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            return cls(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         return cls(tensor.get_dtype(), tuple(tensor.get_shape()))
 
     @property
