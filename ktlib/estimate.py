@@ -125,8 +125,8 @@ def estimate(
         folder: the model's checkpoint. If it is quantised, headers of its files tell the bytes of the experts' codes;
             default: ``quantization_config`` tells them.
 
-    Experts of a quantised checkpoint that ktlib computes stay codes, scales and zeros unless they are trained. All
-    other weights are decoded to bf16 when they are loaded.
+    Experts of a quantised checkpoint that ktlib computes stay codes, scales and zeros with LoRA. Full fine-tuning, of
+    whichever targets, decodes them to bf16. All other weights are decoded when they are loaded.
 
     Host memory is the sum of expert weights; 16 bytes for each element of an fp32 adapter on the host (weight,
     gradient, two moments; full: 6 bytes for each trained weight); for each MoE layer and token, in bf16, the experts'
@@ -141,8 +141,8 @@ def estimate(
     arithmetic and, on a GPU, of queueing, which does not depend on the number of tokens.
 
     Raises:
-        ValueError: another ``finetuning``, or a full one with ``stream_rows``; or ktlib does not keep experts in the
-            format that ``quantization_config`` or a tensor in ``folder`` has.
+        ValueError: another ``finetuning``; ``stream_rows`` with a full one, or with a GPU and a quantised checkpoint;
+            or ktlib does not keep experts in the format that ``quantization_config`` or a tensor in ``folder`` has.
     """
     if stream_rows and finetuning == "full":
         raise ValueError(
@@ -168,9 +168,13 @@ def estimate(
     logits = rows * (logits_per_row or sequence_length)
 
     routed = weights.pop("routed_experts", 0)
-    expert_bytes = 2 * routed
-    if finetuning == "lora" or "routed_experts" not in targets:
-        expert_bytes -= _saved_by_codes(model, folder)
+    try:
+        by_codes = _saved_by_codes(model, folder)
+    except ValueError as error:
+        raise ValueError(f"model: got experts in a format that ktlib does not keep: {error}") from None
+    if gpu and stream_rows and by_codes:
+        raise ValueError(f"stream_rows: got {stream_rows} with experts that are codes, needs None or bf16 experts")
+    expert_bytes = 2 * routed - (by_codes if finetuning == "lora" else 0)
     other_weights = sum(weights.values())
     routed_lora = lora.pop("routed_experts", 0)
     other_lora = sum(lora.values())

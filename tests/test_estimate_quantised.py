@@ -86,14 +86,29 @@ def test_bits_of_a_weight_of_published_models(config, settings, bits):
     assert expert_bytes(config) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_trained_experts_and_experts_that_transformers_computes_are_bf16(tmp_path):
+def test_full_finetuning_and_experts_that_transformers_computes_are_bf16(tmp_path):
     config = AutoConfig.from_pretrained(save(tmp_path, "int4"))
     decoded = expert_bytes(tiny_config("qwen3_moe", **SIZES))
-    full = {"finetuning": "full", "folder": tmp_path}
-    assert expert_bytes(config, **full) == decoded
-    assert expert_bytes(config, **full, targets=("self_attn",)) == expert_bytes(config) < decoded / 3
+    for targets in ("routed_experts",), ("self_attn",):
+        assert expert_bytes(config, finetuning="full", targets=targets) == decoded
+    assert expert_bytes(config, targets=("routed_experts",)) == expert_bytes(config) < decoded / 3
     config.hidden_act = "relu"
     assert expert_bytes(config) == expert_bytes(config, folder=tmp_path) == decoded
+
+
+def test_stacks_whose_columns_are_outputs_are_decoded(tmp_path):
+    save_quantised(tmp_path, "fp8", "gpt_oss", intermediate_size=160)
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", experts_implementation="ktlib")
+    experts = sum(p.nbytes for module in expert_modules(model).values() for p in module.parameters())
+    assert expert_bytes(config, folder=tmp_path) == expert_bytes(model) == experts
+
+
+def test_codes_are_not_streamed_to_a_gpu(tmp_path):
+    config = AutoConfig.from_pretrained(save(tmp_path, "fp8"))
+    with pytest.raises(ValueError, match="stream_rows: got 8 with experts that are codes, needs None"):
+        estimate(config, stream_rows=8, timing=False)
+    assert expert_bytes(config, stream_rows=8) == expert_bytes(config)
 
 
 @pytest.mark.parametrize("key", ["ignore", "modules_to_not_convert"])
@@ -134,6 +149,6 @@ def test_a_run_counts_codes_and_is_refused_where_they_cannot_be_read(tmp_path, m
     estimated = sft.estimate_run(parameters, timing=False).host["expert weights"]
     assert estimated == expert_bytes(config) < expert_bytes(tiny_config("qwen3_moe", **SIZES)) / 3
     set_config(tmp_path / "model", quantization_config={"quant_method": "of_tomorrow"})
-    with pytest.raises(ValueError, match="model: got '.*model', need weights in a format.*of_tomorrow"):
+    with pytest.raises(ValueError, match="model: got experts in a format .*of_tomorrow"):
         sft.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from ktlib.integrations.stored_weight import StoredWeight, operand
 from ktlib.names import COMPONENTS, LAYER, PREFIX, bare_modules, bare_name, component, layer_of
 from ktlib.operator.weight import Weight
 
-CHUNK = 2**24  # elements examined together; an audit needs memory for a few copies of one chunk
+CHUNK = 2**24  # elements examined together; an audit needs memory for a few copies of one chunk and one decoded expert
 
 
 @dataclass
@@ -48,13 +48,13 @@ class ComponentAudit:
     max_abs: float = 0.0
     dtypes: Counter = field(default_factory=Counter)
 
-    def add(self, tensor):
-        self.tensors += 1
-        self.parameters += tensor.numel()
-        self.dtypes[_format(tensor)] += 1
+    @classmethod
+    def of(cls, component, tensor):
+        """The row of one tensor."""
+        row = cls(component, 1, tensor.numel(), dtypes=Counter([_format(tensor)]))
         if tensor.numel() == 0:
-            self.empty += 1
-            return
+            row.empty = 1
+            return row
         has_nan = has_inf = has_nonzero = False
         for values in _chunks(tensor):
             values = tensor_files.computable(values)
@@ -62,10 +62,16 @@ class ComponentAudit:
             has_nan |= bool(nan.any())
             has_inf |= bool(values.isinf().any())
             has_nonzero |= bool(values.any())
-            self.max_abs = max(self.max_abs, values.masked_fill(nan, 0).abs().max().item())
-        self.nan += has_nan
-        self.inf += has_inf
-        self.zero += not has_nonzero
+            row.max_abs = max(row.max_abs, values.masked_fill(nan, 0).abs().max().item())
+        row.nan, row.inf, row.zero = int(has_nan), int(has_inf), int(not has_nonzero)
+        return row
+
+    def add(self, other):
+        """Count the tensors of another row, too."""
+        for name in ("tensors", "parameters", "nan", "inf", "zero", "empty"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.dtypes += other.dtypes
 
 
 def _format(tensor):
@@ -189,10 +195,10 @@ def audit(source, config=None, trained=None):
         for name, load in tensors.items():
             label, layer, tensor = component(name), layer_of(name), load()
             cell = report.layers.setdefault((layer, label), ComponentAudit(label))
-            bad_before = cell.nan + cell.inf + cell.empty
-            rows[label].add(tensor)
-            cell.add(tensor)
-            report.flagged[layer, label] += cell.nan + cell.inf + cell.empty - bad_before
+            examined = ComponentAudit.of(label, tensor)
+            rows[label].add(examined)
+            cell.add(examined)
+            report.flagged[layer, label] += examined.nan + examined.inf + examined.empty
             lora_counts[label] += lora_pairs.letter(name) is not None
             named = _Name.split(name)
             same_ends.setdefault((named.layer, named.end), []).append(named)

@@ -273,10 +273,7 @@ def check_model(parameters):
         if device() == "cuda":
             raise ValueError(f"model: got {str(model)!r}, need a model for ktlib's operator, or no GPU: {cause}")
         warnings.warn(f"model: {cause}", stacklevel=3)
-    try:
-        estimated = estimate_run(parameters, empty, timing=False)
-    except ValueError as error:
-        raise ValueError(f"model: got {str(model)!r}, need weights in a format that ktlib reads: {error}") from None
+    estimated = estimate_run(parameters, empty, timing=False)
     try:
         estimated.check()
     except MemoryError as error:

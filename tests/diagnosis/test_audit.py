@@ -68,6 +68,7 @@ def test_bf16_and_eight_bit_tensors(tmp_path):
         "layers.1.mlp.gate.counts": torch.tensor([7, 12], dtype=torch.uint16),
         "layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
         "layers.0.mlp.up_proj.lora_B.weight": torch.ones(2, 2, dtype=torch.uint32),
+        "layers.0.mlp.shared_experts.scale": torch.tensor([130, 255], dtype=torch.uint8).view(torch.float8_e8m0fnu),
         "lm_head.mask": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "x.safetensors")
@@ -75,6 +76,7 @@ def test_bf16_and_eight_bit_tensors(tmp_path):
     assert result["routed_experts"].dtypes == {"bfloat16": 1} and result["routed_experts"].max_abs == 3
     assert result["router"].nan == 1 and result["router"].max_abs == 12 and result["other"].max_abs == 1
     assert result["router"].dtypes["uint16"] == 1 and result["dense_mlp"].max_abs == 1
+    assert result["shared_experts"].nan == 1 and result["shared_experts"].max_abs == 8
 
 
 def test_missing_and_surplus_tensors_are_problems(adapter, lite):
