@@ -300,7 +300,7 @@ class OldKernel:
             output = output + read_bf16(self.heap.base, output.shape)
         return output
 
-    def reads_elsewhere(self, model):
+    def has_stale_addresses(self, model):
         """Whether the kernel reads other addresses than those of the parameters."""
         factors = {name: _factors(wrapper) for name, wrapper in _wrappers_of(model, self.module)}
         current = {name: [(t.data_ptr(), tuple(t.shape)) for t in pair] for name, pair in factors.items()}
@@ -390,7 +390,7 @@ def _run(suspect, model, input_ids):
         "layer 1": ".layers.1." in f".{first_module}" and first_module.endswith("mlp.experts"),
         "routed": first is not None and not any("layers.1.mlp.shared" in name for name in trace.contaminated),
         "clean": all(bool(matrix.isfinite().all()) for w in _wrappers(model) for matrix in _factors(w)),
-        "pointer": any(kernel.reads_elsewhere(model) for kernel in kernels),
+        "pointer": any(kernel.has_stale_addresses(model) for kernel in kernels),
     }
 
 
