@@ -18,6 +18,7 @@ from ktlib.integrations.model_classes import untied_state
 
 POOL = 2**24 + 43  # elements of the pool; no multiple of a row's length, so that windows do not line up with rows
 CHUNK = 2**22  # elements of a window
+FP8_BLOCK, FP8_SPREAD = (128, 128), 100.0  # of e4m3 codes, which reach to 448: standard deviation
 
 
 def deepseek_v2_lite(**changes):
@@ -117,12 +118,13 @@ def random_model(config, seed=0, dtype=torch.bfloat16, experts_implementation="k
     return model.eval()
 
 
-def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True):
+def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True, fp8_experts=False):
     """Write the weights of :func:`random_model` as a sharded safetensors checkpoint; returns the folder.
 
     Experts are fused as in transformers' modules. So ``from_pretrained`` maps the files into memory without a copy,
     while it would have to stack a checkpoint with one tensor per expert. At most one tensor is in memory. After an
-    interruption, a second call writes the missing shards; each shard appears complete or not at all.
+    interruption, a second call writes the missing shards; each shard appears complete or not at all. ``fp8_experts``:
+    the experts are e4m3 codes of normal numbers with a scale for each block of 128 x 128, half the size.
 
     Raises:
         ValueError: ``folder`` holds shards of another config or seed, or another model or config.
@@ -136,6 +138,13 @@ def write_checkpoint(config, folder, seed=0, dtype=torch.bfloat16, progress=True
     weights = {name: _stored(name, tensor, pool, seed) for name, tensor in untied_state(model).items()}
     about = {"seed": seed, "config": json.loads(config.to_json_string())}
     model.config.architectures = [type(model).__name__]
+    if fp8_experts:
+        stacks = [name for name, tensor in weights.items() if ".experts." in name and len(tensor.shape) == 3]
+        weights |= {
+            name: value for stack in stacks for name, value in _fp8(stack, weights[stack], config, pool, seed).items()
+        }
+        about["fp8_experts"] = True
+        model.config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [*FP8_BLOCK]}
     Path(folder).mkdir(parents=True, exist_ok=True)
     with ownership.temporary_folder(folder) as saved:
         model.config.save_pretrained(saved)
@@ -164,6 +173,30 @@ def _stored(name, tensor, pool, seed):
         return weight
 
     return tensor_files.Stored(tuple(tensor.shape), tensor.dtype, make)
+
+
+def _fp8(name, stack, config, pool, seed):
+    """The Stored codes and scales of a stack of matrices, of the same spread as bf16 weights."""
+    *experts, rows, columns = stack.shape
+    blocks = (*experts, -(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1]))
+
+    def codes():
+        weight = torch.empty(stack.shape, dtype=torch.float8_e4m3fn)
+        fill(weight, name, _fp8_pool(pool(), config.initializer_range), seed)
+        return weight
+
+    def scales():
+        return torch.full(blocks, config.initializer_range / FP8_SPREAD)
+
+    return {
+        name: tensor_files.Stored(stack.shape, torch.float8_e4m3fn, codes),
+        f"{name}_scale_inv": tensor_files.Stored(blocks, torch.float32, scales),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _fp8_pool(pool, spread):
+    return (pool.float() * (FP8_SPREAD / spread)).to(torch.float8_e4m3fn)
 
 
 def _pool(config, seed):
