@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import relative_error, tiny_model, tokens
+from support.quantised_files import save_quantised
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ktlib.integrations.peft_lora import ParamWrapper, lora_config
@@ -161,3 +162,16 @@ def test_quantised_checkpoints_train_in_bf16_without_a_gpu(family, quantise, siz
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.6 * losses[0]
+
+
+# ---- quantised checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "right"), [(128, True), (160, False)])
+def test_transformers_divides_fp8_matrices_evenly_among_their_scales(rows, right, tmp_path):
+    sizes = {"hidden_size": 128, "moe_intermediate_size": rows, "intermediate_size": 128}
+    decoded = save_quantised(tmp_path, "fp8", **sizes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", experts_implementation="eager")
+    weight = model.model.layers[1].mlp.experts.down_proj[3]  # its columns are the rows of gate and up
+    wanted = decoded["model.layers.1.mlp.experts.3.down_proj.weight"]
+    assert torch.equal(weight, wanted) is right and (right or relative_error(weight, wanted) > 0.005)

@@ -7,9 +7,12 @@ import yaml
 from peft import PeftModel
 from support.models import tiny_checkpoint
 from support.pages import README
+from support.quantised_files import quantise_files
 
 from ktlib import audit
+from ktlib.conversion.fuse import fuse_checkpoint
 from ktlib.diagnosis import readback
+from ktlib.integrations.stored_weight import quantised_format
 from ktlib.names import component
 from ktlib.training import sft
 from ktlib.training.tasks import dates
@@ -59,3 +62,28 @@ def test_the_example_of_the_readme_runs_on_every_family(family, tmp_path, monkey
     stock, _ = sft.load_model(parameters["model"], experts_implementation="eager")
     report = readback.read_back(PeftModel.from_pretrained(stock, result["saved"]), observed)
     assert not report.wrong and len(report.layers) == len(observed.calls) > 4
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4 of ktlib fuse"])
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_a_quantised_base_trains_by_the_same_parameters(kind, finetuning, tmp_path):
+    """LoRA leaves its codes as they are; full fine-tuning decodes them, and saves a bf16 model."""
+    parameters = mine(tmp_path, "qwen3_moe") | {"steps": 2, "batch_size": 4, "output_dir": str(tmp_path / "out")}
+    if kind == "fp8":
+        quantise_files(tmp_path / "model", kind)
+    else:
+        made = fuse_checkpoint(tmp_path / "model", tmp_path / "int4", quantise="int4", progress=False)
+        parameters["model"] = str(made)
+    parameters |= {"finetuning": finetuning, "targets": "all" if finetuning == "lora" else "experts"}
+    result = sft.run(progress=False, **parameters)
+    assert len(result["log"]) == 2 and result["after"] is not None
+    if finetuning == "lora":
+        base, _ = sft.load_model(parameters["model"])
+        assert quantised_format(base) in ("e4m3", "int4")
+        assert audit(result["saved"], config=base.config).clean
+        stock, _ = sft.load_model(parameters["model"], experts_implementation="eager")
+        assert PeftModel.from_pretrained(stock, result["saved"]).peft_config
+    else:
+        assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+        trained, _ = sft.load_model(str(tmp_path / "out"))
+        assert quantised_format(trained) is None
