@@ -54,20 +54,20 @@ inline __m128i load16(const uint8_t* bytes, int64_t left) {
   return _mm_maskz_loadu_epi8(first16(int(left)), bytes);
 }
 
-// What is the same for a run of codes that share a scale and a zero. weights: those of the columns [i, i + 32) of a row, or
-// of the first `left` of them unless all 32 are there (whole). kEven: i must be even.
+// What is the same for a run of codes that share a scale and a zero. weights: those of 32 codes, or of the first `left` of
+// them unless all 32 are there (whole). kBytes: of 32 codes.
 template <bool ordinary>
 struct E4m3Run {
-  static constexpr bool kEven = false;
+  static constexpr int kBytes = 32;
   const __m512 scale;
   // As fp16, whose exponent has one bit more, a code is 2^8 too small.
   E4m3Run(const Codes&, float scale, float) : scale(_mm512_set1_ps(ordinary ? scale * 0x1p8f : scale)) {}
 
   template <bool whole>
-  __m512i weights(const uint8_t* codes, int64_t i, int64_t left) const {
+  __m512i weights(const uint8_t* codes, int64_t left) const {
     const __m512i words = _mm512_cvtepi8_epi16(
-        whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i))
-              : _mm256_maskz_loadu_epi8(first32(int(left)), codes + i));
+        whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
+              : _mm256_maskz_loadu_epi8(first32(int(left)), codes));
     const __m512i half = _mm512_and_si512(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(int16_t(0xbf80)));
     const auto product = [&](__m256i halves) {
       const __m512 value = _mm512_cvtph_ps(halves);
@@ -82,59 +82,61 @@ struct E4m3Run {
 
 template <bool ordinary, bool zeros>
 struct Int8Run {
-  static constexpr bool kEven = false;
+  static constexpr int kBytes = 32;
   const __m512 scale, zero;
   Int8Run(const Codes&, float scale, float zero) : scale(_mm512_set1_ps(scale)), zero(_mm512_set1_ps(zero)) {}
 
   template <bool whole>
-  __m512i weights(const uint8_t* codes, int64_t i, int64_t left) const {
+  __m512i weights(const uint8_t* codes, int64_t left) const {
     const auto product = [&](int64_t j) {
-      const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16<whole>(codes + i + j, left - j)));
+      const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16<whole>(codes + j, left - j)));
       return _mm512_mul_ps(scale, zeros ? _mm512_sub_ps(value, zero) : value);
     };
     return round32<ordinary>(product(0), product(16));
   }
 };
 
-template <bool ordinary>
+template <bool ordinary, bool zeros>
 struct FourBitRun {
-  static constexpr bool kEven = true;
+  static constexpr int kBytes = 16;
   __m512i table;  // the sixteen weights that a code may stand for, twice: then the fifth bit of an index does not matter
   FourBitRun(const Codes& row, float scale, float zero) {
-    const __m512 values = _mm512_sub_ps(_mm512_loadu_ps(codebook(row.format)), _mm512_set1_ps(zero));
-    const __m512 products = _mm512_mul_ps(_mm512_set1_ps(scale), values);
+    const __m512 values = _mm512_loadu_ps(codebook(row.format));
+    const __m512 products =
+        _mm512_mul_ps(_mm512_set1_ps(scale), zeros ? _mm512_sub_ps(values, _mm512_set1_ps(zero)) : values);
     table = round32<ordinary>(products, products);
   }
 
   // Each half of a dword begins with one of the two codes of a byte.
   template <bool whole>
-  __m512i weights(const uint8_t* codes, int64_t i, int64_t left) const {
-    const __m512i byte = _mm512_cvtepu8_epi32(load16<whole>(codes + i / 2, (left + 1) / 2));
+  __m512i weights(const uint8_t* codes, int64_t left) const {
+    const __m512i byte = _mm512_cvtepu8_epi32(load16<whole>(codes, (left + 1) / 2));
     return _mm512_permutexvar_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 12)), table);
   }
 };
 
 template <class Run>
-inline void decode_run(bf16* dst, const Run& run, const uint8_t* codes, int64_t first, int64_t end) {
-  int64_t i = first;
-  for (; i + 64 <= end; i += 64, dst += 64) {
-    const __m512i low = run.template weights<true>(codes, i, 32), high = run.template weights<true>(codes, i + 32, 32);
+inline void decode_run(bf16* dst, const Run& run, const uint8_t* codes, int64_t count) {
+  for (; count >= 64; count -= 64, dst += 64, codes += 2 * Run::kBytes) {
+    const __m512i low = run.template weights<true>(codes, 32), high = run.template weights<true>(codes + Run::kBytes, 32);
     _mm512_storeu_si512(dst, low);
     _mm512_storeu_si512(dst + 32, high);
   }
-  for (; i < end; i += 32, dst += 32)
-    _mm512_mask_storeu_epi16(dst, first32(int(end - i)), run.template weights<false>(codes, i, end - i));
+  for (; count > 0; count -= 32, dst += 32, codes += Run::kBytes)
+    _mm512_mask_storeu_epi16(dst, first32(int(count)), run.template weights<false>(codes, count));
 }
 
 // Columns [first, end) of a row, whose scales are given from that of `group` on, which has the first column.
 template <class Run>
 inline void decode_groups(bf16* dst, const Codes& row, const float* scales, int64_t group, int64_t first, int64_t end) {
-  for (int64_t i = first, stop; i < end; dst += stop - i, i = stop, group++, scales++) {
-    stop = (group + 1) * row.group < end ? (group + 1) * row.group : end;
-    const float zero = row.zeros ? float(row.zeros[group]) : 0.0f;
-    const int odd = Run::kEven && i % 2;
-    if (odd) ScalarRuns::four_bits(dst, row.codes, i, 1, codebook(row.format), *scales, zero);
-    decode_run(dst + odd, Run(row, *scales, zero), row.codes, i + odd, stop);
+  const int8_t* zeros = row.zeros ? row.zeros + group : nullptr;
+  for (int64_t i = first, stop = (group + 1) * row.group; i < end; i = stop, stop += row.group, scales++) {
+    if (stop > end) stop = end;
+    const float zero = zeros ? float(*zeros++) : 0.0f;
+    if (Run::kBytes == 16 && i % 2)  // the second code of a byte
+      ScalarRuns::four_bits(dst++, row.codes, i++, 1, codebook(row.format), *scales, zero);
+    decode_run(dst, Run(row, *scales, zero), row.codes + i * Run::kBytes / 32, stop - i);
+    dst += stop - i;
   }
 }
 
@@ -170,7 +172,8 @@ inline void decode_row(bf16* dst, const Codes& row, const float* scales, int64_t
     group += 2 * pairs;
     scales += 2 * pairs;
   }
-  decode_groups<FourBitRun<ordinary>>(dst, row, scales, group, first, end);
+  row.zeros ? decode_groups<FourBitRun<ordinary, true>>(dst, row, scales, group, first, end)
+            : decode_groups<FourBitRun<ordinary, false>>(dst, row, scales, group, first, end);
 }
 
 // As many groups of columns at a time as there is room for their scales.
@@ -209,7 +212,7 @@ KTLIB_VBMI inline void decode_by_table(bf16* dst, int64_t ldd, Codes row, int ro
   const __m512i low_bytes = _mm512_load_si512(even), high_bytes = _mm512_or_si512(low_bytes, _mm512_set1_epi8(1));
   __m512i low[2], high[2];
   for (int i = 0; i < 2; i++) {
-    const __m512i a = run.weights<true>(magnitudes, 64 * i, 32), b = run.weights<true>(magnitudes, 64 * i + 32, 32);
+    const __m512i a = run.weights<true>(magnitudes + 64 * i, 32), b = run.weights<true>(magnitudes + 64 * i + 32, 32);
     low[i] = _mm512_permutex2var_epi8(a, low_bytes, b);
     high[i] = _mm512_permutex2var_epi8(a, high_bytes, b);
   }
