@@ -56,27 +56,53 @@ inline __m128i load16(const uint8_t* bytes, int64_t left) {
 
 // What is the same for a run of codes that share a scale and a zero. weights: those of 32 codes, or of the first `left` of
 // them unless all 32 are there (whole). kBytes: of 32 codes.
-template <bool ordinary>
 struct E4m3Run {
   static constexpr int kBytes = 32;
   const __m512 scale;
+  E4m3Run(const Codes&, float scale, float) : scale(_mm512_set1_ps(scale)) {}
+
+  template <bool whole>
+  static __m512i words(const uint8_t* codes, int64_t left) {
+    return _mm512_cvtepu8_epi16(whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
+                                      : _mm256_maskz_loadu_epi8(first32(int(left)), codes));
+  }
+
   // As fp16, whose exponent has one bit more, a code is 2^8 too small.
-  E4m3Run(const Codes&, float scale, float) : scale(_mm512_set1_ps(ordinary ? scale * 0x1p8f : scale)) {}
+  template <bool whole>
+  __m512i weights(const uint8_t* codes, int64_t left) const {
+    const __m512i code = words<whole>(codes, left), magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    const __m512i half = _mm512_or_si512(_mm512_slli_epi16(magnitude, 7),
+                                         _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
+    const auto product = [&](__m256i halves) {
+      return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(0x1p8f)), scale);
+    };
+    const __m512i rounded =
+        round32<false>(product(_mm512_castsi512_si256(half)), product(_mm512_extracti64x4_epi64(half, 1)));
+    return _mm512_mask_mov_epi16(rounded, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                                 _mm512_set1_epi16(0x7fc0));
+  }
+};
+
+// With an ordinary scale a weight is that of a code with the smallest exponent, its exponent raised by the difference:
+// rounding does not depend on the exponent.
+struct OrdinaryE4m3Run {
+  static constexpr int kBytes = 32;
+  __m512i table;  // of kE4m3Values, twice: then the fifth bit of an index does not matter
+  OrdinaryE4m3Run(const Codes&, float scale, float) {
+    const __m512 products = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(kE4m3Values));
+    table = round32<true>(products, products);
+  }
 
   template <bool whole>
   __m512i weights(const uint8_t* codes, int64_t left) const {
-    const __m512i words = _mm512_cvtepi8_epi16(
-        whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
-              : _mm256_maskz_loadu_epi8(first32(int(left)), codes));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(words, 7), _mm512_set1_epi16(int16_t(0xbf80)));
-    const auto product = [&](__m256i halves) {
-      const __m512 value = _mm512_cvtph_ps(halves);
-      return _mm512_mul_ps(ordinary ? value : _mm512_mul_ps(value, _mm512_set1_ps(0x1p8f)), scale);
-    };
-    const __m512i rounded = round32<ordinary>(product(_mm512_castsi512_si256(half)),
-                                              product(_mm512_extracti64x4_epi64(half, 1)));
-    const __mmask32 nan = _mm512_testn_epi16_mask(_mm512_xor_si512(words, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
-    return _mm512_mask_mov_epi16(rounded, nan, _mm512_set1_epi16(0x7fc0));
+    const __m512i code = E4m3Run::words<whole>(codes, left), magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    const __m512i fraction = _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(7), _mm512_set1_epi16(8), 0xea);  // (a & b) | c
+    const __m512i index = _mm512_min_epu16(magnitude, fraction);
+    const __m512i weight = _mm512_ternarylogic_epi32(_mm512_permutexvar_epi16(index, table), _mm512_slli_epi16(code, 8),
+                                                     _mm512_set1_epi16(-0x8000), 0x78);  // a ^ (b & c)
+    const __mmask32 number = _mm512_cmpneq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+    return _mm512_mask_add_epi16(_mm512_set1_epi16(0x7fc0), number, weight,
+                                 _mm512_slli_epi16(_mm512_sub_epi16(magnitude, index), 4));
   }
 };
 
@@ -160,7 +186,9 @@ inline void decode_pairs_of_32(bf16* dst, const uint8_t* codes, const float* sca
 
 template <bool ordinary>
 inline void decode_row(bf16* dst, const Codes& row, const float* scales, int64_t group, int64_t first, int64_t end) {
-  if (row.format == Format::e4m3) return decode_groups<E4m3Run<ordinary>>(dst, row, scales, group, first, end);
+  if (row.format == Format::e4m3)
+    return ordinary ? decode_groups<OrdinaryE4m3Run>(dst, row, scales, group, first, end)
+                    : decode_groups<E4m3Run>(dst, row, scales, group, first, end);
   if (row.format == Format::int8)
     return row.zeros ? decode_groups<Int8Run<ordinary, true>>(dst, row, scales, group, first, end)
                      : decode_groups<Int8Run<ordinary, false>>(dst, row, scales, group, first, end);
@@ -208,7 +236,7 @@ KTLIB_VBMI inline void decode_by_table(bf16* dst, int64_t ldd, Codes row, int ro
   alignas(64) uint8_t magnitudes[128], even[64];
   for (int i = 0; i < 128; i++) magnitudes[i] = uint8_t(i);
   for (int i = 0; i < 64; i++) even[i] = uint8_t(2 * i);
-  const E4m3Run<true> run(row, scale, 0.0f);
+  const OrdinaryE4m3Run run(row, scale, 0.0f);
   const __m512i low_bytes = _mm512_load_si512(even), high_bytes = _mm512_or_si512(low_bytes, _mm512_set1_epi8(1));
   __m512i low[2], high[2];
   for (int i = 0; i < 2; i++) {

@@ -10,6 +10,10 @@ inline float e4m3_to_float(uint8_t code) {
   return bits_to_float(float_to_bits(value) | sign);
 }
 
+// The first sixteen values of e4m3: the subnormal ones, and those with the smallest exponent.
+static constexpr float kE4m3Values[16] = {0x0p-9f, 0x1p-9f, 0x2p-9f,  0x3p-9f,  0x4p-9f,  0x5p-9f,  0x6p-9f,  0x7p-9f,
+                                          0x8p-9f, 0x9p-9f, 0xap-9f, 0xbp-9f, 0xcp-9f, 0xdp-9f, 0xep-9f, 0xfp-9f};
+
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = uint32_t(half & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return bits_to_float(sign | 0x70000000u | magnitude);  // infinity or NaN
