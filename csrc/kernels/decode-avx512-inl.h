@@ -7,6 +7,17 @@ inline __m512i round32(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
   if constexpr (ordinary) return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 #endif
+  if constexpr (ordinary) {  // no NaN
+    const auto rounded = [](__m512 x) {
+      const __m512i bits = _mm512_castps_si512(x);
+      const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
+    };
+    const __m512i odd_words = _mm512_setr_epi32(0x030001, 0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019,
+                                                0x1f001d, 0x230021, 0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035,
+                                                0x3b0039, 0x3f003d);
+    return _mm512_permutex2var_epi16(rounded(low), odd_words, rounded(high));
+  }
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(round_dwords_by_integers(low))),
                             _mm512_cvtepi32_epi16(round_dwords_by_integers(high)), 1);
 }
@@ -258,7 +269,8 @@ KTLIB_VBMI inline void decode_by_table(bf16* dst, int64_t ldd, Codes row, int ro
       // The sum's first bit is the sign of the code, but of the two codes that are NaN it is zero.
       const __m512i sum = _mm512_adds_epi8(code, one);
       const __m512i l = _mm512_permutex2var_epi8(low[0], code, low[1]);
-      const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], code, high[1]), sum, sign, 0x78);  // a ^ (b & c)
+      const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], code, high[1]), sum, sign,
+                                                  0x78);  // a ^ (b & c)
       const __m512i w0 = _mm512_unpacklo_epi8(l, h), w1 = _mm512_unpackhi_epi8(l, h);
       if (left >= 64) {
         _mm512_storeu_si512(dst + i, w0);
@@ -274,24 +286,24 @@ KTLIB_VBMI inline void decode_by_table(bf16* dst, int64_t ldd, Codes row, int ro
 inline void decode_avx512(bf16* dst, int64_t ldd, const Codes& codes, int rows, int64_t first, int64_t count) {
   constexpr int64_t kWorthATable = 512;  // weights
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi");
-  if (codes.format != Format::e4m3 || !has_vbmi || codes.group * codes.group_rows < kWorthATable)
+  const int64_t group_columns = codes.group < count ? codes.group : count;
+  const int64_t group_rows = codes.group_rows < rows ? codes.group_rows : rows;
+  if (codes.format != Format::e4m3 || !has_vbmi || group_columns * group_rows < kWorthATable)
     return decode_by_rows(dst, ldd, codes, rows, first, count);
   const int64_t end = first + count;
   for (int64_t i = first, stop; i < end; i = stop) {
     const int64_t group = i / codes.group;
     stop = (group + 1) * codes.group < end ? (group + 1) * codes.group : end;
     Codes row = codes;
-    for (int r = 0, n; r < rows; r += n) {
-      n = row.group_rows - row.group_row < rows - r ? int(row.group_rows - row.group_row) : rows - r;
+    for (int r = 0, same; r < rows; r += same) {
+      same = row.group_rows - row.group_row < rows - r ? int(row.group_rows - row.group_row) : rows - r;
       alignas(64) float scale[16];
-      const bool ordinary = load_scales(scale, row, group, 1);
-      const auto decode = ordinary && n * (stop - i) >= kWorthATable;
       bf16* to = dst + r * ldd + i - first;
-      if (decode)
-        decode_by_table(to, ldd, row, n, scale[0], i, stop - i);
+      if (load_scales(scale, row, group, 1) && same * (stop - i) >= kWorthATable)
+        decode_by_table(to, ldd, row, same, scale[0], i, stop - i);
       else
-        decode_by_rows(to, ldd, row, n, i, stop - i);
-      for (int k = 0; k < n; k++) row.next_row();
+        decode_by_rows(to, ldd, row, same, i, stop - i);
+      for (int k = 0; k < same; k++) row.next_row();
     }
   }
 }
