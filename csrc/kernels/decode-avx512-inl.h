@@ -152,9 +152,11 @@ struct FourBitRun {
   }
 };
 
+// ahead: of Codes. A line is fetched for each that is decoded, for the reason that is given at fetch_ahead.
 template <class Run>
-inline void decode_run(bf16* dst, const Run& run, const uint8_t* codes, int64_t count) {
+inline void decode_run(bf16* dst, const Run& run, const uint8_t* codes, int64_t count, int64_t ahead) {
   for (; count >= 64; count -= 64, dst += 64, codes += 2 * Run::kBytes) {
+    __builtin_prefetch(codes + ahead, 0, 2);
     const __m512i low = run.template weights<true>(codes, 32), high = run.template weights<true>(codes + Run::kBytes, 32);
     _mm512_storeu_si512(dst, low);
     _mm512_storeu_si512(dst + 32, high);
@@ -172,17 +174,19 @@ inline void decode_groups(bf16* dst, const Codes& row, const float* scales, int6
     const float zero = zeros ? float(*zeros++) : 0.0f;
     if (Run::kBytes == 16 && i % 2)  // the second code of a byte
       ScalarRuns::four_bits(dst++, row.codes, i++, 1, codebook(row.format), *scales, zero);
-    decode_run(dst, Run(row, *scales, zero), row.codes + i * Run::kBytes / 32, stop - i);
+    decode_run(dst, Run(row, *scales, zero), row.codes + i * Run::kBytes / 32, stop - i, row.ahead);
     dst += stop - i;
   }
 }
 
 // Pairs of groups of 32 columns of 4-bit codes without zeros: both groups' weights are made at once, in one register.
-inline void decode_pairs_of_32(bf16* dst, const uint8_t* codes, const float* scales, int64_t pairs, const float* codebook) {
+inline void decode_pairs_of_32(bf16* dst, const uint8_t* codes, int64_t ahead, const float* scales, int64_t pairs,
+                               const float* codebook) {
   const __m512 values = _mm512_loadu_ps(codebook);
   const __m512i nibbles = _mm512_set1_epi16(15), second = _mm512_set1_epi16(16);
 #pragma GCC unroll 2
   for (int64_t i = 0; i < pairs; i++) {
+    __builtin_prefetch(codes + 32 * i + ahead, 0, 2);
     const __m512i weights = round32<true>(_mm512_mul_ps(values, _mm512_set1_ps(scales[2 * i])),
                                           _mm512_mul_ps(values, _mm512_set1_ps(scales[2 * i + 1])));
     const __m512i low = _mm512_cvtepu8_epi32(load16<true>(codes + 32 * i, 16));
@@ -205,7 +209,7 @@ inline void decode_row(bf16* dst, const Codes& row, const float* scales, int64_t
                      : decode_groups<Int8Run<ordinary, false>>(dst, row, scales, group, first, end);
   if (ordinary && row.group == 32 && !row.zeros && first % 32 == 0) {
     const int64_t pairs = (end - first) / 64;
-    decode_pairs_of_32(dst, row.codes + first / 2, scales, pairs, codebook(row.format));
+    decode_pairs_of_32(dst, row.codes + first / 2, row.ahead, scales, pairs, codebook(row.format));
     dst += 64 * pairs;
     first += 64 * pairs;
     group += 2 * pairs;
@@ -227,7 +231,6 @@ inline void decode_by_rows(bf16* dst, int64_t ldd, const Codes& codes, int rows,
     bool ordinary = true;
     Codes row = codes;
     for (int r = 0; r < rows; r++, row.next_row()) {
-      fetch_ahead(row, i, stop - i);
       if (r == 0 || row.group_row == 0) ordinary = load_scales(scales, row, group, groups);
       bf16* to = dst + r * ldd + i - first;
       if (ordinary)
@@ -259,10 +262,10 @@ KTLIB_VBMI inline void decode_by_table(bf16* dst, int64_t ldd, Codes row, int ro
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i one = _mm512_set1_epi8(1), sign = _mm512_set1_epi8(-128);
   for (int r = 0; r < rows; r++, dst += ldd, row.next_row()) {
-    fetch_ahead(row, first, count);
     const uint8_t* codes = row.codes + first;
     for (int64_t i = 0; i < count; i += 64) {
       const int64_t left = count - i;
+      __builtin_prefetch(codes + i + row.ahead, 0, 2);
       const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;
       const __m512i raw = left >= 64 ? _mm512_loadu_si512(codes + i) : _mm512_maskz_loadu_epi8(valid, codes + i);
       const __m512i code = _mm512_permutexvar_epi64(order, raw);

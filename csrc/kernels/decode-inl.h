@@ -67,6 +67,7 @@ inline void decode_run(bf16* dst, const Codes& row, int64_t first, int64_t count
     Runs::four_bits(dst, row.codes, first, count, codebook(row.format), scale, zero);
 }
 
+// For a short run: the lines of a whole row at once take all of a core's requests to memory, and stores wait behind them.
 inline void fetch_ahead(const Codes& row, int64_t first, int64_t count) {
   if (row.ahead == 0) return;
   const uint8_t* codes = row.codes + row.ahead;
@@ -79,10 +80,10 @@ void decode(bf16* dst, int64_t ldd, const Codes& codes, int rows, int64_t first,
   const int64_t end = first + count, first_group = first / codes.group;
   Codes row = codes;
   for (int r = 0; r < rows; r++, dst += ldd, row.next_row()) {
-    fetch_ahead(row, first, count);
     int64_t group = first_group;
     for (int64_t i = first, stop; i < end; i = stop, group++) {
       stop = (group + 1) * row.group < end ? (group + 1) * row.group : end;
+      fetch_ahead(row, i, stop - i);
       decode_run<Runs>(dst + i - first, row, i, stop - i, scale_of(row, group),
                        row.zeros ? float(row.zeros[group]) : 0.0f);
     }
