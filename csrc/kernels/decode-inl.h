@@ -10,6 +10,10 @@ inline float e4m3_to_float(uint8_t code) {
   return bits_to_float(float_to_bits(value) | sign);
 }
 
+// The first sixteen values of e4m3: the subnormal ones, and those with the smallest exponent.
+static constexpr float kE4m3Values[16] = {0x0p-9f, 0x1p-9f, 0x2p-9f,  0x3p-9f,  0x4p-9f,  0x5p-9f,  0x6p-9f,  0x7p-9f,
+                                          0x8p-9f, 0x9p-9f, 0xap-9f, 0xbp-9f, 0xcp-9f, 0xdp-9f, 0xep-9f, 0xfp-9f};
+
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = uint32_t(half & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return bits_to_float(sign | 0x70000000u | magnitude);  // infinity or NaN
@@ -63,6 +67,7 @@ inline void decode_run(bf16* dst, const Codes& row, int64_t first, int64_t count
     Runs::four_bits(dst, row.codes, first, count, codebook(row.format), scale, zero);
 }
 
+// For a short run: the lines of a whole row at once take all of a core's requests to memory, and stores wait behind them.
 inline void fetch_ahead(const Codes& row, int64_t first, int64_t count) {
   if (row.ahead == 0) return;
   const uint8_t* codes = row.codes + row.ahead;
@@ -75,10 +80,10 @@ void decode(bf16* dst, int64_t ldd, const Codes& codes, int rows, int64_t first,
   const int64_t end = first + count, first_group = first / codes.group;
   Codes row = codes;
   for (int r = 0; r < rows; r++, dst += ldd, row.next_row()) {
-    fetch_ahead(row, first, count);
     int64_t group = first_group;
     for (int64_t i = first, stop; i < end; i = stop, group++) {
       stop = (group + 1) * row.group < end ? (group + 1) * row.group : end;
+      fetch_ahead(row, i, stop - i);
       decode_run<Runs>(dst + i - first, row, i, stop - i, scale_of(row, group),
                        row.zeros ? float(row.zeros[group]) : 0.0f);
     }

@@ -26,7 +26,6 @@ constexpr int kOutputs = 128;  // down rows of one task
 // their codes are short pieces, which the hardware's prefetchers do not foresee.)
 constexpr int kDecodedRows = 32;
 constexpr int kDecodedDepth = 2048;
-constexpr int kFetchAhead = 8192;  // bytes
 constexpr int kRun = 8;
 
 // The token panels of one block of rows of one expert, narrower at the end: body(first row, tokens, width, column).
@@ -75,7 +74,8 @@ void products(const Call& call, const Plan& plan, const Task& run, const Weight&
     for (int64_t d = 0; d < depth; d += step) {
       const int row_count = std::min(rows, count - r);
       const int64_t columns = std::min(step, weight.columns - d);
-      const int64_t ahead = d + step < depth ? row_bytes(weight.format, step) : kFetchAhead;
+      const bool last = d + step >= depth;  // of these rows: the next block begins the next ones
+      const int64_t ahead = last ? rows * weight.row_bytes() - row_bytes(weight.format, d) : row_bytes(weight.format, step);
       const Rows w =
           coded ? padded_rows(k, weight, run.expert, first + r, row_count, d, columns, scratch, ahead) : in_place;
       float* panel_c = c;

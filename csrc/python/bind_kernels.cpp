@@ -85,10 +85,10 @@ void bind_kernels(nb::module_& m) {
     select_isa(isa).combine(fp32 ? nullptr : at<bf16>(out), fp32 ? at<float>(out) : nullptr, pointers.data(),
                             at<const float>(weights), int(rows.size()), size);
   });
-  m.def("decode_row", [](const std::string& isa, uintptr_t dst, const Weight& weight, int64_t expert, int64_t row,
-                         int64_t first, int64_t count) {
+  m.def("decode_rows", [](const std::string& isa, uintptr_t dst, int64_t ldd, const Weight& weight, int64_t expert,
+                          int64_t row, int rows, int64_t first, int64_t count) {
     const DefaultFloats floats;
-    weight.write(select_isa(isa), expert, row, 1, first, count, at<bf16>(dst), count);
+    weight.write(select_isa(isa), expert, row, rows, first, count, at<bf16>(dst), ldd);
   });
   m.def("keep_mask", [](const std::string& isa, uintptr_t mask, const Dropout& dropout, uint32_t projection,
                         int64_t slot, int first, int count) {

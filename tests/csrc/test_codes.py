@@ -46,14 +46,16 @@ def assert_same_bits(actual, expected):
     assert torch.equal(actual, expected), (actual != expected).nonzero()[:5]
 
 
-def decoded_rows(isa, weight, first, count):
+def decoded_rows(isa, weight, first, count, block):
+    """Columns of all rows, as many rows at a time as `block` says."""
     argument = weight.kernel_argument("weight")
     experts, rows, _ = weight.shape
     result = torch.full((experts, rows, count + 64), GUARD, dtype=torch.bfloat16)
     for expert in range(experts):
-        for row in range(rows):
+        for row in range(0, rows, block):
             out = result[expert, row, 32:]
-            _kernels.decode_row(isa, out.data_ptr(), argument, expert, row, first, count)
+            size = min(block, rows - row)
+            _kernels.decode_rows(isa, out.data_ptr(), count + 64, argument, expert, row, size, first, count)
     assert (result[..., :32] == GUARD).all() and (result[..., count + 32 :] == GUARD).all()
     return result[..., 32 : count + 32]
 
@@ -62,7 +64,7 @@ def decoded_rows(isa, weight, first, count):
 @pytest.mark.parametrize("format", CODED)
 @pytest.mark.parametrize("scale_dtype", formats.SCALE_DTYPES)
 @pytest.mark.parametrize(
-    "columns, group", [(64, (1, 32)), (200, (3, 48)), (129, (128, 128)), (33, (1, 33)), (1, (1, 2))]
+    "columns, group", [(64, (1, 32)), (200, (3, 48)), (129, (128, 128)), (33, (1, 33)), (1, (1, 2)), (700, (3, 640))]
 )
 def test_decodes_to_the_bits_of_the_reference(isa, format, scale_dtype, columns, group):
     generator = torch.Generator().manual_seed(columns)
@@ -76,16 +78,20 @@ def test_decodes_to_the_bits_of_the_reference(isa, format, scale_dtype, columns,
         weight = Weight(format, codes, scales, zeros, group=group, shape=(experts, rows, columns))
         expected = formats.decode(format, codes, scales, zeros, columns=columns, group=group)
         for first, count in {(0, columns), (columns // 3, columns - columns // 3), (columns // 2, 1)}:
-            assert_same_bits(decoded_rows(isa, weight, first, count), expected[..., first : first + count])
+            for block in (1, 4):
+                assert_same_bits(decoded_rows(isa, weight, first, count, block), expected[..., first : first + count])
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_all_codes_of_e4m3(isa):
-    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
-    weight = Weight("e4m3", codes, torch.tensor([0.37]).view(1, 1, 1), group=(1, 256))
-    expected = formats.decode("e4m3", codes, torch.tensor([[[0.37]]]), columns=256, group=(1, 256))
-    assert_same_bits(decoded_rows(isa, weight, 0, 256), expected)
-    assert expected.isnan().sum() == 2
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("scale", [0.37, -1.7e-5, 3e-40, torch.inf])
+def test_all_codes_of_e4m3(isa, rows, scale):
+    """Of one row and of several with the same scale, which have their weights looked up where a processor does that."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(1, rows, 1)
+    scales = torch.full((1, 1, 1), scale)
+    weight = Weight("e4m3", codes, scales, group=(rows, 256))
+    expected = formats.decode("e4m3", codes, scales, columns=256, group=(rows, 256))
+    assert_same_bits(decoded_rows(isa, weight, 0, 256, rows), expected)
 
 
 def test_a_list_of_tensors_is_the_stack_of_them():
