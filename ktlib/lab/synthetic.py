@@ -196,7 +196,8 @@ def _fp8(name, stack, config, pool, seed):
 
 @functools.lru_cache(maxsize=1)
 def _fp8_pool(pool, spread):
-    return (pool.float() * (FP8_SPREAD / spread)).to(torch.float8_e4m3fn)
+    largest = torch.finfo(torch.float8_e4m3fn).max  # what is larger would become NaN
+    return (pool.float() * (FP8_SPREAD / spread)).clamp(-largest, largest).to(torch.float8_e4m3fn)
 
 
 def _pool(config, seed):

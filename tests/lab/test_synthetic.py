@@ -212,3 +212,13 @@ def test_what_does_not_fit_is_refused_with_numbers():
         big.check(16e9, 8e9)
     with pytest.raises(MemoryError, match=r"needs 5.2 GB of GPU memory, 4.0 GB are free"):
         big.check(40e9, 4e9)
+
+
+def test_experts_in_fp8_have_the_spread_of_bf16_ones(tmp_path):
+    model = load(synthetic.write_checkpoint(CONFIG, tmp_path, progress=False, fp8_experts=True))
+    weight = model.model.layers[1].mlp.experts.gate_up_proj
+    assert weight.source.format == "e4m3" and weight.decoded().isfinite().all()
+    plain = synthetic.random_model(CONFIG, progress=False).model.layers[1].mlp.experts.gate_up_proj
+    assert weight.decoded().float().std().item() == pytest.approx(plain.float().std().item(), rel=0.02)
+    pool = synthetic._fp8_pool(torch.tensor([9.0, -9.0, 0.0, 0.02]), 0.02)  # beyond what e4m3 can hold
+    assert pool.float().tolist() == [448.0, -448.0, 0.0, 96.0]
