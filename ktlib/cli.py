@@ -222,7 +222,7 @@ def adapter(arguments):
         options = {"lora_b_order": arguments.lora_b_order, "lora_a_features": arguments.lora_a_features}
         ktlib.import_adapter(*paths, **options, allow_nonfinite=arguments.allow_nonfinite)
     elif arguments.lora_b_order or arguments.lora_a_features:
-        raise ValueError("--lora-b-order, --lora-a-features: need --to peft; export what that writes")
+        raise ValueError("--lora-b-order, --lora-a-features: need --to peft; export the adapter that --to peft writes")
     else:
         ktlib.export_adapter(*paths, arguments.to, allow_nonfinite=arguments.allow_nonfinite)
     print(f"adapter   {arguments.out}")

@@ -119,21 +119,21 @@ def placement_map(table, ax=None):
     return ax
 
 
-def step_timeline(line, ax=None, window=None):
+def step_timeline(timeline, ax=None, window=None):
     """Draw which device or operator was busy when during one step; returns the axes.
 
-    ``line`` is :func:`ktlib.lab.hybrid.timeline`'s, ``window`` the ``(start, end)`` in seconds to draw (default: all).
+    ``timeline`` is :func:`ktlib.lab.hybrid.timeline`'s, ``window`` the ``(start, end)`` in seconds (default: all).
     Tracks without a span in the window are left out. Very short spans are drawn wide enough to be seen.
     """
-    start, end = window or (0, line["seconds"])
+    start, end = window or (0, timeline["seconds"])
     shown = {
         track: [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
-        for track, spans in line["spans"].items()
+        for track, spans in timeline["spans"].items()
     }
     shown = {track: spans for track, spans in shown.items() if spans}
     if ax is None:
         _, ax = axes("Timeline of a step", "seconds", size=(9, 1.1 + 0.38 * len(shown)))
-    colors = dict(zip(line["spans"], (BLUE, SKY, GREEN, ORANGE, RED, PURPLE), strict=False))
+    colors = dict(zip(timeline["spans"], (BLUE, SKY, GREEN, ORANGE, RED, PURPLE), strict=False))
     thinnest = (end - start) / 350
     for y, (track, spans) in enumerate(shown.items()):
         bars = [(a, max(b - a, thinnest)) for a, b in spans]

@@ -127,8 +127,8 @@ def _single_or_indexed_files(folder, stem):
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map of tensor names and files")
     names = sorted(set(map(str, weight_map.values())))
-    if strange := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index}: names {strange[0]!r:.80}, which is no file of this folder")
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: names {outside[0]!r:.80}, which is no file of this folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return [folder / name for name in names]
@@ -219,14 +219,14 @@ def write_sharded(
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     texts = texts or {}
     existing = ownership.named(folder, WEIGHT_FILES)
-    strange = [path.name for path in existing if path not in (*files, index)]
+    unexpected = [path.name for path in existing if path not in (*files, index)]
     if before != about and (before or existing):
         raise ValueError(
             f"{argument}: {folder} holds a checkpoint that was made from something else ({note} differs), needs "
             f"another folder, such as {ownership.free_name(folder)}"
         )
-    if strange:
-        raise ValueError(f"{argument}: {folder} holds this checkpoint in other files: {', '.join(strange[:8])}")
+    if unexpected:
+        raise ValueError(f"{argument}: {folder} holds this checkpoint in other files: {', '.join(unexpected[:8])}")
     differ = [folder / path.name for path in others if not ownership.same_bytes(path, folder / path.name)]
     for file, text in ((index, index_text), *((folder / name, text) for name, text in texts.items())):
         if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != text:
