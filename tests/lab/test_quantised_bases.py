@@ -149,11 +149,9 @@ def test_the_table_has_a_line_for_each_base_and_a_number_for_each_seed():
     ]
 
 
-def test_the_recorded_runs_are_of_every_base_with_the_same_seeds():
+def test_the_recorded_runs_are_of_every_base_with_three_seeds():
     rows = read_recorded("quantised_bases.json")["rows"]
-    seeds = sorted({row["seed"] for row in rows})
-    assert seeds == list(range(len(seeds)))
-    assert [(row["base"], row["seed"]) for row in rows] == [(b, s) for b in quantised_bases.BASES for s in seeds]
+    assert [(row["base"], row["seed"]) for row in rows] == [(b, s) for b in quantised_bases.BASES for s in range(3)]
     assert all(math.isfinite(row[name]) for row in rows for name in row if name != "base")
 
 
