@@ -105,7 +105,7 @@ def parser():
     command.add_argument("out", type=Path, help="folder to write, or to complete after an interruption")
     command.add_argument(
         "--quantise",
-        choices=("int8", "int4", "nf4", "fp8", "keep"),
+        choices=("int8", "int4", "nf4", "mxfp4", "fp8", "keep"),
         help="write the routed experts with 8 or 4 bits a weight, or keep those that the checkpoint has",
     )
     return top

@@ -144,6 +144,52 @@ def step_timeline(timeline, ax=None, window=None):
     return ax
 
 
+def quantised_row(weights, decoded, levels, codes, ax=None):
+    """Draw a group of weights, and the values that their codes stand for; returns the axes.
+
+    Args:
+        weights, decoded, codes: one number for each weight of the group; the codes are the labels below.
+        levels: the values of all codes, drawn as lines.
+    """
+    if ax is None:
+        _, ax = axes("Weights that share a scale, and their codes", "code", "value", size=(9, 3.6))
+    places = range(len(weights))
+    ax.hlines(levels, -0.6, len(weights) - 0.4, colors=GREY, linewidth=0.5, zorder=0)
+    ax.vlines(places, weights, decoded, colors=ORANGE, linewidth=3, label="error")
+    ax.plot(places, weights, "o", color=BLUE, label="weight")
+    ax.plot(places, decoded, "_", color="black", markersize=9, markeredgewidth=2, label="decoded")
+    ax.set_xticks(places, codes)
+    ax.set_xlim(-0.6, len(weights) - 0.4)
+    ax.grid(visible=False)
+    ax.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    return ax
+
+
+def trained_on(rows, bases, here=()):
+    """Draw loss and exact match of adapters by the base on which they were trained; returns the two axes.
+
+    Args:
+        rows: dicts with ``base`` and what :func:`ktlib.lab.quantised_bases.train` returns. A dot is an adapter on the
+            base on which it was trained, a ring the same adapter on the bf16 base.
+        bases: the order of the bases.
+        here: more such dicts, drawn as crosses.
+    """
+    _, both = axes("Adapters by the base on which they were trained", columns=2)
+    for ax, name in zip(both, ("loss", "exact"), strict=True):
+        for x, (base, color) in enumerate(zip(bases, COLORS, strict=False)):
+            of_base = [row for row in rows if row["base"] == base]
+            places = [x + 0.2 * (i - (len(of_base) - 1) / 2) for i in range(len(of_base))]
+            ax.plot(places, [row[f"{name}_on_bf16"] for row in of_base], "o", ms=10, mfc="none", color=GREY)
+            ax.plot(places, [row[name] for row in of_base], "o", color=color)
+            crosses = [row[name] for row in here if row["base"] == base]
+            ax.plot([x] * len(crosses), crosses, "x", color="black", ms=9)
+        ax.set_xticks(range(len(bases)), bases)
+        ax.grid(visible=False, axis="x")
+    both[0].set(title="loss, nats per response token", yscale="log")
+    both[1].set(title="exact match", ylim=(0, 1.05))
+    return both
+
+
 def bytes_text(size):
     """A number of bytes as text with a unit, such as ``28.8 GB`` or ``44 kB``."""
     for factor, unit in UNITS:

@@ -41,7 +41,7 @@ def fuse_checkpoint(source, out, progress=True, quantise=None):
     Training changes these values. An edit of a few values by hand may go unnoticed and needs another ``out``.
 
     Args:
-        quantise: "int8", "int4", "nf4" or "fp8": the routed experts become codes and scales of
+        quantise: "int8", "int4", "nf4", "mxfp4" or "fp8": the routed experts become codes and scales of
             :mod:`ktlib.conversion.quantise_checkpoint`, each weight the nearest code
             (:func:`ktlib.conversion.nearest_codes.quantise`). "keep": the codes of a source that is quantised already
             are stacked, bit for bit. The codes of one layer and the weight of one expert are in memory at a time.
@@ -100,7 +100,7 @@ def fuse_checkpoint(source, out, progress=True, quantise=None):
     own_form = {}
     if quantise is not None:
         codes = quantise_checkpoint.expert_codes(tensors, parts, model, layout, quantise, source)
-        written = quantise_checkpoint.settings(codes)
+        written = quantise_checkpoint.settings(codes[0].format, codes[0].group)
         quantise_checkpoint.refuse_other_report(out, codes)
         config_text = json.dumps(without_settings(about["config"]) | {"quantization_config": written}, indent=2)
         about |= {"quantise": quantise, "settings": written}

@@ -72,6 +72,11 @@ def quantise(weight, format, *, group=None, scale_dtype=None, symmetric=True):
     return Quantised(codes, scales, zeros, group)
 
 
+def default_scale_dtype(format):
+    """The dtype of scales for which ``scale_dtype=None`` stands in :func:`quantise`."""
+    return torch.float8_e8m0fnu if format == "e2m1" else torch.bfloat16
+
+
 def relative_error(weight, decoded):
     """``|decoded - weight| / |weight|`` of two tensors of one shape, L2 norms in float64; a float."""
     if weight.shape != decoded.shape:
@@ -95,7 +100,7 @@ def _checked(weight, format, group, scale_dtype, symmetric):
     if not (isinstance(group, tuple | list) and len(group) == 2 and all(type(n) is int and n > 0 for n in group)):
         raise ValueError(f"group: got {group!r}, needs (rows, columns) of at least 1 each")
     if scale_dtype is None:
-        scale_dtype = torch.float8_e8m0fnu if format == "e2m1" else torch.bfloat16
+        scale_dtype = default_scale_dtype(format)
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype: got {scale_dtype!r}, needs one of {', '.join(map(str, SCALE_DTYPES))}")
     if not symmetric and format not in _INTEGERS:

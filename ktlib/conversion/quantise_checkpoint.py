@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ktlib.conversion.nearest_codes import Quantised, quantise
+from ktlib.conversion.nearest_codes import Quantised, default_scale_dtype, quantise
 from ktlib.conversion.quantised_sources import StoredCodes, common_format, joined, scales_and_zeros
 from ktlib.files import ownership, tensor_files
 from ktlib.integrations.quantised_checkpoints import INDEX
@@ -29,15 +29,21 @@ from ktlib.reference.formats import CODEBOOKS
 
 REPORT = "quantise_report.json"
 # the format of ktlib.Weight, and how many rows and columns share a scale, by the name that users give
-FORMATS = {"int8": ("int8", (1, 128)), "int4": ("int4", (1, 32)), "nf4": ("nf4", (1, 64)), "fp8": ("e4m3", (128, 128))}
+FORMATS = {
+    "int8": ("int8", (1, 128)),
+    "int4": ("int4", (1, 32)),
+    "nf4": ("nf4", (1, 64)),
+    "mxfp4": ("e2m1", (1, 32)),
+    "fp8": ("e4m3", (128, 128)),
+}
 CHOICES = (*FORMATS, "keep")
 _CODE_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, **dict.fromkeys(CODEBOOKS, torch.uint8)}
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def settings(codes):
-    """The entry ``quantization_config`` in the config.json of a checkpoint with these :class:`ExpertCodes`."""
-    return {"quant_method": OWN_METHOD, "format": codes[0].format, "group": list(codes[0].group), "version": 1}
+def settings(format, group):
+    """The entry ``quantization_config`` in the config.json of a checkpoint whose experts have this format."""
+    return {"quant_method": OWN_METHOD, "format": format, "group": list(group), "version": 1}
 
 
 @dataclass(eq=False)
@@ -186,7 +192,8 @@ def expert_codes(tensors, parts, model, layout, choice, source):
             encode = functools.partial(_kept, experts, group)
             further = scales_and_zeros(name, experts)
         else:
-            encode, further = functools.partial(_nearest, name, format, group), ()
+            encode = functools.partial(_nearest, name, format, group)
+            further = (default_scale_dtype(format),)
         result.append(ExpertCodes(name, (count, *shape), load_expert, encode, format, group, *further))
     return result
 

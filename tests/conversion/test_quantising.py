@@ -19,8 +19,8 @@ from ktlib.conversion.nearest_codes import quantise, relative_error
 from ktlib.files import tensor_files
 from ktlib.integrations.transformers_experts import is_experts
 
-GROUPS = {"int8": (1, 128), "int4": (1, 32), "nf4": (1, 64), "e4m3": (128, 128)}
-FORMATS = {"int8": "int8", "int4": "int4", "nf4": "nf4", "fp8": "e4m3"}
+GROUPS = {"int8": (1, 128), "int4": (1, 32), "nf4": (1, 64), "e2m1": (1, 32), "e4m3": (128, 128)}
+FORMATS = {"int8": "int8", "int4": "int4", "nf4": "nf4", "mxfp4": "e2m1", "fp8": "e4m3"}
 
 
 def save(folder, family, **options):
@@ -65,7 +65,8 @@ def check(out, model, name):
         codes, scales = got.pop(f"{weight_name}.codes"), got.pop(f"{weight_name}.scales")
         assert codes.dtype == {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}.get(format, torch.uint8)
         assert torch.equal(codes.view(torch.uint8), expected.codes.view(torch.uint8))
-        assert scales.dtype == torch.bfloat16 and torch.equal(scales, expected.scales)
+        assert scales.dtype == (torch.float8_e8m0fnu if format == "e2m1" else torch.bfloat16)
+        assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
         decoded = ktlib.Weight(format, codes, scales, group=group).decoded()
         assert report["relative_l2"].pop(weight_name) == pytest.approx(relative_error(weight, decoded), rel=1e-6)
         del wanted[weight_name]
@@ -261,7 +262,8 @@ def test_files_of_somebody_else_are_left_alone(name, tmp_path):
 def test_what_cannot_be_quantised_is_refused_by_name_before_anything_is_written(tmp_path):
     source, _ = save(tmp_path / "source", "qwen3_moe")
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="quantise: got 'int3', needs None or one of 'int8', 'int4', 'nf4', 'fp8'"):
+    choices = "'int8', 'int4', 'nf4', 'mxfp4', 'fp8', 'keep'"
+    with pytest.raises(ValueError, match=f"quantise: got 'int3', needs None or one of {choices}"):
         fuse_checkpoint(source, out, quantise="int3")
     torch.manual_seed(0)
     for module, name, needs in (

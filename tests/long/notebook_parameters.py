@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ktlib.files import ownership
 from ktlib.lab.inits import INITS
+from ktlib.lab.quantised_bases import BASES
 from ktlib.runs import notebooks
 from ktlib.runs.versions import facts
 from ktlib.training.tasks import dates
@@ -130,8 +131,18 @@ def which_adapters_matter(choose, folder):
     }  # fmt: skip
 
 
+def quantised_bases(choose, folder):
+    tokens = sorted(choose.sample(range(1, 200), choose.randint(1, 3)))
+    return {
+        "bases": choose.sample(list(BASES), choose.randint(1, 3)), "seeds": choose.randint(1, 2),
+        "seed": choose.randrange(2**32 - 1), "steps": choose.randint(1, 4), "prompts": choose.randint(1, 9),
+        "tokens": " ".join(map(str, tokens)), "budget": log_uniform(choose, -2, -1),
+    }  # fmt: skip
+
+
 DRAWS = (environment, kernel_validation, kernel_performance, lora_init_sensitivity, full_sft, adapter_audit,
-         failure_museum, hybrid_training, compare_runs, which_adapters_matter, hybrid_step)  # fmt: skip
+         failure_museum, hybrid_training, compare_runs, which_adapters_matter, hybrid_step,
+         quantised_bases)  # fmt: skip
 NOTEBOOKS = {notebook: draw for draw in DRAWS for notebook in notebooks.NOTEBOOKS.glob(f"*_{draw.__name__}.ipynb")}
 REFUSED = re.compile(r"cell \d+: ValueError: poison_expert: got \d+, needs an expert of layer")  # nobody knows before
 

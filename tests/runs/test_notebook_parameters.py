@@ -128,6 +128,14 @@ REFUSED = [
     ("11", {"learning_rate": float("inf")}, "learning_rate: got inf, needs a finite number > 0"),
     ("11", {"device": "tpu"}, "device: got 'tpu', needs one of auto, cpu"),
     ("11", {"hidden": 10**6, "experts": 1000}, "layers, hidden, experts, intermediate, tokens: got 4, 1000000, 1000, "),
+    ("12", {"bases": ["int3"]}, "bases: got 'int3', needs one of bf16, int8, fp8, int4, nf4, mxfp4"),
+    ("12", {"bases": []}, "bases: got [], needs a list of at least one value"),
+    ("12", {"prompts": 201}, "prompts: got 201, needs a whole number from 1 to 200"),
+    ("12", {"steps": 0}, "steps: got 0, needs a whole number >= 1"),
+    ("12", {"seed": 2**32 - 1, "seeds": 2}, "seed, seeds: got 4294967295, 2, needs all seeds below 2**32"),
+    ("12", {"tokens": "8 1"}, "tokens: got '8 1', needs whole numbers >= 1"),
+    ("12", {"budget": 0}, "budget: got 0, needs a finite number > 0"),
+    ("12", {"output_dir": ""}, "output_dir: got '', needs none or a folder"),
 ]  # fmt: skip
 
 
