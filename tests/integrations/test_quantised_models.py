@@ -170,10 +170,11 @@ model = load({str(tmp_path)!r}) if {{ready}} else None
     loading = measure(setup.format(ready=False), f"load({str(tmp_path)!r}).config")
     training = measure(setup.format(ready=True), "step(with_lora(model))")
     print({"experts": size, "loading": loading, "training": training})
-    assert size > 50e6 and loading["peak"] < 0.03 * size + REST and training["peak"] < 0.05 * size + REST
+    assert size > 50e6 and loading["peak"] < 0.03 * size + OTHER_WEIGHTS and training["peak"] < 0.05 * size + REST
 
 
-REST = 40e6  # all else: other weights, adapters and their gradients, scratch memory of each thread, Python's modules
+OTHER_WEIGHTS = 8e6  # of the model, 3 MB, and what Python allocates
+REST = 40e6  # adapters and their gradients, scratch memory of each thread, Python's modules
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
