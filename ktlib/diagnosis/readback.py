@@ -24,6 +24,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ktlib.diagnosis.trace import repeated_layers
+from ktlib.integrations.stored_weight import StoredWeight
 from ktlib.integrations.transformers_experts import is_experts
 from ktlib.names import component
 from ktlib.system.memory import available_memory
@@ -258,12 +259,20 @@ def _spread(model):
 @contextlib.contextmanager
 def _in_fp32(*groups):
     """Inside the block, the floating-point tensors of the groups (parameters, buffers) hold their values in fp32."""
-    originals = [(tensor, tensor.data) for group in groups for tensor in group if tensor.is_floating_point()]
+    tensors = [tensor for group in groups for tensor in group if tensor.is_floating_point()]
+    originals = [(tensor, tensor.data) for tensor in tensors if not isinstance(tensor, StoredWeight)]
+    swapped = []
     try:
         for tensor, data in originals:
             tensor.data = data.float()
+        for tensor in tensors:
+            if isinstance(tensor, StoredWeight):  # which has no values of its own that could be replaced
+                swapped.append((tensor, torch.nn.Parameter(tensor.decoded().float(), tensor.requires_grad)))
+                torch.utils.swap_tensors(*swapped[-1])
         yield
     finally:
+        for pair in swapped:
+            torch.utils.swap_tensors(*pair)
         for tensor, data in originals:
             tensor.data = data
 

@@ -10,7 +10,13 @@ import dataclasses
 import functools
 
 import torch
-from transformers.core_model_loading import Concatenate, MergeModulelist, SplitModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+)
 
 from ktlib.integrations.quantised_checkpoints import KtlibQuantizer, choose_quantizer, decode_others, is_ours
 from ktlib.integrations.stored_weight import StoredWeight
@@ -41,10 +47,32 @@ def install(modeling_utils):
         result = stock(model, state_dict, load_config, *args, **kwargs)
         if quantised:
             decode_others(model, keep_experts=on_cpu)
+            _save_stacks_decoded(model)
         return result
 
     modeling_utils.convert_and_load_state_dict_in_model = with_mapped_experts
     modeling_utils.get_hf_quantizer = choose_quantizer(modeling_utils.get_hf_quantizer)
+
+
+def _save_stacks_decoded(model):
+    """Let saving decode expert weights that no conversion of the loading made, as of files with stacks of codes."""
+    used = [op for conversion in model._weight_conversions for op in getattr(conversion, "operations", ())]
+    if not any(isinstance(op, KeepExperts) for op in used):
+        names = [f"experts.{name}" for name in WEIGHT_NAMES]
+        model._weight_conversions += [WeightConverter([name], [name], [Decode()]) for name in names]
+
+
+class Decode(ConversionOps):
+    """Makes a plain tensor of a :class:`StoredWeight`."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        (tensor,) = tensors if isinstance(tensors, list) else [tensors]
+        return {target_patterns[0]: tensor.decoded() if isinstance(tensor, StoredWeight) else tensor}
+
+    @property
+    def reverse_op(self):
+        return self
 
 
 def _stacks_experts(operations):

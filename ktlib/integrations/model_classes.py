@@ -50,7 +50,8 @@ def meta_model(config):
 
 def untied_state(model):
     """``state_dict()`` without weights that are tied to another weight, which files do not hold."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tied_embeddings = getattr(model.config, "tie_word_embeddings", False)  # configs of several models may lack it
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if tied_embeddings else set()
     return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 

@@ -23,6 +23,7 @@ from ktlib.diagnosis.trainer_guard import ShowProgress, StopOnNonFinite
 from ktlib.files.ownership import temporary_folder
 from ktlib.integrations.model_classes import model_class
 from ktlib.integrations.peft_lora import adapter_dtype_kept
+from ktlib.integrations.stored_formats import settings_of
 from ktlib.integrations.stored_weight import stack_experts
 from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts
 from ktlib.operator.recompute_once import CHECKPOINTING
@@ -63,6 +64,8 @@ from ktlib.training.tasks import collator, encode, load_data, tokenise
 def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=None):
     """``(model, tokenizer)`` of a checkpoint folder by stock ``from_pretrained``, weights in bf16.
 
+    ktlib reads a quantised checkpoint for stock experts too: transformers alone needs further packages for most of
+    them, and decodes some to other weights (ktlib/integrations/README.md). Stock experts then decode one by one.
     The model has the class that the checkpoint's config names, so that an adapter also loads on the published model.
     If this class is multimodal, :func:`prepare` trains its language model alone.
     If there is a GPU, the experts that the operator computes are pinned to the CPU, with ``stream_rows``, so that
@@ -72,8 +75,11 @@ def load_model(model="base", experts_implementation=IMPLEMENTATION, stream_rows=
         ValueError: the tokenizer has no token that ends a response.
     """
     tokenizer = load_tokenizer(model)
-    cls = model_class(read_config(model))
-    loaded = cls.from_pretrained(folder_of(model), dtype=torch.bfloat16, experts_implementation=experts_implementation)
+    config = read_config(model)
+    reader = IMPLEMENTATION if settings_of(config) else experts_implementation
+    loaded = model_class(config).from_pretrained(folder_of(model), dtype=torch.bfloat16, experts_implementation=reader)
+    if reader != experts_implementation:
+        loaded.set_experts_implementation(experts_implementation)
     served = experts_implementation == IMPLEMENTATION and any(map(is_experts, loaded.modules()))
     if served and torch.cuda.is_available():
         pin_experts(loaded, stream_rows=stream_rows)

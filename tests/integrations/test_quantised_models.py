@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from support import family_models
 from support.memory import measure
 from support.models import tiny_model, tokens
-from support.quantised_files import KINDS, quantise_files, save_quantised, set_config
+from support.quantised_files import KINDS, quantise_files, save_mxfp4, save_quantised, set_config
 from test_mapped_experts import assert_same_step, load, mapped_files, step, with_lora
 from transformers import AutoConfig, FineGrainedFP8Config, Trainer, TrainingArguments, modeling_utils
 
 import ktlib
+from ktlib.conversion.fuse import fuse_checkpoint
 from ktlib.integrations.stored_weight import StoredWeight, is_mapped, quantised_format
 
 TESTS = Path(__file__).parents[1]
@@ -105,6 +106,19 @@ def test_saving_the_model_writes_the_decoded_weights(folders, tmp_path):
     assert torch.equal(load(tmp_path)(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("kind", ["int4 of ktlib fuse", "mxfp4"])
+def test_stacks_of_codes_are_saved_decoded_too(kind, folders, tmp_path):
+    if kind == "mxfp4":
+        save_mxfp4(source := tmp_path / "source")
+    else:
+        source = fuse_checkpoint(folders[1], tmp_path / "source", quantise="int4", progress=False)
+    model = load(source)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert quantised_format(model) and quantised_format(loaded) is None
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
 def test_a_multimodal_checkpoint_may_have_its_settings_in_the_text_config(tmp_path):
     family = ("glm4v_moe", "Glm4vMoeForConditionalGeneration")
     family_models.tiny_model(*family, dtype=torch.bfloat16).save_pretrained(tmp_path)
@@ -116,6 +130,19 @@ def test_a_multimodal_checkpoint_may_have_its_settings_in_the_text_config(tmp_pa
     model = kind.from_pretrained(tmp_path, dtype="bfloat16", experts_implementation="ktlib")
     assert quantised_format(model) == "e4m3" and not hasattr(model.config.text_config, "quantization_config")
     assert_same_step(with_lora(model), with_lora(ktlib.stack_experts(copy_of(kind, tmp_path))))
+
+
+def test_a_model_of_several_models_is_quantised_and_loaded(tmp_path):
+    """Qwen3-Omni: two of its models have routed experts, and its config has no entry on tied embeddings."""
+    family = ("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration")
+    family_models.tiny_model(*family, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    made = fuse_checkpoint(tmp_path / "bf16", tmp_path / "int4", quantise="int4", progress=False)
+    (kind,) = (cls for cls in family_models.model_classes(family[0]) if cls.__name__ == family[1])
+    model = copy_of(kind, made)
+    assert sum(isinstance(parameter, StoredWeight) for parameter in model.parameters()) == 8
+    model.save_pretrained(tmp_path / "saved")
+    saved = copy_of(kind, tmp_path / "saved")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), saved.parameters(), strict=True))
 
 
 def copy_of(kind, folder):

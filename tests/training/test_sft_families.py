@@ -7,7 +7,7 @@ import yaml
 from peft import PeftModel
 from support.models import tiny_checkpoint
 from support.pages import README
-from support.quantised_files import quantise_files
+from support.quantised_files import KINDS, quantise_files
 
 from ktlib import audit
 from ktlib.conversion.fuse import fuse_checkpoint
@@ -64,12 +64,14 @@ def test_the_example_of_the_readme_runs_on_every_family(family, tmp_path, monkey
     assert not report.wrong and len(report.layers) == len(observed.calls) > 4
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4 of ktlib fuse"])
+@pytest.mark.parametrize("kind", ["fp8", "int4", "gptq", "int4 of ktlib fuse"])
 @pytest.mark.parametrize("finetuning", ["lora", "full"])
-def test_a_quantised_base_trains_by_the_same_parameters(kind, finetuning, tmp_path):
+def test_a_quantised_base_trains_by_the_same_parameters(kind, finetuning, tmp_path, monkeypatch):
     """LoRA leaves its codes as they are; full fine-tuning decodes them, and saves a bf16 model."""
+    trained, save = [], sft.save
+    monkeypatch.setattr(sft, "save", lambda model, *rest: trained.append(model) or save(model, *rest))
     parameters = mine(tmp_path, "qwen3_moe") | {"steps": 2, "batch_size": 4, "output_dir": str(tmp_path / "out")}
-    if kind == "fp8":
+    if kind in KINDS:
         quantise_files(tmp_path / "model", kind)
     else:
         made = fuse_checkpoint(tmp_path / "model", tmp_path / "int4", quantise="int4", progress=False)
@@ -80,9 +82,13 @@ def test_a_quantised_base_trains_by_the_same_parameters(kind, finetuning, tmp_pa
     if finetuning == "lora":
         base, _ = sft.load_model(parameters["model"])
         assert quantised_format(base) in ("e4m3", "int4")
+        tokenizer = sft.load_tokenizer(parameters["model"])
+        observed = readback.observe(trained[0], [sft.prompt_ids(tokenizer, row["prompt"]) for row in ROWS[:2]])
         assert audit(result["saved"], config=base.config).clean
         stock, _ = sft.load_model(parameters["model"], experts_implementation="eager")
-        assert PeftModel.from_pretrained(stock, result["saved"]).peft_config
+        report = readback.read_back(PeftModel.from_pretrained(stock, result["saved"]), observed)
+        assert not report.wrong and report.exact_errors and len(report.layers) == len(observed.calls) > 4
+        assert quantised_format(stock) == quantised_format(base)  # it was in fp32 meanwhile
     else:
         assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
         trained, _ = sft.load_model(str(tmp_path / "out"))
