@@ -165,14 +165,13 @@ def quantised_row(weights, decoded, levels, codes, ax=None):
     return ax
 
 
-def trained_on(rows, bases, here=()):
+def trained_on(rows, bases):
     """Draw loss and exact match of adapters by the base on which they were trained; returns the two axes.
 
     Args:
         rows: dicts with ``base`` and what :func:`ktlib.lab.quantised_bases.train` returns. A dot is an adapter on the
             base on which it was trained, a ring the same adapter on the bf16 base.
         bases: the order of the bases.
-        here: more such dicts, drawn as crosses.
     """
     _, both = axes("Adapters by the base on which they were trained", columns=2)
     for ax, name in zip(both, ("loss", "exact"), strict=True):
@@ -181,8 +180,6 @@ def trained_on(rows, bases, here=()):
             places = [x + 0.2 * (i - (len(of_base) - 1) / 2) for i in range(len(of_base))]
             ax.plot(places, [row[f"{name}_on_bf16"] for row in of_base], "o", ms=10, mfc="none", color=GREY)
             ax.plot(places, [row[name] for row in of_base], "o", color=color)
-            crosses = [row[name] for row in here if row["base"] == base]
-            ax.plot([x] * len(crosses), crosses, "x", color="black", ms=9)
         ax.set_xticks(range(len(bases)), bases)
         ax.grid(visible=False, axis="x")
     both[0].set(title="loss, nats per response token", yscale="log")

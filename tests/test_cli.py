@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.models import random_adapter, tiny_model
 
 from ktlib import cli
+from ktlib.conversion import quantise_checkpoint
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.training.parameters import Parameters
 
@@ -210,6 +211,13 @@ def test_audit_with_base_model_and_figure(tmp_path, capsys):
     assert "self_attn: missing (2), as both matrices of model.layers.0.self_attn.o_proj" in capsys.readouterr().out
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert cli.main([*arguments, "--base", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_command_has_the_choices_of_the_function(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fuse", "source", "out", "--quantise", "int3"])
+    error = capsys.readouterr().err  # which lists them; cli.py names them itself, so that it need not import torch
+    assert set(re.findall(r"'(\w+)'", error)) == {"int3", *quantise_checkpoint.CHOICES}
 
 
 def test_adapter_and_fuse_convert_files(tmp_path, capsys):

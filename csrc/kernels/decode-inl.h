@@ -67,7 +67,7 @@ inline void decode_run(bf16* dst, const Codes& row, int64_t first, int64_t count
     Runs::four_bits(dst, row.codes, first, count, codebook(row.format), scale, zero);
 }
 
-// For a short run: the lines of a whole row at once take all of a core's requests to memory, and stores wait behind them.
+// For a short run. (All lines of a row at once were slower: a layer on 8 tokens took 6.5 to 8.9 ms in place of 5.4 to 7.0.)
 inline void fetch_ahead(const Codes& row, int64_t first, int64_t count) {
   if (row.ahead == 0) return;
   const uint8_t* codes = row.codes + row.ahead;

@@ -8,7 +8,6 @@ added before they are decoded. Everything here is stock transformers and PEFT bu
 
 import inspect
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -57,13 +56,14 @@ def effect(output, without_adapter):
 
 def stock_experts(weights):
     """transformers' experts of FP8 and FP4 models, with the codes and scales of ``weights`` ("e4m3" or "e2m1")."""
+    from transformers import PreTrainedConfig
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
     experts, hidden, intermediate = weights["down_proj"].shape
-    config = SimpleNamespace(
+    config = PreTrainedConfig(
         num_experts=experts, hidden_size=hidden, moe_intermediate_size=intermediate, hidden_act="silu",
-        _experts_implementation="eager",
     )  # fmt: skip
+    config._experts_implementation = "eager"
     options = {"block_size": (128, 128)}
     if weights["down_proj"].is_4_bit:
         config.expert_dtype = "fp4"  # where transformers 5.17 reads it; newer ones take an argument
@@ -86,16 +86,17 @@ def decoding_kernel():
     """
     from transformers.integrations import finegrained_fp8
 
-    def matmul(x, codes, scales, *_, **__):
-        codes, columns = codes.detach(), x.shape[-1]
-        if codes.dtype == torch.int8:
-            weight = decode("e2m1", codes.view(torch.uint8), scales, columns=columns, group=(1, 32))
-        else:
-            weight = decode("e4m3", codes, scales, columns=columns, group=(128, 128))
-        return (x.double() @ weight.double().T).to(x.dtype)
+    class Kernel:
+        @staticmethod
+        def matmul(x, codes, scales, *_, **__):
+            codes, columns = codes.detach(), x.shape[-1]
+            if codes.dtype == torch.int8:
+                weight = decode("e2m1", codes.view(torch.uint8), scales, columns=columns, group=(1, 32))
+            else:
+                weight = decode("e4m3", codes, scales, columns=columns, group=(128, 128))
+            return (x.double() @ weight.double().T).to(x.dtype)
 
-    kernel = SimpleNamespace(matmul=matmul)
-    with mock.patch.object(finegrained_fp8, "load_finegrained_fp8_kernel", lambda: kernel):
+    with mock.patch.object(finegrained_fp8, "load_finegrained_fp8_kernel", lambda: Kernel):
         yield
 
 

@@ -24,8 +24,8 @@ from ktlib.files.ownership import temporary_folder
 from ktlib.integrations.model_classes import model_class
 from ktlib.integrations.peft_lora import adapter_dtype_kept
 from ktlib.integrations.stored_formats import settings_of
-from ktlib.integrations.stored_weight import stack_experts
-from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts
+from ktlib.integrations.stored_weight import is_mapped, stack_experts
+from ktlib.integrations.transformers_experts import IMPLEMENTATION, is_experts, warn_once
 from ktlib.operator.recompute_once import CHECKPOINTING
 from ktlib.placement.data_parallel import use_one_gpu
 from ktlib.placement.pin import pin_experts
@@ -119,7 +119,10 @@ def train_weights(model, targets="all"):
     Raises:
         ValueError: the model has no layer of a target.
     """
-    stack_experts(model)
+    if is_mapped(model):
+        experts = next(module for module in model.modules() if is_experts(module))
+        warn_once(experts, "finetuning='full' needs ordinary parameters, so expert weights are copied into memory")
+        stack_experts(model)
     chosen = {name for names in chosen_modules(model, targets).values() for name in names}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

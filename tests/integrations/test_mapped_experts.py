@@ -328,8 +328,9 @@ def test_a_gradient_of_a_mapped_weight_is_refused_by_name_and_ordinary_parameter
     assert_same_step(ktlib.stack_experts(load(hub)), stacked(hub))
 
 
-def test_full_fine_tuning_gets_ordinary_parameters(hub):
+def test_full_fine_tuning_gets_ordinary_parameters_and_says_so(hub, logged):
     model = train_weights(load(hub), "experts")
+    assert ["so expert weights are copied into memory" in text for text in logged()] == [True]
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(trained) == 4 and all(type(value) is torch.nn.Parameter for value in trained.values())
     step(model)
