@@ -89,7 +89,6 @@ def _patterns(modules, both, of_experts, by_weight, settings, fused):
     ``fused`` says whether PEFT itself doubles rank and alpha of gate and up as it fuses them; None means that no reader
     fuses them.
     """
-    growth = 2**0.5 if settings.get("use_rslora") else 2  # of alpha, so that a doubled rank has the same scaling
     tables = {}
     for table, field, default in (("rank_pattern", "rank", "r"), ("alpha_pattern", "alpha", "lora_alpha")):
         kinds = {}
@@ -102,8 +101,8 @@ def _patterns(modules, both, of_experts, by_weight, settings, fused):
                 continue
             _add_experts(kinds, re.sub(r"(?<=\.experts\.)\d+", "#", name), value, usual)
             if fused is not None:
-                doubled = (2 if field == "rank" else growth) if weight.endswith("gate_up_proj") else 1
-                _add_experts(kinds, weight, value * doubled, usual * 2 if fused and doubled != 1 else usual)
+                doubled = 2 if weight.endswith("gate_up_proj") else 1
+                _add_experts(kinds, weight, value * doubled, usual * doubled if fused else usual)
         tables[table] = {}
         for kind, by_key in kinds.items():
             patterns = {kind: next(iter(by_key.values()))} if len(set(by_key.values())) == 1 else by_key
@@ -122,8 +121,7 @@ def _add_experts(kinds, name, value, usual):
 
 def warn_of_one_scaling(modules, settings):
     """Warn if pairs have different scalings, because some versions of vLLM apply one scaling to all."""
-    power = 0.5 if settings.get("use_rslora") else 1
-    scalings = sorted({round(pair.alpha / pair.rank**power, 9) for _, pair in modules.values()})
+    scalings = sorted({round(pair.alpha / pair.rank, 9) for _, pair in modules.values()})
     if len(scalings) > 1:
         warnings.warn(
             f"rank_pattern, alpha_pattern: scalings from {scalings[0]:.4g} to {scalings[-1]:.4g} in one adapter, which "

@@ -35,7 +35,7 @@ from ktlib.files import tensor_files
 from ktlib.files.ownership import new_folder
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import FUSED, ExpertLayout, ExpertProjection
-from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of
+from ktlib.integrations.factor_layouts import Base, as_peft_has_it, check_options, layouts_of, warn_of_unsloth
 from ktlib.integrations.model_classes import meta_model
 from ktlib.integrations.peft_settings import (
     ADAPTER_FILE,
@@ -172,7 +172,12 @@ def config_of(base):
 
 def _pairs(settings, tensors, config, source, **options):
     """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)`` from any layout, experts fused."""
-    decide = functools.partial(layouts_of, **options)
+
+    def decide(settings, shapes, where, base):
+        if options.get("lora_b_order") is None:
+            warn_of_unsloth(settings, shapes, where)
+        return layouts_of(settings, shapes, where, base, **options)
+
     pairs, others, problems, model = fit(settings, tensors, config, source / CONFIG, decide)
     modules_to_save = settings.get("modules_to_save") or ()
     saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in modules_to_save)}

@@ -70,9 +70,10 @@ def _peft_config(settings, pairs, config):
         alpha_pattern=_pattern({name: pair.alpha for name, pair in pairs.items()}, settings["lora_alpha"], linears),
         **options,
     )
+    adapted = adapted_in_silence(model, made, low_cpu_mem_usage=True)
+    # PEFT has set the name to that of the model, which has none.
     made.base_model_name_or_path, made.revision = settings.get("base_model_name_or_path"), settings.get("revision")
     made.inference_mode = True
-    adapted = adapted_in_silence(model, made, low_cpu_mem_usage=True)
     shapes = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     slots = {weight: keys for weight, (_, keys) in _slots(adapted).items()}
     names, _ = names_for_peft(adapted, list(shapes), spelling)
@@ -108,7 +109,7 @@ def _refuse_what_peft_misreads(config, settings, modules):
     import transformers
 
     model = meta_model(config)
-    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
+    fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
     given = {name: settings[name] for name in fields if settings.get(name) is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some patterns match nothing here: they are for other readers of the file
@@ -120,9 +121,7 @@ def _refuse_what_peft_misreads(config, settings, modules):
     }
     read, slots = _as_peft_reads(adapted, tensors), _slots(adapted)
     weights = dict(modules.values())
-    lost = [
-        weight for weight, pair in weights.items() if not _is_read(pair, read, settings, *slots.get(weight, (None, ())))
-    ]
+    lost = [weight for weight, pair in weights.items() if not _is_read(pair, read, *slots.get(weight, (None, ())))]
     if lost:
         raise ValueError(
             f"layout: got 'per_expert', but PEFT {peft.__version__} on transformers {transformers.__version__} cannot "
@@ -131,7 +130,7 @@ def _refuse_what_peft_misreads(config, settings, modules):
         )
 
 
-def _is_read(pair, read, settings, layer, keys):
+def _is_read(pair, read, layer, keys):
     """Whether the LoRA ``layer`` with these ``keys`` gets both matrices and the scaling of ``pair`` as PEFT loads it.
 
     ``read`` is ``{key: tensor}`` of all that PEFT loads. No layer (None) has no keys, and gets nothing.
@@ -139,8 +138,9 @@ def _is_read(pair, read, settings, layer, keys):
     if not keys or any(key not in read for key in keys):
         return False
     shapes = [getattr(layer, f"lora_{letter}")["default"].weight.shape for letter in "AB"]
-    scaling = pair.alpha / (pair.rank**0.5 if settings.get("use_rslora") else pair.rank)
-    return [read[key].shape for key in keys] == shapes and math.isclose(layer.scaling["default"], scaling)
+    return [read[key].shape for key in keys] == shapes and math.isclose(
+        layer.scaling["default"], pair.alpha / pair.rank
+    )
 
 
 def _as_peft_reads(adapted, tensors):
@@ -274,12 +274,16 @@ def write_per_projection(folder, settings, pairs, saved, config, layout, made):
                 f"layout: got {layout!r}, but transformers knows no per-expert spelling of the experts of "
                 f"{spelling.model_type!r}: files hold them stacked, as layout 'peft' does, which is needed here"
             )
+    # SGLang and, for experts, vLLM scale by lora_alpha / r, whatever use_rslora says.
+    rslora = settings.get("use_rslora")
+    settings = settings | {"use_rslora": False, "lora_alpha": _plain(settings["lora_alpha"], settings["r"], rslora)}
     modules, stacked = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {projection: Pair of stacks}}
     for weight, pair in pairs.items():
         if not (projections := spelling.projections(weight)):
+            pair = pair._replace(alpha=_plain(pair.alpha, pair.rank, rslora))
             modules[spelling.weight_in_files(weight).removesuffix(".weight")] = weight, pair
             continue
-        by_projection = _split(weight, pair, pairs, projections, settings.get("use_rslora"))
+        by_projection = _split(weight, pair, pairs, projections, rslora)
         if weight in spelling.experts and layout == "ktransformers":
             stacked[weight] = by_projection
             continue
@@ -290,7 +294,7 @@ def write_per_projection(folder, settings, pairs, saved, config, layout, made):
                 modules[name] = weight, stack._replace(a=_slice(stack.a, expert), b=_slice(stack.b, expert))
     settings = settings | {"target_parameters": None, "exclude_modules": None, "inference_mode": True}
     if layout == "ktransformers":
-        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(stacked, settings, spelling)
+        settings["r"], settings["lora_alpha"] = _one_rank_and_alpha(stacked, spelling)
         tensors = {}
         for weight, by_projection in stacked.items():
             for projection, pair in by_projection.items():
@@ -318,8 +322,16 @@ def _slice(stack, expert):
     return Stored(stack.shape[1:], stack.dtype, lambda: tensor_files.recent(stack)[expert])
 
 
+def _plain(alpha, rank, rslora):
+    """The alpha that without rslora gives the same scaling."""
+    return alpha * rank**0.5 if rslora else alpha
+
+
 def _split(weight, pair, pairs, projections, rslora):
-    """``{projection: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout; E = 1 without experts."""
+    """``{projection: Pair}`` of A (E, r, in) and B (E, out, r) from a pair in PEFT's layout; E = 1 without experts.
+
+    The alphas of the result are those without rslora.
+    """
     rank, alpha = pair.rank, pair.alpha
     experts, inner = pair.a.shape[0] // rank, pair.a.shape[1]
     out = pair.b.shape[0] // len(projections)
@@ -337,6 +349,7 @@ def _split(weight, pair, pairs, projections, rslora):
     if is_block_form:  # Import multiplied alpha. An integer alpha must come back as that integer.
         alpha = alpha / 2**0.5 if rslora else alpha / 2
         alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+    alpha = _plain(alpha, width, rslora)
     result = {}
     for i, projection in enumerate(projections):
         columns = slice(i * width, (i + 1) * width) if is_block_form else slice(None)
@@ -353,7 +366,7 @@ def _split(weight, pair, pairs, projections, rslora):
     return result
 
 
-def _one_rank_and_alpha(stacked, settings, spelling):
+def _one_rank_and_alpha(stacked, spelling):
     """``(rank, alpha)`` of all experts; ValueError if KTransformers' layout cannot represent these adapters."""
     lacking = [name for name in spelling.experts if name not in stacked]
     kinds = {(pair.rank, pair.alpha) for by_projection in stacked.values() for pair in by_projection.values()}
@@ -362,6 +375,4 @@ def _one_rank_and_alpha(stacked, settings, spelling):
         raise ValueError(f"layout: ktransformers adapts all experts, not adapted are {', '.join(lacking[:4])}{more}")
     if len(kinds) > 1:
         raise ValueError(f"layout: ktransformers has one rank and alpha for all experts, here are {sorted(kinds)}")
-    if settings.get("use_rslora"):
-        raise ValueError("layout: ktransformers has no rslora")
     return kinds.pop()

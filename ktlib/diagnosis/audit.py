@@ -272,17 +272,23 @@ def _add_misfits(report, settings, tensors, config, where):
     from ktlib.conversion.adapters import config_of, fit
 
     try:
-        _, others, problems, model = fit(
+        pairs, others, problems, model = fit(
             settings, tensors, config_of(config), where, refuse_other_layouts, other_classes=False
         )
     except ValueError as error:
         report.problems.append(f"routed_experts: {error}")
         return
+    if not pairs and problems and any(lora_pairs.letter(name) for name in tensors):
+        made_for = settings.get("base_model_name_or_path")
+        report.problems.append(
+            f"no LoRA pair fits {type(model).__name__} of this size: an adapter of another model"
+            + (f"; base_model_name_or_path in {where} is {made_for!r}" if made_for else "")
+        )
     problems += _misfits_beside_pairs(settings, others, model)
     grouped = {}
     for problem in problems:
         kind, _, text = problem.partition(": ")
-        name = next(word for word in text.split() if "." in word)
+        name = next((word for word in text.split() if "." in word), "")
         grouped.setdefault(component(name), {}).setdefault(kind, []).append(text)
         report.flagged[layer_of(name), component(name)] += 1
     for label, _ in COMPONENTS:
@@ -302,6 +308,10 @@ def _misfits_beside_pairs(settings, others, model):
                 shapes[f"{name}.lora_embedding_{letter}"] = shape
                 if f"{PREFIX}{name}.lora_embedding_{letter}" not in others:
                     yield f"missing: lora_embedding_{letter} of {name}"
+        if matches(name, settings.get("modules_to_save")):
+            for parameter, _ in module.named_parameters():
+                if f"{PREFIX}{name}.{parameter}" not in others:
+                    yield f"missing: {name}.{parameter} of modules_to_save"
     for key, tensor in others.items():
         name = bare_name(key)
         adapted_module = re.split(r"\.(?:lora_|token_adapter\.)", name)[0]

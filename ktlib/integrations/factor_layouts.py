@@ -17,6 +17,7 @@ unless ``in`` equals ``out``; they never tell the order of columns. Where shapes
 ``adapter_config.json`` or the user does.
 """
 
+import warnings
 from typing import NamedTuple
 
 from ktlib.files.tensor_files import Stored
@@ -72,6 +73,22 @@ def refuse_other_layouts(settings, shapes, where, base=None):
     if features == "out":
         raise ValueError(f"lora_A in {where} has the out_features, as PEFT before 0.19.1 wrote it; {CONVERTED}")
     return orders, features
+
+
+def warn_of_unsloth(settings, shapes, where):
+    """Warn if Unsloth may have written a file that says nothing of it: one that names Unsloth's copy of a model."""
+    base = str(settings.get("base_model_name_or_path"))
+    if (
+        base.startswith("unsloth/")
+        and not _by_unsloth(settings)
+        and any(rank_and_alpha(settings, weight)[0] != 1 for weight in shapes)
+    ):
+        warnings.warn(
+            f"{where} names {base} as its base, and nothing in it says whether Unsloth trained it. lora_B of experts is "
+            "taken for rank-major, as PEFT has it. If Unsloth before 2026.9.6 wrote it, say so with "
+            "lora_b_order='grouped_by_expert' of ktlib.import_adapter (ktlib adapter --lora-b-order)",
+            stacklevel=2,
+        )
 
 
 def expert_factors(tensors, settings):
@@ -160,11 +177,17 @@ def _features(settings, shapes, where, base, given):
         possible &= fitting or possible  # shapes that fit neither are wrong, which is reported elsewhere
     if given and possible and given not in possible:
         raise ValueError(f"lora_a_features: got {given!r}, but in {where} lora_A has the {possible.pop()}_features")
+    by_version, version = _features_by_version(settings, base), settings.get("peft_version")
+    if not given and possible == {"out"} and by_version == "in" and not _by_unsloth(settings):
+        raise ValueError(
+            f"{where} was written by PEFT {version}, for which lora_A has the in_features, but in the file it has the "
+            f"out_features of {next(iter(shapes))}; needs another base model, or, if the version is wrong, "
+            "lora_a_features='out' of ktlib.import_adapter (ktlib adapter --lora-a-features)"
+        )
     if given or len(possible) < 2:
         return given or (possible or {"in"}).pop()
-    if (features := _features_by_version(settings, base)) is not None:
-        return features
-    version = settings.get("peft_version")
+    if by_version is not None:
+        return by_version
     writer = f"PEFT {version}" if version else "an unknown version of PEFT"
     raise ValueError(
         f"{where} was written by {writer}, and nothing in it says whether lora_A of {next(iter(shapes))}, which has as "

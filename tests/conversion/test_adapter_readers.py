@@ -1,7 +1,8 @@
-"""Adapters with modules per expert in stock PEFT on transformers 5, which converts them: the logits that were trained.
+"""Adapters with modules per expert give the logits that were trained, whoever reads them.
 
-PEFT takes ``gate_proj``, ``up_proj`` and ``down_proj`` in such a file for the routed experts, shared experts' layers
-too; what the file says has to come out right nevertheless.
+Stock PEFT with transformers 5 converts them. It takes ``gate_proj``, ``up_proj`` and ``down_proj`` in such a file for
+the routed experts, shared experts' layers too; what the file says has to come out right nevertheless. Where experts are
+modules, PEFT adapts the modules that the settings name: they have to be the right ones.
 """
 
 import json
@@ -9,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from support.experts_apart import ExpertsApart
 from support.models import random_adapter, relative_error, tiny_config, tiny_model, tokens
 
 import ktlib
@@ -48,14 +50,29 @@ def read_by_stock(family, folder):
     return logits(model), [str(one.message) for one in caught if "adapter keys" in str(one.message)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "qwen3_moe", "mixtral", "glm4_moe"])
-@pytest.mark.parametrize("targeted", ["everything", "experts and attention", "experts alone"])
+def read_by_modules(family, folder):
+    """Logits of the adapter in stock PEFT on modules per expert, which has to adapt those of the file and no other."""
+    config = LoraConfig.from_pretrained(folder)
+    config.task_type = None  # PEFT's classes for tasks need a model of transformers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some patterns match nothing here: they are for other readers of the file
+        model = PeftModel.from_pretrained(ExpertsApart(tiny_model(family)), folder, config=config)
+    assert get_peft_model_state_dict(model).keys() == load_file(folder / ADAPTER_FILE).keys()
+    with torch.no_grad():
+        return model.eval()(tokens())
+
+
+TARGETED = {"everything": {}, "experts alone": {"target_modules": []}, "no experts": {"target_parameters": []}}
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "qwen3_moe", "mixtral", "glm4_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("targeted", ["experts and attention", *TARGETED])
 def test_stock_peft_reads_what_was_trained(family, targeted, tmp_path):
-    targets = {"everything": None, "experts and attention": attention(family), "experts alone": []}[targeted]
-    wanted, folder = exported(family, tmp_path, target_modules=targets)
+    wanted, folder = exported(family, tmp_path, **TARGETED.get(targeted, {"target_modules": attention(family)}))
     got, missing = read_by_stock(family, folder)
     assert missing == []
     assert relative_error(got, wanted) < 1e-5
+    assert relative_error(read_by_modules(family, folder), wanted) < 1e-5
     assert relative_error(logits(tiny_model(family)), wanted) > 0.1, "the adapter changes nothing"
 
 
@@ -83,6 +100,7 @@ def test_ranks_alphas_and_single_projections_come_out_right(family, options, tmp
     else:
         assert missing == []
     assert relative_error(got, wanted) < 1e-5
+    assert relative_error(read_by_modules(family, folder), wanted) < 1e-5
 
 
 def test_some_layers_come_out_right_although_peft_adapts_all(tmp_path):
@@ -91,6 +109,7 @@ def test_some_layers_come_out_right_although_peft_adapts_all(tmp_path):
     got, missing = read_by_stock("qwen3_moe", folder)
     assert "layers.0.mlp.experts.lora_A" in missing[0] and "layers.1.mlp.experts.base_layer" not in missing[0]
     assert relative_error(got, wanted) < 1e-5
+    assert relative_error(read_by_modules("qwen3_moe", folder), wanted) < 1e-5
 
 
 def test_a_file_of_many_names_is_written_as_a_pattern(tmp_path, monkeypatch):
@@ -101,6 +120,7 @@ def test_a_file_of_many_names_is_written_as_a_pattern(tmp_path, monkeypatch):
     assert isinstance(targets, str) and r"experts\.(\d+\.)?gate_proj" in targets
     got, missing = read_by_stock("deepseek_v2", folder)
     assert (relative_error(got, wanted) < 1e-5, missing) == (True, [])
+    assert relative_error(read_by_modules("deepseek_v2", folder), wanted) < 1e-5
     assert LONGEST > 3 * 512, "a list is what SGLang takes; published models have up to 512 experts"
 
 

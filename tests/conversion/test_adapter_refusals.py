@@ -82,6 +82,35 @@ def test_an_adapter_with_nan_or_inf_is_refused_by_name_unless_asked_for(value, t
     assert {p.split(":")[0] for p in ktlib.audit(source, config).problems} == {"routed_experts", "shared_experts"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("layout", ["peft", "per_expert", "ktransformers"])
+def test_nan_and_inf_are_refused_in_every_layout(layout, value, tmp_path):
+    source, config = save_peft(tmp_path / "peft", modules_to_save=["lm_head"])
+    export_adapter(source, tmp_path / "made", config, layout)
+    files = sorted((tmp_path / "made").glob("*.safetensors"))
+    assert len(files) == (2 if layout == "ktransformers" else 1)
+    for file in files:
+        whole = load_file(file)
+        tensors = {key: tensor.clone() for key, tensor in whole.items()}
+        broken = [max(tensors), min(tensors)]  # the first name is that of the output head, which is trained whole
+        for key in broken:
+            tensors[key].view(-1)[-1] = value
+        save_file(tensors, file)
+        there = sorted(tmp_path.rglob("*"))
+        calls = [lambda: import_adapter(tmp_path / "made", tmp_path / "out", config)]
+        if layout == "peft":
+            calls += [
+                lambda to=to: export_adapter(tmp_path / "made", tmp_path / "out", config, to)
+                for to in ("peft", "per_expert", "ktransformers")
+            ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"NaN or Inf \(2\)") as refused:
+                call()
+            assert all(key in str(refused.value) for key in broken)
+        assert sorted(tmp_path.rglob("*")) == there, "nothing may be written"
+        save_file(whole, file)
+
+
 def test_one_tensor_by_two_names_is_refused(tmp_path):
     source, config = save_peft(tmp_path / "peft")
     key = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
@@ -211,7 +240,6 @@ def test_names_of_no_layout_are_listed(name, tmp_path):
     [
         ({"rank_pattern": {"experts.down_proj": 3}}, "one rank and alpha for all experts"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "adapts all experts, not adapted are .*gate_up_proj"),
-        ({"use_rslora": True}, "no rslora"),
     ],
 )
 def test_what_ktransformers_cannot_have_is_refused(options, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -167,6 +168,17 @@ def test_the_layout_of_now_is_not_touched(family, version, tmp_path):
     assert len(files) == 2 and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+def test_shapes_against_the_version_are_refused_as_another_model_s(tmp_path):
+    """An adapter of a model whose sizes are swapped looks like an older layout. Its version says that it is none."""
+    written = Written(tmp_path / "old", "before 0.19.1", size=48, peft_version="0.21.2")
+    refused = "written by PEFT 0.21.2, for which lora_A has the in_features, .* needs another base model, or"
+    with pytest.raises(ValueError, match=refused):
+        written.imported()
+    (problem,) = ktlib.audit(written.folder, written.config).problems
+    assert re.search(refused, problem)
+    assert written.imported(lora_a_features="out") < WITH_ERRORS
+
+
 def test_an_option_against_the_shapes_is_refused(tmp_path):
     written = Written(tmp_path / "old", "before 0.19.1", size=48)
     with pytest.raises(
@@ -225,6 +237,27 @@ def test_an_order_that_is_not_recorded_is_refused_until_the_user_says_it(tmp_pat
     assert "written by Unsloth" in ktlib.audit(model).problems[0]
     assert written.imported(lora_b_order="grouped_by_expert") < WITH_ERRORS
     assert written.imported(lora_b_order="rank_major") > 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_b_order": "rank_major"}, UNSLOTH | {"lora_B_layout": "rank_major"}, {"rank": 1}]
+)
+def test_a_file_that_unsloth_may_have_written_is_warned_of(options, tmp_path):
+    written = Written(
+        tmp_path / "either", "now", peft_version="0.21.0", base_model_name_or_path="unsloth/Qwen3-30B-A3B"
+    )
+    with pytest.warns(
+        UserWarning, match="names unsloth/Qwen3-30B-A3B as its base, and nothing .* lora_b_order='grouped"
+    ):
+        assert written.imported() < WITH_ERRORS
+    base = {"peft_version": "0.21.0", "base_model_name_or_path": "unsloth/Qwen3-30B-A3B"}
+    given = {name: options[name] for name in options.keys() & {"lora_b_order"}}
+    known = Written(
+        tmp_path / "known", "now", **base, **{name: options[name] for name in options.keys() - given.keys()}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        import_adapter(known.folder, tmp_path / "out", known.config, **given)
 
 
 def test_parameters_may_differ_in_their_order(tmp_path):
