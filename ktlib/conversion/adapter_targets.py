@@ -8,9 +8,12 @@ PEFT on transformers 4         adapts the modules that ``target_modules`` names,
 PEFT on transformers 5         in many families takes ``gate_proj``, ``up_proj``, ``down_proj`` (``w1``, ``w2``, ``w3``)
                                at the end of any target for the routed experts, so a shared expert's layer is adapted
                                only if ``target_parameters`` names its weight; fuses gate and up, with twice the rank
-vLLM                           reads the names of the tensors; versions that do not know ``rank_pattern`` and
-                               ``alpha_pattern`` scale all pairs by ``lora_alpha / r``
-SGLang                         reads the last component of each name in ``target_modules``, which has to be a list
+vLLM (read in 0.33)            reads the names of the tensors; refuses a layer in which only some experts or projections
+                               have an adapter; scales by ``rank_pattern``, ``alpha_pattern`` and ``use_rslora`` in
+                               newer versions, up to 0.30 scales all pairs of experts by ``lora_alpha / r``
+SGLang (read in 0.5.23)        reads the last component of each name in ``target_modules``, which has to be a list;
+                               scales all pairs by ``lora_alpha / r`` and knows one rank; computes some layers together
+                               with others, without which it cannot read their adapters
 =============================  =====================================================================================
 """
 
@@ -21,6 +24,11 @@ import warnings
 from ktlib.integrations.lora_targets import taken_by_peft, unambiguous_ends
 from ktlib.integrations.peft_settings import matches
 
+# SGLang computes these layers together with others, and does not read the first without the second.
+NEEDED_BY_SGLANG = {
+    **{"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "kv_a_proj_with_mqa": "q_a_proj"},
+    **{"up_proj": "gate_proj", "w3": "w1"},
+}
 LONGEST = 2000  # names in target_modules; PEFT compares every name with every module
 
 
@@ -119,12 +127,41 @@ def _add_experts(kinds, name, value, usual):
     kinds.setdefault(rf"experts{key.rpartition('experts')[2]}", {})[key] = value, usual
 
 
-def warn_of_one_scaling(modules, settings):
-    """Warn if pairs have different scalings, because some versions of vLLM apply one scaling to all."""
+def warn_of_servers(modules, spelling, settings):
+    """Warn of what PEFT reads from these ``{module in files: (weight, Pair)}`` and servers do not.
+
+    ``settings`` are those of the file, with ``target_modules``.
+    """
+    for text in _not_for_servers(modules, spelling, settings):
+        warnings.warn(text, stacklevel=4)
+
+
+def _not_for_servers(modules, spelling, settings):
     scalings = sorted({round(pair.alpha / pair.rank, 9) for _, pair in modules.values()})
     if len(scalings) > 1:
-        warnings.warn(
+        yield (
             f"rank_pattern, alpha_pattern: scalings from {scalings[0]:.4g} to {scalings[-1]:.4g} in one adapter, which "
-            "PEFT applies each to its own weights; vLLM up to 0.30 scales all of them by lora_alpha / r",
-            stacklevel=4,
+            "PEFT applies each to its own weights; SGLang and, up to 0.30, vLLM scale all of them by lora_alpha / r"
         )
+    adapted = {weight for weight, _ in modules.values()}
+    layers = {weight.rpartition(".")[0] for weight in adapted if weight in spelling.experts}
+    for weight in spelling.experts:
+        if weight.rpartition(".")[0] in layers and weight not in adapted:
+            yield f"target_parameters: {weight} has no adapter; vLLM takes gate, up and down of a layer together only"
+            break
+    for name in modules:
+        stem, _, leaf = name.rpartition(".")
+        needed = NEEDED_BY_SGLANG.get(leaf)
+        if needed and f"{stem}.{needed}" not in modules:
+            yield f"target_modules: {name} has an adapter and {needed} beside it has none; SGLang does not read that"
+            break
+    targets, leaves = settings["target_modules"], {name.rpartition(".")[2] for name in modules}
+    if isinstance(targets, str):
+        yield "target_modules: a pattern, because a list would be very long; SGLang takes lists only"
+    elif unnamed := leaves - {target.rpartition(".")[2] for target in targets}:
+        yield (
+            f"target_modules: lacks {', '.join(sorted(unnamed))}, which PEFT would take for routed experts; start "
+            "SGLang with --lora-target-modules all"
+        )
+    if settings.get("modules_to_save"):
+        yield "modules_to_save: vLLM refuses adapters with whole layers, and SGLang leaves the layers out"

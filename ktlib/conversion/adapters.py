@@ -84,7 +84,11 @@ def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, a
             ``adapter_config.json``; settings in it that none of the layouts has: DoRA, biases, aLoRA, an
             ``init_lora_weights`` that may change the base when PEFT loads it (PiSSA, OLoRA and others; PEFT can convert
             these as it saves), and any other setting that is not known to have no effect; ``lora_b_order`` or
-            ``lora_a_features`` is needed, or contradicts the file; NaN or Inf, with the tensors' names.
+            ``lora_a_features`` is needed, or contradicts the file; the shapes of routed experts' factors contradict
+            the version of PEFT in the file; NaN or Inf, with the tensors' names.
+
+    Warns:
+        UserWarning: the adapter names Unsloth's copy of a model as its base, and nothing says whether Unsloth wrote it.
     """
     check_options(lora_b_order, lora_a_features)
     with new_folder(out) as folder:
@@ -107,13 +111,16 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
 
     Raises:
         ValueError: the errors of :func:`import_adapter`, an unknown layout, or an adapter that the layout cannot
-            represent. KTransformers has one rank and scaling for all experts and adapts gate, up and down together. The
+            represent. KTransformers has one rank and alpha for all experts and adapts gate, up and down together. The
             layout "per_expert" has no names for families whose checkpoints have no module per expert, or have a weight
             in another form. PEFT with transformers 5 cannot convert the experts of some families, among them those
             without a gate and those of some multimodal models, and would load the adapter without them.
 
     Warns:
-        UserWarning: the adapter's pairs have different scalings, and vLLM up to 0.30 applies one scaling to all.
+        UserWarning: PEFT reads the adapter of layout "per_expert" and vLLM or SGLang does not, or scales it otherwise;
+            :mod:`ktlib.conversion.adapter_targets` says what they need.
+
+    Rank-stabilised scaling, ``use_rslora``, becomes an equal ``lora_alpha / r``, since not every server knows it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ktlib.conversion.adapter_targets import targets_in_files, warn_of_one_scaling
+from ktlib.conversion.adapter_targets import targets_in_files, warn_of_servers
 from ktlib.files import tensor_files
 from ktlib.files.tensor_files import Stored
 from ktlib.integrations.expert_names import ExpertLayout, ExpertProjection
@@ -309,7 +309,7 @@ def write_per_projection(folder, settings, pairs, saved, config, layout, made):
         settings |= targets_in_files(model, spelling, modules, settings, made)
         _refuse_what_peft_misreads(config, settings, modules)
         settings |= {"lora_dropout": 0.0, SAVED_DROPOUT: dropout} if made.target_parameters and dropout else {}
-        warn_of_one_scaling(modules, settings)
+        warn_of_servers(modules, spelling, settings)
     tensors = {}
     for name, (_, pair) in modules.items():
         tensors |= {f"{PREFIX}{name}.lora_{letter.upper()}.weight": getattr(pair, letter) for letter in "ab"}

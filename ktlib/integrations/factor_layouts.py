@@ -84,8 +84,8 @@ def warn_of_unsloth(settings, shapes, where):
         and any(rank_and_alpha(settings, weight)[0] != 1 for weight in shapes)
     ):
         warnings.warn(
-            f"{where} names {base} as its base, and nothing in it says whether Unsloth trained it. lora_B of experts is "
-            "taken for rank-major, as PEFT has it. If Unsloth before 2026.9.6 wrote it, say so with "
+            f"{where} names {base} as its base, and nothing in it says whether Unsloth trained it. lora_B of experts "
+            "is taken for rank-major, as PEFT has it. If Unsloth before 2026.9.6 wrote it, say so with "
             "lora_b_order='grouped_by_expert' of ktlib.import_adapter (ktlib adapter --lora-b-order)",
             stacklevel=2,
         )

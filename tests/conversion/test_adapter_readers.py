@@ -145,7 +145,7 @@ def test_readers_of_modules_find_each_tensor_once(family, tmp_path):
 
 
 def test_servers_that_know_one_scaling_are_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match=r"scalings from 0.75 to 1.5 in one adapter.* vLLM up to 0.30"):
+    with pytest.warns(UserWarning, match=r"scalings from 0.75 to 1.5 in one adapter.*SGLang and, up to 0.30, vLLM"):
         exported("qwen3_moe", tmp_path, alpha_pattern={"experts.down_proj": 3})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
