@@ -382,6 +382,8 @@ def _stack(parameter, projection, by_expert, shape, settings, problems):
         names = [by_expert[e]["name"] for e in range(experts)]
     kinds = {tuple(rank_and_alpha(settings, name)) for name in names}
     rank, alpha = min(kinds)
+    if stacked and settings.get("use_rslora"):
+        alpha /= rank**0.5  # KTransformers scales experts by alpha / rank even if PEFT scales the rest with rslora
     if len(kinds) > 1:
         problems.append(
             f"wrong rank: experts of {projection} in {parameter} have different ranks or alphas: {sorted(kinds)}"

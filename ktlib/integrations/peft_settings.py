@@ -9,18 +9,32 @@ from ktlib.names import PREFIX
 
 CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.weight)?")  # a LoRA matrix's name in a file: the adapted module, A or B
+MANIFEST = "kt_adapter_manifest.json"  # of KTransformers, which may give routed experts a rank and alpha of their own
 SAVED_DROPOUT = "ktlib_lora_dropout"  # the name of lora_dropout in files of adapters with expert parameters
 
 
 def read_settings(file):
     """The dict in an ``adapter_config.json``; ``{}`` if there is no such file.
 
+    If a file of KTransformers beside it says what rank and alpha the routed experts have, it has patterns for them.
+
     Raises:
         ValueError: the file holds no JSON object, or PEFT cannot use the value of a field.
     """
     settings = read_json(file)
-    if settings.get("peft_type", "LORA") == "LORA":  # other methods give other meanings to the same names
-        check_settings(settings, file)
+    if settings.get("peft_type", "LORA") != "LORA":  # other methods give other meanings to the same names
+        return settings
+    check_settings(settings, file)
+    manifest = file.with_name(MANIFEST)
+    if settings and isinstance(of_experts := read_json(manifest).get("lora"), dict):
+        patterns = {
+            f"{name}_pattern": {r"experts\.(gate|up|down)_proj": of_experts[name]}
+            | (settings.get(f"{name}_pattern") or {})
+            for name in ("rank", "alpha")
+            if name in of_experts
+        }
+        check_settings(patterns, manifest)
+        settings |= patterns
     return settings
 
 

@@ -173,6 +173,23 @@ def test_an_adapter_of_ktransformers(tmp_path):
     assert_same_files(source, tmp_path / "back", FUSED)
     assert settings_of(tmp_path / "back", "r", "lora_alpha") == [2, 8]
 
+    # Experts may have a rank and an alpha of their own, and have no rslora even if the other layers have it.
+    (source / "kt_adapter_manifest.json").write_text(json.dumps({"status": "ready", "lora": {"rank": 2, "alpha": 8.0}}))
+    config_of_others = {"peft_type": "LORA", "r": 16, "lora_alpha": 3, "target_modules": [], "use_rslora": True}
+    (source / CONFIG).write_text(json.dumps(config_of_others))
+    import_adapter(source, tmp_path / "own", config)
+    assert_same_weights(
+        merged_by_peft(tmp_path / "own", "deepseek_v2"), merged_by_peft(tmp_path / "peft", "deepseek_v2")
+    )
+    assert ktlib.audit(source, config).clean
+    export_adapter(tmp_path / "own", tmp_path / "back of own", config, layout="ktransformers")
+    assert_same_files(source, tmp_path / "back of own", FUSED)
+    rank, alpha = settings_of(tmp_path / "back of own", "r", "lora_alpha")
+    assert rank == 2 and alpha == pytest.approx(8)
+    (source / "kt_adapter_manifest.json").write_text('{"lora": {"rank": "2"}}')
+    with pytest.raises(ValueError, match="kt_adapter_manifest.json: rank_pattern is .*, needs regular"):
+        import_adapter(source, tmp_path / "refused", config)
+
 
 @pytest.mark.parametrize(
     "options",
