@@ -8,9 +8,9 @@ PEFT on transformers 4         adapts the modules that ``target_modules`` names,
 PEFT on transformers 5         in many families takes ``gate_proj``, ``up_proj``, ``down_proj`` (``w1``, ``w2``, ``w3``)
                                at the end of any target for the routed experts, so a shared expert's layer is adapted
                                only if ``target_parameters`` names its weight; fuses gate and up, with twice the rank
-vLLM (read in 0.33)            reads the names of the tensors; refuses a layer in which only some experts or projections
-                               have an adapter; scales by ``rank_pattern``, ``alpha_pattern`` and ``use_rslora`` in
-                               newer versions, up to 0.30 scales all pairs of experts by ``lora_alpha / r``
+vLLM (read in 0.33)            reads the names of the tensors; refuses a layer of which only some experts or projections
+                               have an adapter; leaves ``kv_b_proj`` out; up to 0.30 it scaled all experts by
+                               ``lora_alpha / r``, later versions know ``use_rslora`` and the patterns
 SGLang (read in 0.5.23)        reads the last component of each name in ``target_modules``, which has to be a list;
                                scales all pairs by ``lora_alpha / r`` and knows one rank; computes some layers together
                                with others, without which it cannot read their adapters
@@ -156,6 +156,11 @@ def _not_for_servers(modules, spelling, settings):
             yield f"target_modules: {name} has an adapter and {needed} beside it has none; SGLang does not read that"
             break
     targets, leaves = settings["target_modules"], {name.rpartition(".")[2] for name in modules}
+    if "kv_b_proj" in leaves:
+        yield (
+            "target_modules: kv_b_proj has an adapter, which vLLM leaves out without a word, since it multiplies that "
+            "layer into others when it starts; adapt the model without kv_b_proj, or merge the adapter, for vLLM"
+        )
     if isinstance(targets, str):
         yield "target_modules: a pattern, because a list would be very long; SGLang takes lists only"
     elif unnamed := leaves - {target.rpartition(".")[2] for target in targets}:

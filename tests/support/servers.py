@@ -36,6 +36,8 @@ def apply_as(server, folder, model):
 def _check_vllm(settings, pairs, linears):
     if settings.get("modules_to_save"):
         raise ValueError("vLLM: modules_to_save")
+    if left_out := [name for name in pairs if name.endswith(".kv_b_proj")]:
+        raise ValueError(f"vLLM: {left_out[0]} is used as it was when the server started")
     for layer in {name.partition(".experts.")[0] for name in pairs if ".experts." in name}:
         of_layer = {name for name in linears if name.startswith(f"{layer}.experts.")}
         if lacking := of_layer - pairs.keys():
