@@ -29,6 +29,8 @@ NEEDED_BY_SGLANG = {
     **{"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "kv_a_proj_with_mqa": "q_a_proj"},
     **{"up_proj": "gate_proj", "w3": "w1"},
 }
+# vLLM has the experts of these families stacked, as files on the hub mostly have them.
+STACKED_BY_VLLM = "gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe"
 LONGEST = 2000  # names in target_modules; PEFT compares every name with every module
 
 
@@ -145,6 +147,8 @@ def _not_for_servers(modules, spelling, settings):
         )
     adapted = {weight for weight, _ in modules.values()}
     layers = {weight.rpartition(".")[0] for weight in adapted if weight in spelling.experts}
+    if layers and spelling.model_type.startswith(STACKED_BY_VLLM):
+        yield f"layout: vLLM has the experts of {spelling.model_type!r} stacked and needs layout 'peft'"
     for weight in spelling.experts:
         if weight.rpartition(".")[0] in layers and weight not in adapted:
             yield f"target_parameters: {weight} has no adapter; vLLM takes gate, up and down of a layer together only"

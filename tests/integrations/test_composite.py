@@ -199,6 +199,13 @@ def test_a_file_with_a_module_per_expert_is_read_by_stock_peft_or_refused(name, 
     assert errors["per_expert"] > 0.05 if name in MISREAD else errors["per_expert"] < 1e-5
 
 
+def test_an_export_says_that_vllm_has_the_experts_of_a_family_stacked(tmp_path):
+    name = "Qwen3OmniMoeThinkerForConditionalGeneration"
+    source, _ = save_adapter(name, tmp_path / "a")
+    with pytest.warns(UserWarning, match="layout: vLLM has the experts of 'qwen3_omni_moe_thinker' stacked .*'peft'"):
+        ktlib.export_adapter(source, tmp_path / "apart", config_of(name))
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "o_proj"], "all-linear"])
 def test_what_stock_peft_reads_of_such_a_family_is_written(targets, tmp_path):
     name = "Qwen3_5MoeForConditionalGeneration"
