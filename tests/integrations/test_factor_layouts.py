@@ -286,6 +286,21 @@ def test_the_order_of_one_column_for_each_expert_needs_no_record(tmp_path):
     assert ktlib.factor_adapters(PeftModel.from_pretrained(written.model(), written.folder)) == 2
 
 
+@pytest.mark.parametrize(
+    "writer, settings, options",
+    [
+        ("unsloth", {"peft_version": "0.21.0", "lora_B_layout": "grouped_by_expert"}, {}),
+        ("unsloth", UNSLOTH | {"peft_version": "0.21.0"}, {"lora_b_order": "grouped_by_expert"}),
+        ("now", {"peft_version": "0.21.0"}, {}),
+        ("before 0.19.1", {"peft_version": "0.18.1"}, {}),
+    ],
+)
+def test_a_rank_that_is_the_number_of_experts_is_not_taken_for_it(writer, settings, options, tmp_path):
+    written = Written(tmp_path / "square", writer, rank=8, **settings)
+    assert tiny_config("qwen3_moe").num_experts == 8
+    assert written.imported(**options) < WITH_ERRORS
+
+
 def test_both_older_layouts_together(tmp_path):
     """Unsloth on PEFT 0.18: lora_A has the out_features, and the columns of lora_B are grouped by expert."""
     written = Written(tmp_path / "old", "before 0.19.1", size=48, peft_version="0.18.1", **UNSLOTH)
