@@ -190,7 +190,9 @@ def _pairs(settings, tensors, config, source, **options):
     saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in modules_to_save)}
     problems = [f"unknown: {key}" for key in others if key not in saved] + problems
     if problems:
-        raise ValueError(f"{source}: {listed(problems, 'does not fit ' + type(model).__name__)}")
+        made_for = settings.get("base_model_name_or_path")
+        title = f"does not fit {type(model).__name__}" + (f", names {made_for!r} as its base" if made_for else "")
+        raise ValueError(f"{source}: {listed(problems, title)}")
     if not pairs:
         raise ValueError(f"{source}: no LoRA tensors")
     return pairs, saved

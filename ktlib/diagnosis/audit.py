@@ -271,19 +271,21 @@ def _add_misfits(report, settings, tensors, config, where):
     """Add a problem per component and kind: tensors that are missing, extra or of a wrong shape for the base model."""
     from ktlib.conversion.adapters import config_of, fit
 
+    fitted = functools.partial(fit, settings, tensors, config_of(config), where, refuse_other_layouts)
     try:
-        pairs, others, problems, model = fit(
-            settings, tensors, config_of(config), where, refuse_other_layouts, other_classes=False
-        )
+        pairs, others, problems, model = fitted(other_classes=False)
+        fit_by_other_names = not pairs and fitted()[0]
     except ValueError as error:
         report.problems.append(f"routed_experts: {error}")
         return
     if not pairs and problems and any(lora_pairs.letter(name) for name in tensors):
         made_for = settings.get("base_model_name_or_path")
-        report.problems.append(
-            f"no LoRA pair fits {type(model).__name__} of this size: an adapter of another model"
-            + (f"; base_model_name_or_path in {where} is {made_for!r}" if made_for else "")
+        reason = "an adapter of another model" + (
+            f"; base_model_name_or_path in {where} is {made_for!r}" if made_for else ""
         )
+        if fit_by_other_names:
+            reason = "names are those of another class of the model; ktlib.import_adapter rewrites them"
+        report.problems.append(f"no LoRA pair fits {type(model).__name__}: {reason}")
     problems += _misfits_beside_pairs(settings, others, model)
     grouped = {}
     for problem in problems:

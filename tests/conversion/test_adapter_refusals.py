@@ -144,9 +144,10 @@ def test_lists_are_in_alphabetical_order(tmp_path):
     ],
 )
 def test_another_base_is_refused(changes, message, tmp_path):
-    source, _ = save_per_expert(tmp_path / "apart")
-    with pytest.raises(ValueError, match=message):
+    source, _ = save_per_expert(tmp_path / "apart", base_model_name_or_path="org/model")
+    with pytest.raises(ValueError, match=message) as refused:
         import_adapter(source, tmp_path / "out", tiny_config("deepseek_v2", **changes))
+    assert "apart: does not fit DeepseekV2ForCausalLM, names 'org/model' as its base\n" in str(refused.value)
 
 
 @pytest.mark.parametrize(

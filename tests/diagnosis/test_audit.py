@@ -144,10 +144,20 @@ def test_an_adapter_of_another_model_is_called_that_with_the_model_it_names(tmp_
     rewrite_config(tmp_path, base_model_name_or_path="Qwen/Qwen3-30B-A3B")
     first, *others = audit(tmp_path, tiny_config("deepseek_v2", hidden_size=32)).problems
     assert first == (
-        "no LoRA pair fits DeepseekV2ForCausalLM of this size: an adapter of another model; base_model_name_or_path in "
+        "no LoRA pair fits DeepseekV2ForCausalLM: an adapter of another model; base_model_name_or_path in "
         "adapter_config.json is 'Qwen/Qwen3-30B-A3B'"
     )
     assert {problem.split(" (")[0] for problem in others} >= {"self_attn: extra", "routed_experts: wrong shape"}
+
+
+def test_an_adapter_with_names_of_another_class_is_told_from_one_of_another_model(adapter, tmp_path):
+    file, config = adapter / "adapter_model.safetensors", tiny_config("deepseek_v2", **LITE)
+    save_file(renamed(lambda name: name.replace("model.layers", "model.language_model.layers"))(load_file(file)), file)
+    assert audit(adapter, config).problems[0] == (
+        "no LoRA pair fits DeepseekV2ForCausalLM: names are those of another class of the model; "
+        "ktlib.import_adapter rewrites them"
+    )
+    assert audit(ktlib.import_adapter(adapter, tmp_path / "rewritten", config), config).clean
 
 
 def test_every_tensor_beside_the_pairs_is_compared_too(adapter):
