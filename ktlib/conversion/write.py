@@ -274,7 +274,7 @@ def write_per_projection(folder, settings, pairs, saved, config, layout, made):
                 f"layout: got {layout!r}, but transformers knows no per-expert spelling of the experts of "
                 f"{spelling.model_type!r}: files hold them stacked, as layout 'peft' does, which is needed here"
             )
-    # SGLang and, for experts, vLLM scale by lora_alpha / r, whatever use_rslora says.
+    # SGLang, older versions of vLLM and KTransformers scale experts by lora_alpha / r, whatever use_rslora says.
     rslora = settings.get("use_rslora")
     settings = settings | {"use_rslora": False, "lora_alpha": _plain(settings["lora_alpha"], settings["r"], rslora)}
     modules, stacked = {}, {}  # {module in files: (weight, Pair)} and {weight of experts: {projection: Pair of stacks}}
