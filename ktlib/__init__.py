@@ -26,6 +26,7 @@ _LAZY = {
     "load_lora_config": "ktlib.integrations.peft_lora",
     "load_runs": "ktlib.runs.notebooks",
     "lora_config": "ktlib.integrations.peft_lora",
+    "merge_adapter": "ktlib.conversion.merge",
     "pin_experts": "ktlib.placement.pin",
     "place_experts": "ktlib.placement.numa",
     "record": "ktlib.runs.notebooks",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.models import random_adapter, tiny_model
 
 from ktlib import cli
-from ktlib.conversion import quantise_checkpoint
+from ktlib.conversion import merge, quantise_checkpoint
 from ktlib.integrations.peft_lora import lora_config
 from ktlib.training.parameters import Parameters
 
@@ -53,7 +53,7 @@ def test_info(capsys):
     assert "isa" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ("info", "audit", "sft", "sweep", "adapter", "fuse"))
+@pytest.mark.parametrize("command", ("info", "audit", "sft", "sweep", "adapter", "fuse", "merge"))
 def test_help_of_a_command_says_what_it_does(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = []
@@ -218,6 +218,34 @@ def test_the_command_has_the_choices_of_the_function(capsys):
         cli.main(["fuse", "source", "out", "--quantise", "int3"])
     error = capsys.readouterr().err  # which lists them; cli.py names them itself, so that it need not import torch
     assert set(re.findall(r"'(\w+)'", error)) == {"int3", *quantise_checkpoint.CHOICES}
+    for option, choices in (("--dtype", merge.DTYPES), ("--layout", merge.LAYOUTS)):
+        with pytest.raises(SystemExit):
+            cli.main(["merge", "adapter", "out", "--base", "base", option, "other"])
+        assert set(re.findall(r"'(\w+)'", capsys.readouterr().err)) == {"other", *choices}
+
+
+def test_merge_prints_what_rounding_lost(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    assert cli.main(command) == 0
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    printed = capsys.readouterr().out
+    line = f"lost      {report['lost']:.2%} of the update by rounding, at most {report['worst']:.2%} in model.layers."
+    assert line in printed and "--dtype fp32 loses none\n" in printed
+    assert printed.splitlines()[-2:] == [
+        f"report    {tmp_path / 'out/merge_report.json'}",
+        f"model     {tmp_path / 'out'}",
+    ]
+    assert cli.main([*command, "--dtype", "fp32"]) == 2 and "made from something else" in capsys.readouterr().err
+    command[2] += "-fp32"
+    assert cli.main([*command, "--dtype", "fp32"]) == 0
+    assert "lost      0.00% of the update" in (printed := capsys.readouterr().out) and "loses none" not in printed
+    assert cli.main([*command[:-1], str(tmp_path)]) == 2
+    error = f"ktlib merge: base: {tmp_path} has no config.json; {tmp_path / 'adapter/adapter_config.json'} names "
+    assert capsys.readouterr().err == f"{error}'{tmp_path / 'base'}'\n"
 
 
 def test_adapter_and_fuse_convert_files(tmp_path, capsys):

@@ -30,7 +30,7 @@ from ktlib.training.tasks import dates
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(set(re.findall(r"`((?:ktlib|make sft) [^`]+)`", TEXT)))
 # words that stand for the reader's own, where they are not the names of what is in the folder below
-OWN = {"LAYOUT": "per_expert"}
+OWN = {"LAYOUT": "per_expert", "ADAPTER": "SOURCE"}
 NOT_HERE = {
     "ktlib sft": "the built-in model: `make sft`, as CI runs it",
     "ktlib fuse": "the command's name alone, run with its arguments under the other",
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def test_there_are_commands():
-    assert {command.split()[1] for command in RUN} >= {"info", "audit", "sft", "sweep", "adapter", "fuse"}
+    assert {command.split()[1] for command in RUN} >= {"info", "audit", "sft", "sweep", "adapter", "fuse", "merge"}
 
 
 @pytest.mark.parametrize("command", RUN)

@@ -92,9 +92,9 @@ def import_adapter(source, out, base, lora_b_order=None, lora_a_features=None, a
     """
     check_options(lora_b_order, lora_a_features)
     with new_folder(out) as folder:
-        settings, tensors, config = _read(Path(source), base, allow_nonfinite)
+        settings, tensors, config = read_adapter(Path(source), base, allow_nonfinite)
         options = {"lora_b_order": lora_b_order, "lora_a_features": lora_a_features}
-        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source), **options)
+        pairs, modules_to_save = pairs_and_saved(settings, tensors, config, Path(source), **options)
         write_peft(folder, settings, pairs, modules_to_save, config)
     return Path(out)
 
@@ -125,8 +125,8 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, needs one of {', '.join(LAYOUTS)}")
     with new_folder(out) as folder:
-        settings, tensors, config = _read(Path(source), base, allow_nonfinite)
-        pairs, modules_to_save = _pairs(settings, tensors, config, Path(source))
+        settings, tensors, config = read_adapter(Path(source), base, allow_nonfinite)
+        pairs, modules_to_save = pairs_and_saved(settings, tensors, config, Path(source))
         if layout == "peft":
             write_peft(folder, settings, pairs, modules_to_save, config)
         else:
@@ -135,31 +135,35 @@ def export_adapter(source, out, base, layout="per_expert", allow_nonfinite=False
     return Path(out)
 
 
-def _read(source, base, allow_nonfinite):
-    """Settings (dict of adapter_config.json), tensors (name: Stored) and the base model's config."""
+def read_adapter(source, base, allow_nonfinite=False, argument="source", **why):
+    """Settings (dict of adapter_config.json), tensors (name: Stored) and the base model's config.
+
+    The caller calls ``source`` what ``argument`` says; ``why`` as in
+    :func:`~ktlib.integrations.peft_settings.refuse_unsupported`.
+    """
     if not (source / CONFIG).is_file():
-        raise FileNotFoundError(f"source: {source} has no {CONFIG}, which says the rank and the scaling")
+        raise FileNotFoundError(f"{argument}: {source} has no {CONFIG}, which says the rank and the scaling")
     settings = read_settings(source / CONFIG)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{source / CONFIG}: peft_type is {settings.get('peft_type')!r}, needs 'LORA'")
     for name in ("r", "lora_alpha"):
         if settings.get(name) is None:
             raise ValueError(f"{source / CONFIG}: has no {name}, needs a number")
-    refuse_unsupported(settings, source / CONFIG)
+    refuse_unsupported(settings, source / CONFIG, **why)
     files = [source / name for name in (ADAPTER_FILE, FUSED_FILE) if (source / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"source: {source} has neither {ADAPTER_FILE} nor {FUSED_FILE}")
+        raise FileNotFoundError(f"{argument}: {source} has neither {ADAPTER_FILE} nor {FUSED_FILE}")
     tensors = tensor_files.read(*files)
     if not allow_nonfinite:
-        _refuse_nonfinite(tensors, source)
+        refuse_nonfinite(tensors, source, "; allow_nonfinite=True (ktlib adapter --allow-nonfinite) carries it over")
     return settings, tensors, config_of(base)
 
 
-def _refuse_nonfinite(tensors, source):
+def refuse_nonfinite(tensors, source, advice=""):
+    """ValueError that names the tensors of an adapter with NaN or Inf, and ends with an ``advice``."""
     problems = [f"NaN or Inf: {name}" for name, tensor in tensors.items() if not tensor_files.is_finite(tensor.load())]
     if problems:
-        text = listed(problems, "not finite; allow_nonfinite=True (ktlib adapter --allow-nonfinite) carries it over")
-        raise ValueError(f"{source}: {text}")
+        raise ValueError(f"{source}: {listed(problems, f'not finite{advice}')}")
 
 
 def config_of(base):
@@ -177,7 +181,7 @@ def config_of(base):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _pairs(settings, tensors, config, source, **options):
+def pairs_and_saved(settings, tensors, config, source, **options):
     """``({weight in transformers 5: Pair}, {name: Stored} of modules_to_save)`` from any layout, experts fused."""
 
     def decide(settings, shapes, where, base):
@@ -187,7 +191,8 @@ def _pairs(settings, tensors, config, source, **options):
 
     pairs, others, problems, model = fit(settings, tensors, config, source / CONFIG, decide)
     modules_to_save = settings.get("modules_to_save") or ()
-    saved = {key: tensor for key, tensor in others.items() if any(f".{name}." in f".{key}" for name in modules_to_save)}
+    # PEFT saves modules whose names end like this, also within a word: "norm" stands for "input_layernorm" too
+    saved = {key: tensor for key, tensor in others.items() if any(f"{name}." in key for name in modules_to_save)}
     problems = [f"unknown: {key}" for key in others if key not in saved] + problems
     if problems:
         made_for = settings.get("base_model_name_or_path")

@@ -21,6 +21,7 @@ import torch
 from ktlib.conversion.nearest_codes import Quantised, default_scale_dtype, quantise
 from ktlib.conversion.quantised_sources import StoredCodes, common_format, joined, scales_and_zeros
 from ktlib.files import ownership, tensor_files
+from ktlib.integrations.expert_names import is_transposed_by_shape
 from ktlib.integrations.quantised_checkpoints import INDEX
 from ktlib.integrations.stored_formats import OWN_METHOD
 from ktlib.integrations.transformers_experts import unsupported
@@ -135,10 +136,7 @@ def in_shapes_of_class(tensors, model, layout):
     """
     result = dict(tensors)
     for rule in layout.computed:
-        operations = [
-            (type(operation).__name__, getattr(operation, "check_dims", False)) for operation in rule.operations
-        ]
-        if operations != [("Transpose", True)]:
+        if not is_transposed_by_shape(rule):
             continue
         (operation,) = rule.operations
         for name in layout.experts:

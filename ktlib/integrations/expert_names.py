@@ -146,15 +146,17 @@ class ExpertLayout:
         Raises:
             ValueError: files hold values computed from the weight, for which no LoRA pair can stand.
         """
-        for rule in self.computed:
-            reverse = rule.reverse_transform()
-            if reverse.rename_source_key(name)[1] is not None:
-                how = ", ".join(type(operation).__name__ for operation in rule.operations)
-                raise ValueError(
-                    f"layout: {name} is adapted, which checkpoints of {self.model_type!r} hold in another form "
-                    f"({how}), so it has no name there; layout 'peft' has one"
-                )
+        if (rule := self.computing(name)) is not None:
+            raise ValueError(
+                f"layout: {name} is adapted, which checkpoints of {self.model_type!r} hold in another form "
+                f"({operations_of(rule)}), so it has no name there; layout 'peft' has one"
+            )
         return self._apply(self.reverse_renames, name)
+
+    def computing(self, name):
+        """The rule of transformers by which a weight is computed from files that hold it in another form, or None."""
+        reverses = ((rule, rule.reverse_transform()) for rule in self.computed)
+        return next((rule for rule, reverse in reverses if reverse.rename_source_key(name)[1] is not None), None)
 
     def module_in_files(self, module):
         """The name in files of a module whose weight they hold whole."""
@@ -183,6 +185,17 @@ class ExpertLayout:
                 names = names or [self._apply(self.reverse_renames, weight)]
                 found |= {name.removesuffix(".weight"): weight for name in names}
         return found
+
+
+def operations_of(rule):
+    """The names of a rule's operations, for errors."""
+    return ", ".join(type(operation).__name__ for operation in rule.operations)
+
+
+def is_transposed_by_shape(rule):
+    """Whether all that a rule does is to transpose weights, and only those whose shape is not that of the class."""
+    kinds = [(type(operation).__name__, getattr(operation, "check_dims", False)) for operation in rule.operations]
+    return kinds == [("Transpose", True)]
 
 
 _DECODERS = ("model.language_model.", "language_model.model.", "model.")  # longest first

@@ -101,7 +101,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def refuse_unsupported(settings, where):
+def refuse_unsupported(settings, where, why="which has no place in the layouts"):
     """ValueError for the first setting that may change what the adapter computes and that conversion would lose.
 
     Settings that are off or have LoraConfig's default are accepted, even if the installed PEFT does not know them.
@@ -115,7 +115,7 @@ def refuse_unsupported(settings, where):
             continue
         if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):  # others change base weights
             continue
-        raise ValueError(f"{where}: {name} is {value!r:.60}, which has no place in the layouts")
+        raise ValueError(f"{where}: {name} is {value!r:.60}, {why}")
 
 
 # ------------------------------------------------------------------------------------------------------ PEFT's rules

@@ -232,8 +232,7 @@ def check_folder(model):
         base = read_json(adapter).get("base_model_name_or_path")
         raise ValueError(
             f"model: got {str(model)!r}, which holds an adapter of {base}, need a checkpoint folder with a "
-            "config.json: merge the adapter into its model (PEFT's merge_and_unload, then save_pretrained) to train on "
-            "top of it"
+            f"config.json: `ktlib merge {model} OUT --base DIR` merges it into its model, to train on top of it"
         )
     if not is_model:
         raise ValueError(
