@@ -223,7 +223,10 @@ def _nearest(name, format, group, expert, weight):
 
 def refuse_other_report(out, codes):
     """ValueError if the folder ``out`` has a file with the report's name that is no report of these experts."""
-    report = tensor_files.read_json(out / REPORT)
+    try:
+        report = tensor_files.read_json(out / REPORT)
+    except ValueError:  # no JSON
+        report = {}
     errors = report.get("relative_l2")
     is_of_these = isinstance(errors, dict) and errors.keys() == {one.name for one in codes}
     if not is_of_these or report.get("format") != codes[0].format:

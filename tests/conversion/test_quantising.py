@@ -246,14 +246,18 @@ def test_a_folder_made_with_other_settings_is_refused_by_name(tmp_path):
     assert before == {file: file.read_bytes() for folder in (out, plain) for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ("quantise_report.json", "config.json", "ktlib.safetensors.index.json"))
-def test_files_of_somebody_else_are_left_alone(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, text",
+    [("quantise_report.json", "{}"), ("quantise_report.json", "my notes"), ("quantise_report.json", "[1]")]
+    + [("config.json", "{}"), ("ktlib.safetensors.index.json", "{}")],
+)
+def test_files_of_somebody_else_are_left_alone(name, text, tmp_path):
     source, _ = save(tmp_path / "source", "qwen3_moe")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("{}")
+    (tmp_path / "out" / name).write_text(text)
     with pytest.raises(ValueError, match=rf"^out: .*({name}|made from something else).*such as .*out-2"):
         fuse_checkpoint(source, tmp_path / "out", progress=False, quantise="int4")
-    assert (tmp_path / "out" / name).read_text() == "{}" and len(list((tmp_path / "out").iterdir())) == 1
+    assert (tmp_path / "out" / name).read_text() == text and len(list((tmp_path / "out").iterdir())) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
