@@ -4,8 +4,10 @@ Exit codes: 0 success; 1 a finding, a failed run, or a repetition that differs; 
 """
 
 import argparse
+import contextlib
 import sys
 import textwrap
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,13 +19,31 @@ def main(argv=None):
     """Run the command line ``argv`` (default: ``sys.argv``) and return its exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with _plain_warnings(arguments.command):
+            return arguments.run(arguments)
     except (ValueError, OSError, MemoryError) as error:
         # the text of a system error begins with its number, "[Errno 2] ...", which tells users nothing
         is_file_error = isinstance(error, OSError) and error.filename is not None and error.strerror
         message = f"{error.filename}: {error.strerror.lower()}" if is_file_error else error
         print(f"ktlib {arguments.command}: {message}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _plain_warnings(command):
+    """Inside the block, warnings of ktlib are printed as errors are, without a file of ktlib and a line of its code."""
+    format_all = warnings.formatwarning
+
+    def format_one(message, category, filename, *line):
+        if Path(__file__).parent in Path(filename).parents:
+            return f"ktlib {command}: {message}\n"
+        return format_all(message, category, filename, *line)
+
+    warnings.formatwarning = format_one
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_all
 
 
 def _parameters_of_a_run():

@@ -248,6 +248,27 @@ def test_merge_prints_what_rounding_lost(tmp_path, capsys):
     assert capsys.readouterr().err == f"{error}'{tmp_path / 'base'}'\n"
 
 
+def test_warnings_are_sentences_without_code(tmp_path):
+    model = tiny_model("deepseek_v2", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "peft")
+    command = [sys.executable, "-m", "ktlib.cli", "adapter", "peft", "out", "--base", "base", "--to", "per_expert"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    warned = [line for line in done.stderr.splitlines() if "kv_b_proj" in line]
+    assert warned and all(line.startswith("ktlib adapter: target_modules: ") for line in warned)
+    assert "UserWarning" not in done.stderr and "cli.py" not in done.stderr
+
+
+def test_the_folder_of_a_run_names_the_one_with_its_adapter(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    random_adapter(get_peft_model(model, lora_config(model, r=2))).save_pretrained(tmp_path / "run/adapter")
+    run, base = str(tmp_path / "run"), str(tmp_path / "base")
+    for command in (["audit", run], ["merge", run, str(tmp_path / "out"), "--base", base]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.endswith(f"; {tmp_path / 'run/adapter'} has\n")
+
+
 def test_adapter_and_fuse_convert_files(tmp_path, capsys):
     model = tiny_model("deepseek_v2", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")

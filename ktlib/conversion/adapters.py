@@ -142,7 +142,8 @@ def read_adapter(source, base, allow_nonfinite=False, argument="source", **why):
     :func:`~ktlib.integrations.peft_settings.refuse_unsupported`.
     """
     if not (source / CONFIG).is_file():
-        raise FileNotFoundError(f"{argument}: {source} has no {CONFIG}, which says the rank and the scaling")
+        elsewhere = tensor_files.holder_of(source, CONFIG)
+        raise FileNotFoundError(f"{argument}: {source} has no {CONFIG}, which says the rank and the scaling{elsewhere}")
     settings = read_settings(source / CONFIG)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{source / CONFIG}: peft_type is {settings.get('peft_type')!r}, needs 'LORA'")

@@ -113,7 +113,13 @@ def weight_files(folder, kinds=(MODEL_STEMS, OWN_STEMS)):
         return files
     if pickles := sorted(folder.glob("*.bin")):
         raise ValueError(f"{pickles[0]}: {PICKLED}")
-    raise FileNotFoundError(f"{folder} has no *.safetensors file")
+    raise FileNotFoundError(f"{folder} has no *.safetensors file{holder_of(folder, '*.safetensors')}")
+
+
+def holder_of(folder, pattern):
+    """The end of an error text: which folder in ``folder`` has such a file, as ``adapter`` in that of a run; or ""."""
+    found = sorted(Path(folder).glob(f"*/{pattern}"))
+    return f"; {found[0].parent} has" if found else ""
 
 
 def _single_or_indexed_files(folder, stem):

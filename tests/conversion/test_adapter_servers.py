@@ -7,26 +7,13 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support.experts_apart import ExpertsApart
-from support.models import PER_EXPERT, random_adapter, relative_error, tiny_config, tiny_model, tokens
+from support.models import PER_EXPERT, relative_error, tiny_model, tokens
 from support.servers import SGLANG, VLLM, apply_as
-
-import ktlib
-from ktlib.integrations.peft_lora import lora_config
+from test_adapter_readers import exported
 
 FAMILIES = [*PER_EXPERT, "ernie4_5_moe"]
-
-
-def exported(family, folder, **options):
-    """``(logits, folder of the export)`` of a random adapter."""
-    model = tiny_model(family)
-    model = random_adapter(get_peft_model(model, lora_config(model, **{"r": 4, "lora_alpha": 6} | options))).eval()
-    model.save_pretrained(folder / "fused")
-    ktlib.export_adapter(folder / "fused", folder / "apart", tiny_config(family))
-    with torch.no_grad():
-        return model(tokens()).logits, folder / "apart"
 
 
 def served(server, folder, family):
